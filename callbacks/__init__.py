@@ -1,0 +1,9 @@
+"""Lightning callbacks: each translates the loop's hooks into calls of the engine."""
+
+from .export import Export
+from .finetuning import FineTuning
+from .pruning import GradualPruning
+from .quantization import QuantizationAwareTraining
+from .report import CompressionReport
+
+__all__ = ["CompressionReport", "Export", "FineTuning", "GradualPruning", "QuantizationAwareTraining"]

@@ -1,0 +1,63 @@
+"""The Trainer's clock, and the phases of all callbacks on it."""
+
+from __future__ import annotations
+
+import math
+
+import lightning.pytorch as pl
+
+from lightning_compress.phase import Clock, Phase, check_phases
+
+__all__ = ["check_run", "current_phase", "first_begin", "phases_of", "read_clock"]
+
+
+def read_clock(trainer: pl.Trainer, num_batches: int) -> Clock:
+    """The clock, after a number of batches of the current epoch."""
+    per_epoch = trainer.num_training_batches
+    max_epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+    max_steps = trainer.max_steps if trainer.max_steps not in (None, -1) else math.inf
+    total_batches = per_epoch * max_epochs if per_epoch else 0
+    epoch = trainer.current_epoch + (num_batches / per_epoch if math.isfinite(per_epoch) and per_epoch else 0)
+    shares = []
+    if math.isfinite(total_batches) and total_batches:
+        shares.append(epoch * per_epoch / total_batches)
+    if math.isfinite(max_steps) and max_steps:
+        shares.append(trainer.global_step / max_steps)
+    total_steps = max_steps
+    if trainer.lightning_module.automatic_optimization and math.isfinite(total_batches):
+        total_steps = min(max_steps, math.ceil(per_epoch / trainer.accumulate_grad_batches) * max_epochs)
+    return Clock(
+        step=trainer.global_step,
+        epoch=epoch,
+        run=max(shares, default=math.nan),
+        total_steps=total_steps,
+        total_epochs=max_epochs,
+    )
+
+
+def phases_of(trainer: pl.Trainer) -> list[tuple[str, Phase]]:
+    """Every phase of every callback, with its name."""
+    return [item for callback in trainer.callbacks if hasattr(callback, "phases") for item in callback.phases()]
+
+
+def check_run(trainer: pl.Trainer) -> None:
+    """Raise before the first step unless all phases fit the run and follow each other."""
+    check_phases(phases_of(trainer), read_clock(trainer, 0))
+
+
+def current_phase(trainer: pl.Trainer, clock: Clock) -> tuple[int, str]:
+    """Number and name of the phase the run is in: 0, "dense" before the first; the last one begun stays current."""
+    index, name = 0, "dense"
+    phases = sorted(phases_of(trainer), key=lambda item: item[1].fractions(clock))
+    for i, (label, phase) in enumerate(phases, start=1):
+        progress = phase.progress(clock)
+        if 0 <= progress < 1:
+            return i, label
+        if progress >= 1:
+            index, name = i, f"after {label}"
+    return index, name
+
+
+def first_begin(trainer: pl.Trainer, clock: Clock) -> float:
+    """Largest progress of any phase: 0 or more once compression has begun."""
+    return max((phase.progress(clock) for _, phase in phases_of(trainer)), default=-math.inf)

@@ -1,0 +1,104 @@
+"""A user's own validation step, run on a copy of the model while the Trainer is busy."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_compress.deploy.forward import Inputs, record_inputs
+
+__all__ = ["check_validation_data", "copied", "evaluate", "example_inputs", "pick_metric"]
+
+
+def check_validation_data(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Raise unless the run has a validation step and data for it."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    if not (is_overridden("validation_step", pl_module) and source.is_defined() and trainer.limit_val_batches):
+        raise ValueError(
+            "CompressionReport measures on validation data, but there is no validation_step, no val_dataloader, or "
+            "limit_val_batches=0. "
+            "Add both to the LightningModule (or the dataloader to the DataModule), or drop CompressionReport."
+        )
+
+
+def copied(model: pl.LightningModule) -> pl.LightningModule:
+    """A copy that can be evaluated while the Trainer holds on to the original."""
+    copy_ = copy.deepcopy(model)
+    copy_._metric_attributes = None  # a cache of the original's metrics by identity
+    return copy_
+
+
+def evaluate(trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, float]:
+    """The metrics that a model logs over the validation data; the global random state stays as it is.
+
+    Args:
+        trainer: The Trainer of the run, for its validation data.
+        model: A copy of the model, which may be spoiled.
+    """
+    with isolate_rng(), _quiet():
+        loaders = _validation_data(trainer)
+        runner = pl.Trainer(
+            strategy=SingleDeviceStrategy(trainer.strategy.root_device),
+            plugins=[LightningEnvironment()],
+            limit_val_batches=trainer.limit_val_batches,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        found = runner.validate(model, dataloaders=loaders, verbose=False)
+    return {name: value for metrics in found for name, value in metrics.items()}
+
+
+def example_inputs(trainer: pl.Trainer, model: pl.LightningModule) -> Inputs | None:
+    """The arguments with which the validation step calls the model; its example_input_array where it calls none."""
+    watched = copied(model)
+    recorded = record_inputs(watched, lambda: evaluate(trainer, watched))
+    if recorded is None and model.example_input_array is not None:
+        array = model.example_input_array
+        if isinstance(array, dict):
+            return Inputs((), array)
+        return Inputs(array if isinstance(array, tuple) else (array,), {})
+    return recorded
+
+
+def pick_metric(names: list[str]) -> str | None:
+    """The metric to report when none is named: an accuracy or the like before a loss, validation before training."""
+    names = [name for name in names if not name.startswith("compress/")]
+    good = ("acc", "f1", "auroc", "auc", "iou", "bleu", "psnr", "r2")
+    ranked = sorted(
+        names, key=lambda n: (not any(g in n.lower() for g in good), "val" not in n.lower(), names.index(n))
+    )
+    return ranked[0] if ranked else None
+
+
+def _validation_data(trainer: pl.Trainer) -> Any:
+    if trainer.val_dataloaders is None:
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    return trainer.val_dataloaders
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

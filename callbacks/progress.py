@@ -1,0 +1,25 @@
+"""The phase and the live sparsity in whatever progress bar the Trainer has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+
+__all__ = ["show_in_progress_bar"]
+
+
+def show_in_progress_bar(trainer: pl.Trainer, items: Callable[[], dict[str, Any]]) -> None:
+    """Let the bar show more items: by ``get_metrics``, the method that Lightning has for it."""
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        return
+    original = getattr(bar, "_compress_get_metrics", None) or bar.get_metrics
+
+    def get_metrics(trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, Any]:
+        metrics = {k: v for k, v in original(trainer, model).items() if not k.startswith("compress/")}
+        return items() | metrics
+
+    bar._compress_get_metrics = original  # type: ignore[attr-defined]
+    bar.get_metrics = get_metrics  # type: ignore[method-assign]

@@ -1,0 +1,305 @@
+"""Measure and report what compression does to a model."""
+
+from __future__ import annotations
+
+import copy
+import io
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import zstandard
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+
+from lightning_compress.analysis.inspect import (
+    count_macs,
+    describe,
+    estimate_bytes,
+    layer_table,
+    sparsity,
+    weight_layers,
+)
+from lightning_compress.analysis.report import (
+    History,
+    figures,
+    headers,
+    summary_rows,
+    terminal_table,
+    write_html,
+    write_json,
+)
+from lightning_compress.deploy.formats import FORMATS
+from lightning_compress.deploy.size import weigh
+from lightning_compress.layers import Layer
+from lightning_compress.phase import Clock
+from lightning_compress.quantization.convert import to_float
+
+from .clock import current_phase, first_begin, read_clock
+from .evaluate import check_validation_data, copied, evaluate, example_inputs, pick_metric
+from .export import Export
+from .progress import show_in_progress_bar
+
+__all__ = ["CompressionReport"]
+
+
+class CompressionReport(pl.Callback):
+    """Logs ``compress/*`` during training, and at the end writes report.json and report.html and prints a table.
+
+    Just before compression begins the dense model is measured on the validation data, on a copy. Table and pictures
+    go to every logger that takes them.
+
+    Args:
+        dirpath: Folder of the report; the Trainer's default_root_dir without one.
+        monitor: The validation metric to report; without one an accuracy or the like, else the validation loss.
+        show: Print the table at the end.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[CompressionReport(monitor="val_acc")], logger=False,
+        ...                      enable_checkpointing=False)
+    """
+
+    def __init__(self, dirpath: str | Path | None = None, monitor: str | None = None, show: bool = True) -> None:
+        self.dirpath = dirpath
+        self.monitor = monitor
+        self.show = show
+        self.report: dict[str, Any] | None = None
+        self.control: dict[str, Any] | None = None
+        self._dense: dict[str, Any] | None = None
+        self._history = History()
+        self._seconds = {"fit": 0.0, "overhead": 0.0}
+        self._began: float | None = None
+        self._layers: list[Layer] = []
+        self._sparsity = 0.0
+        self._phase = (0, "dense")
+        self._was_before = False
+        self._last_step = -1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a run without validation data, before training starts."""
+        if stage == "fit":
+            check_validation_data(trainer, pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the watch."""
+        self._began = time.perf_counter()
+        self._layers = weight_layers(pl_module)
+        show_in_progress_bar(trainer, lambda: {"phase": self._phase[1], "sparsity": f"{self._sparsity:.3f}"})
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the dense model now if compression begins at once."""
+        clock = read_clock(trainer, 0)
+        self._was_before = trainer.global_step == 0
+        self._watch(trainer, pl_module, clock)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log; measure the dense model when compression is about to begin."""
+        clock = read_clock(trainer, batch_idx + 1)
+        self._watch(trainer, pl_module, clock)
+        if clock.step != self._last_step and clock.step % trainer.log_every_n_steps == 0:
+            self._last_step = clock.step
+            with self._overhead():
+                self._log(pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the metric for the picture."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        name = self.monitor or pick_metric(list(trainer.callback_metrics))
+        if name in trainer.callback_metrics:
+            self._history.metric.append([trainer.global_step, float(trainer.callback_metrics[name])])
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the watch."""
+        if self._began is not None:
+            self._seconds["fit"] += time.perf_counter() - self._began
+            self._began = None
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write and show the report, after every export is done."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        with self._overhead():
+            self._phase = current_phase(trainer, read_clock(trainer, 0))
+            self._look(trainer.global_step)
+            self.report = self._make(trainer, pl_module)
+            folder = Path(self.dirpath) if self.dirpath is not None else Path(trainer.default_root_dir)
+        self.report["seconds"] = {key: round(value, 3) for key, value in self._seconds.items()}
+        write_json(self.report, folder / "report.json")
+        write_html(self.report, self._history, folder / "report.html")
+        for logger in trainer.loggers:
+            self._send(logger, trainer.global_step)
+        if self.show:
+            if trainer.progress_bar_callback is not None:
+                trainer.progress_bar_callback.teardown(trainer, pl_module, stage)  # so that no live bar is in the way
+            console = Console()
+            console.print(terminal_table(self.report))
+            console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far."""
+        now = 0.0 if self._began is None else time.perf_counter() - self._began
+        return {
+            "dense": copy.deepcopy(self._dense),
+            "history": copy.deepcopy(self._history.to_state()),
+            "seconds": {"fit": self._seconds["fit"] + now, "overhead": self._seconds["overhead"]},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where a checkpoint was written."""
+        self._dense = state_dict["dense"]
+        self._history = History(**copy.deepcopy(state_dict["history"]))
+        self._seconds = dict(state_dict["seconds"])
+
+    @contextmanager
+    def _overhead(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds["overhead"] += time.perf_counter() - begin
+
+    def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, clock: Clock) -> None:
+        """Follow the phase; measure once, when compression is about to begin."""
+        self._phase = current_phase(trainer, clock)
+        if not self._history.phases or self._history.phases[-1][1] != self._phase[1]:
+            self._history.phases.append([clock.step, self._phase[1]])
+        begins = first_begin(trainer, clock) >= 0
+        if begins and self._was_before and self._dense is None and trainer.is_global_zero:
+            with self._overhead():
+                self._dense = measure(trainer, pl_module)
+                self._history.bins, self._history.before = _histogram(self._layers, self._history.bins)
+        self._was_before = not begins
+
+    def _look(self, step: int) -> None:
+        if not self._history.steps or self._history.steps[-1] != step:
+            self._history.steps.append(step)
+            for layer in self._layers:
+                self._history.sparsity.setdefault(layer.name, []).append(sparsity([layer]))
+        self._sparsity = sparsity(self._layers)
+
+    def _log(self, pl_module: pl.LightningModule) -> None:
+        self._look(pl_module.trainer.global_step)
+        values = {
+            "compress/sparsity": self._sparsity,
+            "compress/phase": float(self._phase[0]),
+            "compress/bytes": float(estimate_bytes(pl_module)),
+        }
+        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1, rank_zero_only=True)
+
+    def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        export = next((c for c in trainer.callbacks if isinstance(c, Export)), None)
+        compressed = measure(trainer, pl_module)
+        metric = self.monitor or pick_metric(list(compressed["metrics"]))
+        artifacts = []
+        for artifact in export.artifacts if export is not None else []:
+            artifact.metric = (export.metrics if export else {}).get(artifact.format, {}).get(metric or "")
+            artifacts.append(artifact.to_dict())
+        if artifacts:
+            compressed.update({key: artifacts[0][key] for key in ("bytes", "bytes_zstd")})
+        self._history.bins, self._history.after = _histogram(self._layers, self._history.bins)
+        warnings = [f"Export to {name} failed: {why}" for name, why in (export.failures if export else {}).items()]
+        if self.monitor is not None and self.monitor not in compressed["metrics"]:
+            warnings.append(f"monitor={self.monitor!r} was not logged; logged were {', '.join(compressed['metrics'])}.")
+        for text in warnings:
+            rank_zero_warn(text)
+        return {
+            "metric": metric,
+            "dense": _public(self._dense, metric),
+            "control": _public(self.control, metric),
+            "compressed": _public(compressed, metric),
+            "layers": layer_table(pl_module, compressed["macs_by_layer"]),
+            "artifacts": artifacts,
+            "seconds": {},
+            "warnings": warnings,
+        }
+
+    def _send(self, logger: Logger, step: int) -> None:
+        """Give a logger the table and the pictures, in the way it takes them."""
+        assert self.report is not None
+        pictures = figures(self._history, self.report["metric"])
+        final = {f"compress/final_{k}": v for k, v in (self.report["compressed"] or {}).items() if v is not None}
+        try:
+            logger.log_metrics(final, step=step)
+            if hasattr(logger, "log_image"):
+                import matplotlib
+
+                for name, figure in pictures.items():
+                    canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+                    canvas.draw()
+                    logger.log_image(f"compress/{name}", [np.asarray(canvas.buffer_rgba())])
+            elif hasattr(logger.experiment, "add_figure"):
+                for name, figure in pictures.items():
+                    logger.experiment.add_figure(f"compress/{name}", figure, global_step=step)
+            elif hasattr(logger.experiment, "log_figure"):
+                for name, figure in pictures.items():
+                    logger.experiment.log_figure(logger.run_id, figure, f"compress/{name}.png")
+            if hasattr(logger, "log_table"):
+                logger.log_table("compress/report", columns=headers(self.report), data=summary_rows(self.report))
+                layers = self.report["layers"]
+                if layers:
+                    logger.log_table(
+                        "compress/layers", columns=list(layers[0]), data=[list(r.values()) for r in layers]
+                    )
+        except Exception as error:  # a logger that refuses a picture must not cost the run its report
+            rank_zero_warn(f"{type(logger).__name__} did not take the report: {type(error).__name__}: {error}")
+
+
+def measure(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    """Metrics and totals of a model as it is now, on copies; what cannot be measured is None, with a warning.
+
+    ``bytes`` are of its float file: in the first format of an Export among the callbacks, else of its state_dict.
+    """
+    measured: dict[str, Any] = {"metrics": {}, "macs_by_layer": {}}
+    try:
+        measured["metrics"] = evaluate(trainer, copied(pl_module))
+        inputs = example_inputs(trainer, pl_module)
+        plain = to_float(pl_module)
+        if inputs is not None:
+            measured["macs_by_layer"] = count_macs(plain, inputs)
+        measured |= _float_bytes(trainer, plain, inputs)
+    except Exception as error:  # a model that cannot be copied or traced still trains
+        rank_zero_warn(f"CompressionReport could not measure the model: {type(error).__name__}: {error}")
+    return measured | describe(pl_module, measured["macs_by_layer"])
+
+
+def _float_bytes(trainer: pl.Trainer, plain: pl.LightningModule, inputs: Any) -> dict[str, int]:
+    formats = next((c.formats for c in trainer.callbacks if isinstance(c, Export)), [])
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = Path(folder) / "float"
+            FORMATS[formats[0]].export(plain, inputs, path)
+            size, packed = weigh(path)
+        except Exception:  # no format, or a model that it does not take: Export says so itself at the end
+            buffer = io.BytesIO()
+            torch.save(plain.state_dict(), buffer)
+            data = buffer.getvalue()
+            size, packed = len(data), len(zstandard.ZstdCompressor(level=10).compress(data))
+    return {"bytes": size, "bytes_zstd": packed}
+
+
+def _public(measured: dict[str, Any] | None, metric: str | None) -> dict[str, Any] | None:
+    if measured is None:
+        return None
+    keys = ("num_params", "num_nonzero", "sparsity", "macs", "bytes", "bytes_zstd")
+    return {"metric": measured["metrics"].get(metric), **{key: measured.get(key) for key in keys}}
+
+
+def _histogram(layers: list[Layer], bins: list[float]) -> tuple[list[float], list[float]]:
+    """Edges and counts of the non-zero weights; the edges are kept where there are some."""
+    values = np.concatenate([layer.weight.detach().float().cpu().numpy().ravel() for layer in layers] or [np.zeros(1)])
+    values = values[np.isfinite(values) & (values != 0)]
+    if not bins:
+        limit = float(np.abs(values).max(initial=1e-6))
+        bins = np.linspace(-limit, limit, 102).tolist()
+    counts, _ = np.histogram(np.clip(values, bins[0], bins[-1]), bins)
+    return bins, counts.tolist()

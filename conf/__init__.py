@@ -1,0 +1,1 @@
+"""The Hydra configuration groups, found as ``pkg://lightning_compress.conf``."""

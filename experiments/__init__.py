@@ -1,0 +1,1 @@
+"""Reference models, data and benchmarks; they import the package, nobody imports them."""

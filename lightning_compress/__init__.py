@@ -1,0 +1,29 @@
+"""Prune, quantize, export and prove any LightningModule during its normal training."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_compress.checkpoint import load_from_checkpoint
+    from lightning_compress.phase import Phase
+    from lightning_compress.quantization.convert import convert
+    from lightning_compress.quantization.schemes import int8
+
+__version__ = "0.1.0"
+__all__ = ["Phase", "convert", "int8", "load_from_checkpoint"]
+
+# Nothing heavy at import: Hydra imports this package only to find its configuration files.
+_WHERE = {
+    "Phase": "phase",
+    "convert": "quantization.convert",
+    "int8": "quantization.schemes",
+    "load_from_checkpoint": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -1,0 +1,1 @@
+"""Analysis: what a model holds, and what its compression bought."""

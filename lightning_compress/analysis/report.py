@@ -1,0 +1,271 @@
+"""The report: a table for the terminal, and one HTML file with pictures, of what compression bought."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["History", "figures", "summary_rows", "terminal_table", "write_html", "write_json"]
+
+
+@dataclass
+class History:
+    """What happened over the run, for the pictures.
+
+    Args:
+        steps: Optimizer steps at which the sparsity was looked at.
+        sparsity: Sparsity by layer, one value a step of ``steps``.
+        metric: Pairs of step and validation metric.
+        phases: Phase names with the step they began at.
+        bins: Edges of the weight histogram.
+        before: Counts before compression.
+        after: Counts at the end.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    sparsity: dict[str, list[float]] = field(default_factory=dict)
+    metric: list[list[float]] = field(default_factory=list)
+    phases: list[list[Any]] = field(default_factory=list)
+    bins: list[float] = field(default_factory=list)
+    before: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+
+    def to_state(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def summary_rows(report: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table: model, metric, sparsity, parameters, MACs, bytes, zstd, latency at batch 1 and 64."""
+    first = report["artifacts"][0] if report["artifacts"] else None
+    float_latency = first["latency_ms_float"] if first else {}
+    rows = []
+    for key, label in (("dense", "dense"), ("control", "dense control"), ("compressed", "compressed")):
+        if report.get(key):
+            rows.append([label, *_row(report[key], {} if key == "compressed" else float_latency)])
+    for artifact in report["artifacts"]:
+        label = Path(artifact["path"]).name
+        values = {
+            **(report["compressed"] or {}),
+            **{k: artifact[k] for k in ("metric", "bytes", "bytes_zstd")},
+        }
+        rows.append([label, *_row(values, artifact["latency_ms"])])
+    return rows
+
+
+def _row(values: dict[str, Any], latency: dict[str, float]) -> list[str]:
+    def number(key: str, form: str) -> str:
+        return "-" if values.get(key) is None else format(values[key], form)
+
+    counts = [_short(values.get(key)) for key in ("num_nonzero", "macs", "bytes", "bytes_zstd")]
+    times = [f"{latency[size]:.2f}" if size in latency else "-" for size in ("1", "64")]
+    return [number("metric", ".4f"), number("sparsity", ".1%"), *counts, *times]
+
+
+def _short(value: float | None) -> str:
+    """A count with a thousands letter, such as 77.8k."""
+    if value is None:
+        return "-"
+    for letter, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}"
+
+
+def headers(report: dict[str, Any]) -> list[str]:
+    """The table's column names."""
+    metric = report["metric"] or "metric"
+    return ["model", metric, "sparsity", "params", "MACs", "bytes", "zstd", "ms @1", "ms @64"]
+
+
+def terminal_table(report: dict[str, Any]) -> Table:
+    """The table for a terminal."""
+    table = Table(title="what compression bought", title_style="bold", header_style="bold")
+    for i, name in enumerate(headers(report)):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in summary_rows(report):
+        table.add_row(*row)
+    return table
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write report.json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def figures(history: History, metric: str | None) -> dict[str, Figure]:
+    """The pictures by name; none where matplotlib is not installed (``pip install 'lightning-compress[report]'``)."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return {}
+    made: dict[str, Figure] = {}
+    if history.sparsity:
+        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        axes = figure.subplots()
+        layers = list(history.sparsity)
+        values = np.array([history.sparsity[name] for name in layers])
+        steps = np.array([*history.steps, history.steps[-1] + 1], dtype=float)
+        image = axes.pcolormesh(steps, np.arange(len(layers) + 1), values, vmin=0, vmax=1, cmap="viridis")
+        axes.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=max(4, min(8, 160 // len(layers))))
+        axes.invert_yaxis()
+        axes.set_xlabel("optimizer step")
+        figure.colorbar(image, label="sparsity")
+        made["sparsity"] = figure
+    if history.before and history.after:
+        figure = Figure(figsize=(7, 3), layout="constrained")
+        axes = figure.subplots()
+        axes.stairs(history.before, history.bins, fill=True, alpha=0.35, color="#888888", label="before")
+        axes.stairs(history.after, history.bins, color="#1f5fa8", linewidth=1.4, label="after, non-zero")
+        axes.set_yscale("log")
+        axes.set_xlabel("weight")
+        axes.set_ylabel("number of weights")
+        axes.legend(frameon=False)
+        made["weights"] = figure
+    if history.metric:
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.subplots()
+        steps_, values_ = zip(*history.metric, strict=True)
+        axes.plot(steps_, values_, marker="o", markersize=3, color="#1f5fa8")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(metric or "metric")
+        end = max([*steps_, *history.steps])
+        begins = [begin for begin, _ in history.phases] + [end]
+        for i, (begin, name) in enumerate(history.phases):
+            axes.axvspan(begin, begins[i + 1], color=f"C{i % 10}", alpha=0.10, linewidth=0)
+            if begins[i + 1] > begin:
+                axes.text(
+                    begin,
+                    1.01,
+                    f" {name}",
+                    transform=axes.get_xaxis_transform(),
+                    fontsize=7,
+                    rotation=30,
+                    va="bottom",
+                )
+        made["metric"] = figure
+    return made
+
+
+_CAPTIONS = {
+    "metric": "The validation metric over the phases.",
+    "sparsity": "Sparsity of each layer over the run.",
+    "weights": "Weights of all counted layers, before compression and at the end.",
+}
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:60rem;margin:0 auto;padding:1rem}
+h1{font-size:1.4rem;margin:.2rem 0}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;white-space:nowrap}
+th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e2e2e2}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
+img{max-width:100%;height:auto;display:block}figure{margin:0 0 1rem}figcaption{color:#555;font-size:.86rem}
+.facts{display:flex;flex-wrap:wrap;gap:.6rem;margin:1rem 0;padding:0;list-style:none}
+.facts li{flex:1 1 8rem;background:#f3f6fa;border-radius:.4rem;padding:.5rem .8rem}
+.facts b{display:block;font-size:1.25rem}.warning{color:#8a3b00}
+"""
+
+
+def write_html(report: dict[str, Any], history: History, path: Path) -> None:
+    """Write one self-contained report.html."""
+    pictures = []
+    for name, figure in figures(history, report["metric"]).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        caption = _CAPTIONS[name]
+        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+        pictures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    if not pictures:
+        pictures.append("<p>No pictures: pip install 'lightning-compress[report]'.</p>")
+    problems = "".join(f'<p class="warning">{html.escape(text)}</p>' for text in report.get("warnings", []))
+    layers = [
+        [
+            row["name"],
+            row["type"],
+            *(f"{row[k]:,}" if row[k] is not None else "-" for k in ("num_params", "macs", "bytes")),
+        ]
+        + [f"{row['sparsity']:.1%}", str(row["weight_bits"]), str(row["input_bits"])]
+        for row in report["layers"]
+    ]
+    layer_names = [
+        "layer",
+        "type",
+        "params",
+        "MACs",
+        "bytes, packed",
+        "sparsity",
+        "weight bits",
+        "input bits",
+    ]
+    proof = [
+        [Path(a["path"]).name, a["runtime"], *(_show(a[k]) for k in ("metric", "agreement", "max_abs_diff"))]
+        for a in report["artifacts"]
+    ]
+    body = [
+        "<h1>Compression report</h1>",
+        f"<p>{html.escape(_headline(report))}</p>",
+        _facts(report),
+        problems,
+        "<h2>What compression bought</h2>",
+        _html_table(headers(report), summary_rows(report)),
+        "<p>Params are those that are not zero. The dense models are one float graph, timed once, interleaved with the "
+        "exported file in the same runtime: medians, one thread. Bytes are of the exported file.</p>",
+        "<h2>Pictures</h2>",
+        *pictures,
+        "<h2>Proof of the files</h2>",
+        _html_table(["file", "runtime", report["metric"] or "metric", "agreement", "max abs diff"], proof),
+        "<h2>Layers</h2>",
+        _html_table(layer_names, layers),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Compression report</title>'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def _headline(report: dict[str, Any]) -> str:
+    seconds = report["seconds"]
+    return f"Trained for {seconds['fit']:.0f} s, of which {seconds['overhead']:.0f} s for measuring and reporting."
+
+
+def _facts(report: dict[str, Any]) -> str:
+    facts = [(f"{report['compressed']['sparsity']:.1%}", "of the weights are zero")]
+    if report["artifacts"]:
+        first = report["artifacts"][0]
+        dense = (report["dense"] or {}).get("bytes")
+        if dense:
+            facts.append((f"{dense / first['bytes']:.1f}x", "smaller file"))
+            facts.append((f"{dense / first['bytes_zstd']:.1f}x", "smaller download (zstd)"))
+        for size in ("1", "64"):
+            if size in first["latency_ms"]:
+                ratio = first["latency_ms_float"][size] / first["latency_ms"][size]
+                facts.append((f"{ratio:.2f}x", f"faster at batch {size} in {first['runtime']}"))
+        if first["agreement"] is not None:
+            facts.append((f"{first['agreement']:.2%}", "same answers as the PyTorch model"))
+    return '<ul class="facts">' + "".join(f"<li><b>{a}</b>{html.escape(b)}</li>" for a, b in facts) + "</ul>"
+
+
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _html_table(names: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,0 +1,68 @@
+"""Load a compressed LightningModule from its checkpoint, without a Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from lightning_compress.quantization.prepare import prepare
+from lightning_compress.quantization.schemes import Scheme
+
+__all__ = ["check_structure", "load_from_checkpoint"]
+
+T = TypeVar("T")
+
+
+def load_from_checkpoint(module_class: type[T], path: str | Path, *, scheme: Scheme | None = None, **kwargs: Any) -> T:
+    """The model of a checkpoint as it was trained: pruned weights zero, quantized layers quantizing.
+
+    Args:
+        module_class: The LightningModule's class.
+        path: The checkpoint, written by a Trainer with any callbacks of this package or none.
+        scheme: The quantization scheme, when it uses quantizers of your own.
+        kwargs: Passed to ``module_class.load_from_checkpoint`` (hyper-parameters, ``map_location``, ``strict``).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the checkpoint quantizes modules that the model has not.
+
+    Example:
+        >>> load_from_checkpoint(MyModule, "last.ckpt")  # doctest: +SKIP
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path={str(path)!r}: there is no such checkpoint. Give the path of a .ckpt file.")
+    model = module_class.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if key.startswith("QuantizationAwareTraining") and "quantization" in state:
+            state = state["quantization"]
+            quantization = prepare(model, scheme or Scheme.from_state(state["scheme"]))
+            quantization.load_state_dict(model, state)
+    return model
+
+
+def check_structure(model: torch.nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+    """Raise if a checkpoint's weights do not fit the model, naming what differs.
+
+    Args:
+        model: The model that is to load them.
+        state_dict: The checkpoint's weights.
+        strict: Whether names must agree both ways.
+
+    Raises:
+        ValueError: If a shape, or (strict) a name, differs.
+    """
+    ours = {name: tuple(value.shape) for name, value in model.state_dict().items() if hasattr(value, "shape")}
+    theirs = {name: tuple(value.shape) for name, value in state_dict.items() if hasattr(value, "shape")}
+    wrong = [f"{k} is {theirs[k]} there and {ours[k]} here" for k in ours if k in theirs and ours[k] != theirs[k]]
+    if strict:
+        wrong += [f"{k} is missing there" for k in ours if k not in theirs]
+        wrong += [f"{k} is unknown here" for k in theirs if k not in ours]
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"The checkpoint is of another structure: {'; '.join(wrong[:5])}{more}. "
+            "Build the model with the arguments it was trained with, or give another checkpoint."
+        )

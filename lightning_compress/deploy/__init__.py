@@ -1,0 +1,6 @@
+"""Deployment: write a file for a runtime, run it there, compare it with the model it was made from."""
+
+from lightning_compress.deploy.formats import FORMATS, Format
+from lightning_compress.deploy.verify import Artifact
+
+__all__ = ["FORMATS", "Artifact", "Format"]

@@ -1,0 +1,103 @@
+"""ONNX: write the file, and run it in onnxruntime."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
+
+from lightning_compress.deploy.forward import ForwardOnly, Inputs, with_batch
+
+__all__ = ["Runner", "export"]
+
+
+def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
+    """Write one self-contained ONNX file with a dynamic batch axis.
+
+    Args:
+        model: In eval mode on the CPU; converted, or in float.
+        inputs: Example inputs.
+        path: The file to write.
+
+    Raises:
+        Exception: Whatever ``torch.onnx.export`` says of a model that it cannot capture.
+    """
+    inputs = with_batch(inputs, 2)  # torch.export takes an axis of length 1 for a constant
+    size = inputs.batch_size
+
+    def dynamic(x: Any) -> Any:
+        return {0: torch.export.Dim.DYNAMIC} if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else None
+
+    shapes = {"args": tree_map(dynamic, inputs.args)}
+    if inputs.kwargs:
+        shapes["kwargs"] = tree_map(dynamic, inputs.kwargs)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            ForwardOnly(model),
+            inputs.args,
+            kwargs=inputs.kwargs,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+        assert program is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        program.save(str(path), external_data=False)
+
+
+class Runner:
+    """Runs an ONNX file on the CPU with onnxruntime, single-threaded.
+
+    Args:
+        path: The file.
+        example_outputs: Outputs of the model, whose structure the runner gives back.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(self, path: Path, example_outputs: Any) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.names = [value.name for value in self.session.get_inputs()]
+        self.structure = torch.utils._pytree.tree_structure(example_outputs)
+
+    def feed(self, inputs: Inputs) -> dict[str, Any]:
+        """The file's inputs by name."""
+        tensors = [x for x in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(x, Tensor)]
+        return {name: x.detach().cpu().numpy() for name, x in zip(self.names, tensors, strict=True)}
+
+    def __call__(self, inputs: Inputs) -> Any:
+        """The outputs as tensors, in the model's own structure."""
+        outputs = [torch.from_numpy(x) for x in self.session.run(None, self.feed(inputs))]
+        return tree_unflatten(outputs, self.structure)
+
+    def prepare(self, inputs: Inputs) -> Any:
+        """A call without arguments that runs the file and nothing else, to be timed."""
+        feed = self.feed(inputs)
+        return lambda: self.session.run(None, feed)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on packages that are not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,116 @@
+"""Proof of a file: compare it in its runtime with the model it was made from, and time it against its float twin."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_compress.deploy.forward import Inputs, run_model
+
+__all__ = ["Artifact", "Comparison", "time_together"]
+
+
+@dataclass
+class Artifact:
+    """An exported file and its proof; the fields are those of report.json.
+
+    Args:
+        format: Name of the format.
+        runtime: The runtime that ran it.
+        path: Where the file lies.
+        bytes: Size on disk.
+        bytes_zstd: Size compressed by zstd.
+        metric: The validation metric, computed from the file's outputs in its runtime.
+        max_abs_diff: Largest difference of an output from the PyTorch model.
+        agreement: Share of samples with the same answer as the PyTorch model.
+        latency_ms: Median milliseconds by batch size, one thread.
+        latency_ms_float: The same of the float file.
+    """
+
+    format: str
+    runtime: str
+    path: str
+    bytes: int
+    bytes_zstd: int
+    metric: float | None = None
+    max_abs_diff: float | None = None
+    agreement: float | None = None
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    latency_ms_float: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(self)
+
+
+class Comparison:
+    """Stands in for a model's forward, answers with the file's outputs, and counts how far they are from the model's.
+
+    The answer of a sample is the index of its largest value along the last axis; with a single value there, two
+    answers agree when they differ by less than 1 % of the largest.
+
+    Args:
+        model: The PyTorch model.
+        runner: The file in its runtime.
+    """
+
+    def __init__(self, model: nn.Module, runner: Callable[[Inputs], Any]) -> None:
+        self.model = model
+        self.runner = runner
+        self.num_calls = 0
+        self._same = self._num = 0
+        self._diff = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The file's outputs for the model's arguments."""
+        inputs = Inputs(args, kwargs)
+        expected, got = run_model(self.model, inputs), self.runner(inputs)
+        self.num_calls += 1
+        for a, b in zip(tree_leaves(expected), tree_leaves(got), strict=True):
+            if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+                self._count(a.float(), b.float())
+        return got
+
+    def _count(self, a: Tensor, b: Tensor) -> None:
+        self._diff = max(self._diff, float((a - b).abs().max()))
+        has_classes = a.dim() and a.shape[-1] > 1
+        same = a.argmax(-1) == b.argmax(-1) if has_classes else (a - b).abs() <= 0.01 * a.abs().max()
+        self._same += int(same.sum())
+        self._num += same.numel()
+
+    @property
+    def max_abs_diff(self) -> float:
+        """Largest difference seen."""
+        return self._diff
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of samples with the same answer; None before any."""
+        return self._same / self._num if self._num else None
+
+
+def time_together(calls: Sequence[Callable[[], Any]], seconds: float = 1.0) -> list[float]:
+    """Median milliseconds of each call, interleaved so that a noisy machine disturbs all alike.
+
+    Args:
+        calls: What to time.
+        seconds: Time to spend in all; each call runs 5 times at least.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    end = time.perf_counter() + seconds
+    with torch.no_grad():
+        while time.perf_counter() < end or len(times[0]) < 5:
+            for call, taken in zip(calls, times, strict=True):
+                start = time.perf_counter()
+                call()
+                taken.append((time.perf_counter() - start) * 1e3)
+    return [median(taken) for taken in times]

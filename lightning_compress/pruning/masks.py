@@ -1,0 +1,126 @@
+"""Scores to masks, and masks enforced on the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.layers import Layer
+from lightning_compress.pruning.criteria import Criterion
+from lightning_compress.pruning.patterns import Pattern
+from lightning_compress.pruning.selection import keep_highest
+
+__all__ = ["Masks"]
+
+Scope = Literal["global", "layer"]
+
+
+class Masks:
+    """One mask a layer, int8 with 1 = kept: the cheapest kind to multiply into a weight in place.
+
+    Args:
+        layers: The layers that are pruned.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = list(layers)
+        self._masks = {layer.name: torch.ones_like(layer.weight, dtype=torch.int8) for layer in layers}
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that is dropped."""
+        kept = sum(int(mask.sum(dtype=torch.int64)) for mask in self._masks.values())
+        return 1 - kept / max(1, sum(mask.numel() for mask in self._masks.values()))
+
+    @torch.no_grad()
+    def update(self, criterion: Criterion, pattern: Pattern, sparsity: float, scope: Scope) -> None:
+        """Drop the lowest scores up to a sparsity; what was dropped before stays dropped.
+
+        Args:
+            criterion: Gives the scores.
+            pattern: Gives the groups that are kept or dropped together.
+            sparsity: Share of the weights to drop in all, cumulative, 0..1.
+            scope: ``"global"`` ranks all layers together, ``"layer"`` each layer for itself.
+        """
+        groups = []
+        for layer in self.layers:
+            scores = criterion.score(layer).float()
+            scores = scores.masked_fill(self._masks[layer.name] == 0, -torch.inf)
+            groups.append(pattern.reduce(scores))
+        if scope == "global":
+            keeps = keep_highest(groups, sparsity)
+        else:
+            keeps = [keep_highest([group], sparsity)[0] for group in groups]
+        for layer, keep in zip(self.layers, keeps, strict=True):
+            self._masks[layer.name] = pattern.expand(keep, layer.weight.shape).to(torch.int8)
+        self.apply(self.layers)
+
+    @torch.no_grad()
+    def apply(self, layers: Iterable[Layer] | None = None) -> None:
+        """Zero the dropped weights of the given layers (of all, without an argument), as +0."""
+        for layer in self.layers if layers is None else layers:
+            layer.weight.mul_(self._masks[layer.name]).add_(0.0)
+
+    @torch.no_grad()
+    def enforce(self, layers: Iterable[Layer]) -> None:
+        """The same in one pass over the weights, for after every optimizer step; a zero may be -0."""
+        for layer in layers:
+            layer.weight.mul_(self._masks[layer.name])
+
+    @torch.no_grad()
+    def apply_to_gradients(self) -> None:
+        """Zero the gradients of the dropped weights, so that they do not count in a clipped norm."""
+        for layer in self.layers:
+            if layer.weight.grad is not None:
+                layer.weight.grad.mul_(self._masks[layer.name])
+
+    @torch.no_grad()
+    def apply_to_copy(self, model: nn.Module) -> None:
+        """Zero the dropped weights in a copy of the model, such as an average of its weights."""
+        copies = dict(model.named_parameters())
+        names = {id(layer.weight): layer.name for layer in self.layers}
+        for name, parameter in self._named_parameters:
+            if id(parameter) in names and name in copies:
+                copies[name].mul_(self._masks[names[id(parameter)]].to(copies[name].device)).add_(0.0)
+
+    def bind(self, model: nn.Module) -> None:
+        """Remember the parameter names of the model, and follow its device."""
+        self._named_parameters = list(model.named_parameters())
+        for layer in self.layers:
+            self._masks[layer.name] = self._masks[layer.name].to(layer.weight.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks, eight weights a byte, with their shapes."""
+        return {name: {"bits": _pack(mask), "shape": list(mask.shape)} for name, mask in self._masks.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the masks of a checkpoint.
+
+        Raises:
+            ValueError: If the layers or their shapes are not those of the checkpoint.
+        """
+        ours = {name: list(mask.shape) for name, mask in self._masks.items()}
+        theirs = {name: entry["shape"] for name, entry in state.items()}
+        if ours != theirs:
+            different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            raise ValueError(
+                f"The checkpoint holds masks of another structure. It differs at: {', '.join(different[:8])}. "
+                "Resume with the same model and the same include and exclude patterns."
+            )
+        for name, entry in state.items():
+            device = self._masks[name].device
+            self._masks[name] = _unpack(entry["bits"], entry["shape"]).to(device)
+
+
+def _pack(mask: Tensor) -> Tensor:
+    bits = torch.nn.functional.pad(mask.detach().cpu().flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    num_weights = int(torch.Size(shape).numel())
+    unpacked = (bits.cpu().unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    return unpacked.flatten()[:num_weights].view(*shape).to(torch.int8)

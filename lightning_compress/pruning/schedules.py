@@ -1,0 +1,108 @@
+"""How much: sparsity as a stateless function of a phase's progress, cumulative and absolute."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+__all__ = ["Constant", "Cubic", "Exponential", "Linear", "Schedule"]
+
+
+@dataclass(frozen=True)
+class Schedule(ABC):
+    """Sparsity over a phase.
+
+    Args:
+        final: Sparsity at the end, the share of weights dropped, 0..1.
+        initial: Sparsity at the beginning, 0..1.
+
+    Raises:
+        ValueError: If a sparsity lies outside 0..1.
+    """
+
+    final: float = 0.9
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse percentages and negative shares."""
+        for field in ("final", "initial"):
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(
+                    f"{type(self).__name__}.{field}={value!r}: a sparsity is a share in 0..1, for instance 0.9 for "
+                    "nine weights in ten dropped."
+                )
+
+    def __call__(self, progress: float) -> float:
+        """Sparsity at a progress; progress beyond 0..1 is clipped."""
+        share = self.shape(min(max(progress, 0.0), 1.0))
+        return self.initial + (self.final - self.initial) * share
+
+    @abstractmethod
+    def shape(self, progress: float) -> float:
+        """Share of the way from initial to final, 0 at progress 0 and 1 at progress 1."""
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The final sparsity at once: one-shot pruning.
+
+    Example:
+        >>> Constant(0.5)(0.0)
+        0.5
+    """
+
+    def shape(self, progress: float) -> float:
+        """1 everywhere."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """Equal steps.
+
+    Example:
+        >>> Linear(0.5)(0.5)
+        0.25
+    """
+
+    def shape(self, progress: float) -> float:
+        """The progress itself."""
+        return progress
+
+
+@dataclass(frozen=True)
+class Cubic(Schedule):
+    """Fast at first, slow at the end: s_f + (s_i - s_f) (1 - p)^3 (Zhu & Gupta 2017, arXiv:1710.01878).
+
+    Example:
+        >>> Cubic(0.8)(0.5)
+        0.7000000000000001
+    """
+
+    def shape(self, progress: float) -> float:
+        """1 - (1 - p)^3."""
+        return 1 - (1 - progress) ** 3
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    """The rest decays exponentially: (1 - exp(-rate p)) / (1 - exp(-rate)).
+
+    Args:
+        final: Sparsity at the end.
+        initial: Sparsity at the beginning.
+        rate: Decay over the phase, above 0; larger is earlier.
+
+    Example:
+        >>> round(Exponential(0.9, rate=3.0)(0.5), 3)
+        0.736
+    """
+
+    rate: float = 3.0
+
+    def shape(self, progress: float) -> float:
+        """(1 - exp(-rate p)) / (1 - exp(-rate))."""
+        from math import expm1
+
+        return expm1(-self.rate * progress) / expm1(-self.rate)
