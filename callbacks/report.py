@@ -6,7 +6,7 @@ import copy
 import io
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ class CompressionReport(pl.Callback):
         begins = first_begin(trainer, clock) >= 0
         if begins and self._was_before and self._dense is None and trainer.is_global_zero:
             with self._overhead():
-                self._dense = measure(trainer, pl_module)
+                self._dense = measure(trainer, pl_module, _formats(trainer))
                 self._history.bins, self._history.before = _histogram(self._layers, self._history.bins)
         self._was_before = not begins
 
@@ -198,7 +198,7 @@ class CompressionReport(pl.Callback):
 
     def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         export = next((c for c in trainer.callbacks if isinstance(c, Export)), None)
-        compressed = measure(trainer, pl_module)
+        compressed = measure(trainer, pl_module, _formats(trainer))
         metric = self.monitor or pick_metric(list(compressed["metrics"]))
         artifacts = []
         for artifact in export.artifacts if export is not None else []:
@@ -254,10 +254,13 @@ class CompressionReport(pl.Callback):
             rank_zero_warn(f"{type(logger).__name__} did not take the report: {type(error).__name__}: {error}")
 
 
-def measure(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, formats: Sequence[str] = ()) -> dict[str, Any]:
     """Metrics and totals of a model as it is now, on copies; what cannot be measured is None, with a warning.
 
-    ``bytes`` are of its float file: in the first format of an Export among the callbacks, else of its state_dict.
+    Args:
+        trainer: The Trainer of the run, for its validation data.
+        pl_module: The model.
+        formats: ``bytes`` are of its float file in the first of these formats; of its state_dict without one.
     """
     measured: dict[str, Any] = {"metrics": {}, "macs_by_layer": {}}
     try:
@@ -266,14 +269,13 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any
         plain = to_float(pl_module)
         if inputs is not None:
             measured["macs_by_layer"] = count_macs(plain, inputs)
-        measured |= _float_bytes(trainer, plain, inputs)
+        measured |= _float_bytes(formats, plain, inputs)
     except Exception as error:  # a model that cannot be copied or traced still trains
         rank_zero_warn(f"CompressionReport could not measure the model: {type(error).__name__}: {error}")
     return measured | describe(pl_module, measured["macs_by_layer"])
 
 
-def _float_bytes(trainer: pl.Trainer, plain: pl.LightningModule, inputs: Any) -> dict[str, int]:
-    formats = next((c.formats for c in trainer.callbacks if isinstance(c, Export)), [])
+def _float_bytes(formats: Sequence[str], plain: pl.LightningModule, inputs: Any) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = Path(folder) / "float"
@@ -285,6 +287,10 @@ def _float_bytes(trainer: pl.Trainer, plain: pl.LightningModule, inputs: Any) ->
             data = buffer.getvalue()
             size, packed = len(data), len(zstandard.ZstdCompressor(level=10).compress(data))
     return {"bytes": size, "bytes_zstd": packed}
+
+
+def _formats(trainer: pl.Trainer) -> list[str]:
+    return next((callback.formats for callback in trainer.callbacks if isinstance(callback, Export)), [])
 
 
 def _public(measured: dict[str, Any] | None, metric: str | None) -> dict[str, Any] | None:

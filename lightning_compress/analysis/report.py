@@ -142,7 +142,7 @@ def figures(history: History, metric: str | None) -> dict[str, Figure]:
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(metric or "metric")
         end = max([*steps_, *history.steps])
-        begins = [begin for begin, _ in history.phases] + [end]
+        begins = [*(begin for begin, _ in history.phases), end]
         for i, (begin, name) in enumerate(history.phases):
             axes.axvspan(begin, begins[i + 1], color=f"C{i % 10}", alpha=0.10, linewidth=0)
             if begins[i + 1] > begin:

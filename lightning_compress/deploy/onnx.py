@@ -48,6 +48,11 @@ def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
             verbose=False,
         )
         assert program is not None
+        for node in program.model.graph:  # the exporter's notes on where a node came from weigh more than the node
+            node.metadata_props.clear()
+            node.doc_string = None
+        for value in program.model.graph.initializers.values():
+            value.metadata_props.clear()
         path.parent.mkdir(parents=True, exist_ok=True)
         program.save(str(path), external_data=False)
 
