@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
@@ -45,7 +43,6 @@ def train(cfg: DictConfig) -> float | None:
     reports = [callback for callback in callbacks if isinstance(callback, CompressionReport)]
     for report in reports:
         report.control = control
-    _name_wandb_run()
     loggers = _build_all(cfg.logger)
     trainer, model, data = _trainer_model_data(cfg, callbacks, loggers)
     for logger in loggers:
@@ -70,9 +67,9 @@ def check(cfg: DictConfig) -> None:
     """
     if cfg.compression is not None and not isinstance(cfg.compression, DictConfig):
         raise ValueError(
-            f"compression={cfg.compression!r} is a plain value: its configuration group was not found, and the run would "
-            "train uncompressed. Add hydra.searchpath=[pkg://lightning_compress.conf], or name a recipe: magnitude, "
-            "int8, prune_int8, finetune."
+            f"compression={cfg.compression!r} is a plain value: its configuration group was not found, and the run "
+            "would train uncompressed. Add hydra.searchpath=[pkg://lightning_compress.conf], or name a recipe: "
+            "magnitude, int8, prune_int8, finetune."
         )
     for field in ("model", "data"):
         if cfg[field] is None or OmegaConf.is_missing(cfg[field], "_target_"):
@@ -121,14 +118,6 @@ def _train_control(cfg: DictConfig) -> dict[str, Any]:
     trainer.fit(model, data)
     formats = [f for callback in _build_all(cfg.compression) if isinstance(callback, Export) for f in callback.formats]
     return measure(trainer, model, formats)
-
-
-def _name_wandb_run() -> None:
-    """Give the jobs of one sweep a common W&B group, and each its overrides as its name."""
-    hydra_cfg = HydraConfig.get()
-    if hydra_cfg.mode == RunMode.MULTIRUN:
-        os.environ["WANDB_RUN_GROUP"] = "-".join(Path(hydra_cfg.sweep.dir).parts[-2:])
-        os.environ["WANDB_NAME"] = f"{hydra_cfg.job.num} {hydra_cfg.job.override_dirname}".strip()[:120]
 
 
 class CompareRuns(Callback):

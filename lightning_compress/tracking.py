@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,13 @@ __all__ = ["OfflineRun", "read_offline_run", "wandb_logger"]
 def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
     """A WandbLogger that writes below ``save_dir``, offline unless there is a key; says so in one line.
 
+    In a Hydra sweep each job is a run of its own, named by its overrides, and all are of one group.
+
     Args:
         save_dir: Folder of the run's files.
         kwargs: Passed to Lightning's WandbLogger (project, name, group, tags).
     """
+    import wandb
     from lightning.pytorch.loggers import WandbLogger
     from lightning.pytorch.utilities import rank_zero_info
 
@@ -31,7 +35,23 @@ def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
     if offline:
         rank_zero_info(f"W&B: no key is set, so the run is logged offline below {save_dir}; `wandb sync` uploads it.")
     Path(save_dir).mkdir(parents=True, exist_ok=True)
-    return WandbLogger(save_dir=save_dir, offline=offline, **kwargs)
+    kwargs = _sweep_names() | kwargs
+    settings = wandb.Settings(silent=True, console="off") if offline else None
+    return WandbLogger(save_dir=save_dir, offline=offline, settings=settings, **kwargs)
+
+
+def _sweep_names() -> dict[str, str]:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return {}
+    config = HydraConfig.get()
+    overrides = (re.sub(r"^\S*\.(?=\w+=)", "", item) for item in config.job.override_dirname.split(","))
+    return {
+        "group": "-".join(Path(config.sweep.dir).parts[-2:]),
+        "name": f"{config.job.num} {' '.join(overrides)}".strip()[:120],
+    }
 
 
 def _has_key() -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -91,9 +92,9 @@ def headers(report: dict[str, Any]) -> list[str]:
 
 def terminal_table(report: dict[str, Any]) -> Table:
     """The table for a terminal."""
-    table = Table(title="what compression bought", title_style="bold", header_style="bold")
+    table = Table(title="what compression bought", box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for i, name in enumerate(headers(report)):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in summary_rows(report):
         table.add_row(*row)
     return table
