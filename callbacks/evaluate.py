@@ -7,9 +7,10 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -45,8 +46,9 @@ def evaluate(trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, float]
         trainer: The Trainer of the run, for its validation data.
         model: A copy of the model, which may be spoiled.
     """
-    with isolate_rng(), _quiet():
-        loaders = _validation_data(trainer)
+    with isolate_rng(), _quiet(), _alone():
+        # made anew, so that a rank that evaluates alone sees all data and not its share
+        loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
         runner = pl.Trainer(
             strategy=SingleDeviceStrategy(trainer.strategy.root_device),
             plugins=[LightningEnvironment()],
@@ -82,10 +84,11 @@ def pick_metric(names: list[str]) -> str | None:
     return ranked[0] if ranked else None
 
 
-def _validation_data(trainer: pl.Trainer) -> Any:
-    if trainer.val_dataloaders is None:
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    return trainer.val_dataloaders
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without the other ranks: what runs here waits for none of them."""
+    with patch.object(torch.distributed, "is_initialized", return_value=False):
+        yield
 
 
 @contextmanager

@@ -76,8 +76,7 @@ class Export(pl.Callback):
             try:
                 self.artifacts.append(self._export(trainer, pl_module, name))
             except Exception as error:  # whatever a converter raises must not cost the user the trained model
-                reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
-                self.failures[name] = reason
+                self.failures[name] = reason = _reason(error)
                 rank_zero_warn(
                     f"Export to {name} failed: {reason}. The trained model and its checkpoints are safe; the cause is "
                     "in the log above or in Export.failures."
@@ -119,3 +118,11 @@ class Export(pl.Callback):
             for taken, ms in zip(latency, time_together(calls), strict=True):
                 taken[str(size)] = round(ms, 4)
         return latency
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong at first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"

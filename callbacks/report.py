@@ -95,9 +95,9 @@ class CompressionReport(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the dense model now if compression begins at once."""
-        clock = read_clock(trainer, 0)
-        self._was_before = trainer.global_step == 0
-        self._watch(trainer, pl_module, clock)
+        if trainer.global_step == 0:
+            self._was_before = True
+            self._watch(trainer, pl_module, read_clock(trainer, 0))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -150,6 +150,7 @@ class CompressionReport(pl.Callback):
         now = 0.0 if self._began is None else time.perf_counter() - self._began
         return {
             "dense": copy.deepcopy(self._dense),
+            "was_before": self._was_before,
             "history": copy.deepcopy(self._history.to_state()),
             "seconds": {"fit": self._seconds["fit"] + now, "overhead": self._seconds["overhead"]},
         }
@@ -157,6 +158,7 @@ class CompressionReport(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where a checkpoint was written."""
         self._dense = state_dict["dense"]
+        self._was_before = state_dict["was_before"]
         self._history = History(**copy.deepcopy(state_dict["history"]))
         self._seconds = dict(state_dict["seconds"])
 

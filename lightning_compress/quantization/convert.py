@@ -55,7 +55,8 @@ class _QuantizeDequantize:
 def convert(model: Module) -> Module:
     """A copy for export: integer weights, explicit QDQ operations, batch norm folded, in eval mode on the CPU.
 
-    A folded batch norm scales its layer's codes' scales, never the codes: what ships are the trained integers.
+    A folded batch norm scales its layer's codes' scales, not the codes: what ships are the trained integers. Only a
+    channel whose scale is 65,536 times below its layer's largest is rounded to a larger scale.
 
     Raises:
         ValueError: If the model is not quantized.
@@ -107,7 +108,11 @@ def _store_codes(layer: Layer, norm: nn.Module | None) -> None:
         shape = [-1 if i == axis else 1 for i in range(codes.dim())]
         codes = codes * torch.where(factor < 0, -1, 1).to(codes.dtype).view(shape)
         scale = scale * factor.abs()
-    weights(layer.module)[layer.parameter] = _Codes(codes, scale, axis)
+    # integer kernels divide a bias by its channel's scale, which overflows 32 bits for a pruned or faint channel
+    floor = scale.clamp(min=float(scale.max()) * 2**-16)
+    shape = [-1 if i == axis else 1 for i in range(codes.dim())]
+    codes = (codes * (scale / floor).view(shape)).round().to(torch.int8)
+    weights(layer.module)[layer.parameter] = _Codes(codes, floor, axis)
 
 
 def _identity_like(norm: nn.Module) -> nn.Module:

@@ -1,0 +1,56 @@
+"""Trains every module of the zoo in two processes; run by torch.distributed.run, writes what each came to."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+from lightning_compress.callbacks import GradualPruning
+
+from lightning_compress.analysis.inspect import sparsity
+from lightning_compress.quantization.prepare import prepared
+
+from ..harness import SPARSITY, callback_of, make_module, make_trainer
+from ..zoo import MODULES
+
+
+def train(name: str, folder: Path) -> str:
+    """ "ok", or what is wrong."""
+    module = make_module(name)
+    trainer = make_trainer(folder, devices=2, strategy="ddp_find_unused_parameters_true")
+    trainer.fit(module)
+    layers = callback_of(trainer, GradualPruning).masks.layers
+    quantization = prepared(module)
+    ranges = torch.stack([a.range for a in quantization.activations.values()])
+    mine = torch.cat([p.detach().flatten() for p in module.parameters()] + [ranges.flatten()])
+    first = mine.clone()
+    torch.distributed.broadcast(first, 0)
+    same = torch.tensor(int(torch.equal(mine, first)))
+    torch.distributed.all_reduce(same, torch.distributed.ReduceOp.MIN)
+    if not same:
+        return "the ranks differ"
+    if sparsity(layers) < SPARSITY:
+        return f"sparsity {sparsity(layers)}"
+    return "ok" if quantization.enabled else "not quantized"
+
+
+def main(path: Path) -> None:
+    """All modules."""
+    found: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in MODULES:
+            try:
+                found[name] = train(name, Path(folder))
+            except Exception:
+                found[name] = traceback.format_exc()[-2000:]
+                break  # the other process may be elsewhere by now
+    if torch.distributed.get_rank() == 0 or any(v != "ok" for v in found.values()):
+        path.write_text(json.dumps({**dict.fromkeys(MODULES, "not reached"), **found}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
