@@ -12,7 +12,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
-    import lightning.pytorch as pl
+    pass
 
 __all__ = ["CompareRuns", "main", "train"]
 
@@ -88,7 +88,7 @@ def _build_all(group: DictConfig | None) -> list[Any]:
     return [build(node) for node in (group or {}).values() if node]
 
 
-def _trainer_model_data(cfg: DictConfig, callbacks: list[Any], loggers: Any) -> tuple[pl.Trainer, Any, Any]:
+def _trainer_model_data(cfg: DictConfig, callbacks: list[Any], loggers: Any) -> tuple[Any, Any, Any]:
     """A Trainer, and the model as it starts: from scratch by the seed, or from the weights of a checkpoint."""
     import lightning.pytorch as pl
     import torch
@@ -114,7 +114,8 @@ def _train_control(cfg: DictConfig) -> dict[str, Any]:
 
     rank_zero_info("Training the dense control first: the same run without compression.")
     trainer, model, data = _trainer_model_data(cfg, [], False)
-    trainer.checkpoint_callbacks and trainer.callbacks.remove(trainer.checkpoint_callbacks[0])
+    for callback in trainer.checkpoint_callbacks:
+        trainer.callbacks.remove(callback)
     trainer.fit(model, data)
     formats = [f for callback in _build_all(cfg.compression) if isinstance(callback, Export) for f in callback.formats]
     return measure(trainer, model, formats)

@@ -97,7 +97,7 @@ def find_layers(
             skipped[name] = f"a raw parameter of {kind}, which is not a kind of layer known here"
         elif weight is None:
             skipped[name] = "its weight is parametrized or computed by other code"
-        elif isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        elif isinstance(weight, nn.UninitializedParameter):
             skipped[name] = "a lazy layer that has no shape yet; call the model once before training"
         elif matches(name, exclude):
             skipped[name] = "excluded by name"

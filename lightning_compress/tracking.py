@@ -125,6 +125,8 @@ def _records(path: Path) -> Iterator[Any]:
     """The records of a file in LevelDB's log format: blocks of 32 KiB, chunks of (crc, length, type)."""
     from wandb.proto import wandb_internal_pb2
 
+    new_record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
+
     data, position, parts = path.read_bytes(), 7, b""  # W&B's own header is 7 bytes
     while position + 7 <= len(data):
         left = 32768 - position % 32768
@@ -135,7 +137,7 @@ def _records(path: Path) -> Iterator[Any]:
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record()
+            record = new_record()
             record.ParseFromString(parts)
             parts = b""
             yield record

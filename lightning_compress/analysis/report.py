@@ -92,11 +92,11 @@ def headers(report: dict[str, Any]) -> list[str]:
 
 def terminal_table(report: dict[str, Any]) -> Table:
     """The table for a terminal."""
-    table = Table(title="what compression bought", box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = Table(title="what compression bought", box=box.SIMPLE_HEAD, padding=0, header_style="bold")
     for i, name in enumerate(headers(report)):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in summary_rows(report):
-        table.add_row(*row)
+        table.add_row(*(f" {cell}" if i else cell for i, cell in enumerate(row)))
     return table
 
 
@@ -113,28 +113,6 @@ def figures(history: History, metric: str | None) -> dict[str, Figure]:
     except ModuleNotFoundError:
         return {}
     made: dict[str, Figure] = {}
-    if history.sparsity:
-        figure = Figure(figsize=(7, 3.6), layout="constrained")
-        axes = figure.subplots()
-        layers = list(history.sparsity)
-        values = np.array([history.sparsity[name] for name in layers])
-        steps = np.array([*history.steps, history.steps[-1] + 1], dtype=float)
-        image = axes.pcolormesh(steps, np.arange(len(layers) + 1), values, vmin=0, vmax=1, cmap="viridis")
-        axes.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=max(4, min(8, 160 // len(layers))))
-        axes.invert_yaxis()
-        axes.set_xlabel("optimizer step")
-        figure.colorbar(image, label="sparsity")
-        made["sparsity"] = figure
-    if history.before and history.after:
-        figure = Figure(figsize=(7, 3), layout="constrained")
-        axes = figure.subplots()
-        axes.stairs(history.before, history.bins, fill=True, alpha=0.35, color="#888888", label="before")
-        axes.stairs(history.after, history.bins, color="#1f5fa8", linewidth=1.4, label="after, non-zero")
-        axes.set_yscale("log")
-        axes.set_xlabel("weight")
-        axes.set_ylabel("number of weights")
-        axes.legend(frameon=False)
-        made["weights"] = figure
     if history.metric:
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         axes = figure.subplots()
@@ -157,6 +135,28 @@ def figures(history: History, metric: str | None) -> dict[str, Figure]:
                     va="bottom",
                 )
         made["metric"] = figure
+    if history.sparsity:
+        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        axes = figure.subplots()
+        layers = list(history.sparsity)
+        values = np.array([history.sparsity[name] for name in layers])
+        steps = np.array([*history.steps, history.steps[-1] + 1], dtype=float)
+        image = axes.pcolormesh(steps, np.arange(len(layers) + 1), values, vmin=0, vmax=1, cmap="viridis")
+        axes.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=max(4, min(8, 160 // len(layers))))
+        axes.invert_yaxis()
+        axes.set_xlabel("optimizer step")
+        figure.colorbar(image, label="sparsity")
+        made["sparsity"] = figure
+    if history.before and history.after:
+        figure = Figure(figsize=(7, 3), layout="constrained")
+        axes = figure.subplots()
+        axes.stairs(history.before, history.bins, fill=True, alpha=0.35, color="#888888", label="before")
+        axes.stairs(history.after, history.bins, color="#1f5fa8", linewidth=1.4, label="after, non-zero")
+        axes.set_yscale("log")
+        axes.set_xlabel("weight")
+        axes.set_ylabel("number of weights")
+        axes.legend(frameon=False)
+        made["weights"] = figure
     return made
 
 
@@ -196,7 +196,7 @@ def write_html(report: dict[str, Any], history: History, path: Path) -> None:
         [
             row["name"],
             row["type"],
-            *(f"{row[k]:,}" if row[k] is not None else "-" for k in ("num_params", "macs", "bytes")),
+            *(_short(row[key]) for key in ("num_params", "macs", "bytes")),
         ]
         + [f"{row['sparsity']:.1%}", str(row["weight_bits"]), str(row["input_bits"])]
         for row in report["layers"]

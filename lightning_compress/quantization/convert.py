@@ -94,7 +94,7 @@ def to_float(model: Module) -> Module:
 
 
 @torch.no_grad()
-def _store_codes(layer: Layer, norm: nn.Module | None) -> None:
+def _store_codes(layer: Layer, norm: Any) -> None:
     fake_quantize = weights(layer.module)[layer.parameter]
     codes, (scale, _, axis) = fake_quantize.codes(layer.weight)
     if axis is None:

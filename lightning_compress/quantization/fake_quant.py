@@ -111,8 +111,8 @@ def upgrade(layers: Iterable[Layer], quantizer: Quantizer, per_channel: bool) ->
         module = layer.module
         quantizers = module.__dict__.setdefault(_WEIGHTS, {})
         quantizers[layer.parameter] = WeightFakeQuantize(quantizer, layer.out_axis if per_channel else None)
-        base = type(module)._base if hasattr(type(module), "_base") else type(module)
-        module.__class__ = _upgraded(base, tuple(quantizers))
+        kind: Any = type(module)
+        module.__class__ = _upgraded(getattr(kind, "_base", kind), tuple(quantizers))
 
 
 def attach(module: nn.Module, activation: ActivationFakeQuantize) -> None:
@@ -134,7 +134,7 @@ def activations(module: nn.Module) -> list[ActivationFakeQuantize]:
     return [hook for hook in hooks if isinstance(hook, ActivationFakeQuantize)]
 
 
-def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _rebuild(base: Any, names: tuple[str, ...]) -> nn.Module:
     return _upgraded(base, names).__new__(_upgraded(base, names))
 
 
@@ -149,7 +149,8 @@ def _upgraded(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         return property(get)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (base, names), self.__dict__.copy()
+        state = base.__getstate__(self) if hasattr(base, "__getstate__") else self.__dict__
+        return _rebuild, (base, names), dict(state)
 
     members: dict[str, Any] = {name: weight_property(name) for name in names}
     members |= {"_base": base, "__reduce_ex__": reduce, "__module__": __name__}

@@ -143,9 +143,13 @@ def test_load(name: str, runs: Any) -> None:
 def test_copy(name: str, runs: Any) -> None:
     """A deepcopy and a pickled module compute the same and share nothing."""
     _, trained, _ = runs(name)
-    copied, pickled = copy.deepcopy(trained), pickle.loads(pickle.dumps(trained))
+    copied = copy.deepcopy(trained)
     assert_equal_outputs(copied, trained)
-    assert_equal_outputs(pickled, trained)
+    if name == "foreign":  # torch itself pickles no parametrized module
+        with pytest.raises(RuntimeError, match="Serialization of parametrized modules"):
+            pickle.dumps(make_module(name))
+    else:
+        assert_equal_outputs(pickle.loads(pickle.dumps(trained)), trained)
     prepared(copied).enable(False)
     assert prepared(trained).enabled
     assert differences(outputs(copied), outputs(trained))

@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format matrix sweep clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## make .venv with all that tests and benchmarks need
+
+$(STAMP): pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints-cpu.txt torch
+	$(BIN)/pip install --quiet -c constraints-cpu.txt -e '.[all]'
+	@touch $@
+
+demo: install ## train, prune, quantize, export and prove a model on real images, into outputs/demo
+	$(BIN)/lightning-compress experiment=mnist_prune_int8 hydra.run.dir=outputs/demo
+
+test: install ## run all tests; prints the behaviour matrix
+	$(BIN)/pytest
+
+check: install ## lint, types, architecture, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell --skip '.git,.venv,outputs,multirun,*.svg,LICENSE'
+
+format: install ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+matrix: install ## run the behaviour matrix alone
+	$(BIN)/pytest tests/behaviour
+
+sweep: install ## three sparsities, one table, read back from the offline W&B files
+	$(BIN)/lightning-compress -m experiment=mnist_prune_int8 sweep=sparsity hydra/launcher=joblib
+
+clean: ## remove what was made
+	rm -rf $(VENV) outputs multirun build *.egg-info

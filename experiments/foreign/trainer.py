@@ -1,0 +1,15 @@
+"""python -m experiments.foreign.trainer: a plain Trainer script."""
+
+import lightning.pytorch as pl
+from lightning_compress.callbacks import CompressionReport, Export, GradualPruning, QuantizationAwareTraining
+
+import lightning_compress
+from experiments.data import MNIST5k
+from experiments.models import ResNet
+
+if __name__ == "__main__":
+    callbacks = [GradualPruning(sparsity=0.9), QuantizationAwareTraining(), CompressionReport(), Export(["onnx"])]
+    trainer = pl.Trainer(max_epochs=5, accelerator="cpu", default_root_dir="outputs/trainer", callbacks=callbacks)
+    trainer.fit(ResNet(), MNIST5k())
+    path = trainer.checkpoint_callback.best_model_path
+    trainer.validate(lightning_compress.load_from_checkpoint(ResNet, path), MNIST5k())
