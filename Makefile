@@ -21,7 +21,7 @@ demo: install ## train, prune, quantize, export and prove a model on real images
 	$(BIN)/lightning-compress experiment=mnist_prune_int8 hydra.run.dir=outputs/demo
 
 test: install ## run all tests; prints the behaviour matrix
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 check: install ## lint, types, architecture, spelling
 	$(BIN)/ruff check .
@@ -35,7 +35,7 @@ format: install ## format the code
 	$(BIN)/ruff format .
 
 matrix: install ## run the behaviour matrix alone
-	$(BIN)/pytest tests/behaviour
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup tests/behaviour/test_matrix.py
 
 sweep: install ## three sparsities, one table, read back from the offline W&B files
 	$(BIN)/lightning-compress -m experiment=mnist_prune_int8 sweep=sparsity hydra/launcher=joblib

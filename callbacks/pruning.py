@@ -17,6 +17,7 @@ from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import Criterion, Cubic, Element, Magnitude, Masks, Pattern, Schedule
 
 from .clock import check_run, read_clock
+from .structure import check_structure_on_load
 
 __all__ = ["GradualPruning"]
 
@@ -68,9 +69,14 @@ class GradualPruning(pl.Callback):
         self.exclude = tuple(exclude)
         for name, kind in (("criterion", Criterion), ("pattern", Pattern), ("phase", Phase)):
             if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"GradualPruning.{name}={getattr(self, name)!r}: accepted is a {kind.__name__}.")
+                raise TypeError(
+                    f"GradualPruning.{name}={getattr(self, name)!r}: accepted is a {kind.__name__}, an object of that "
+                    "class and not its name."
+                )
         if scope not in ("global", "layer"):
-            raise ValueError(f"GradualPruning.scope={scope!r}: accepted are 'global' and 'layer'.")
+            raise ValueError(
+                f"GradualPruning.scope={scope!r}: accepted are 'global' (all layers ranked together) and 'layer'."
+            )
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"GradualPruning.every={every!r}: accepted is a whole number of optimizer steps from 1.")
         self.masks: Masks | None = None
@@ -90,6 +96,10 @@ class GradualPruning(pl.Callback):
     def phases(self) -> list[tuple[str, Phase]]:
         """Its phases with their names."""
         return [("prune", self.phase)]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let a checkpoint of another structure be refused in words."""
+        check_structure_on_load(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the layers, take up the masks of a checkpoint, and watch the optimizers."""

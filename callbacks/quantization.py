@@ -14,6 +14,7 @@ from lightning_compress.quantization.prepare import Prepared, prepare
 from lightning_compress.quantization.schemes import Scheme, int8
 
 from .clock import check_run, read_clock
+from .structure import check_structure_on_load
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -74,6 +75,10 @@ class QuantizationAwareTraining(pl.Callback):
     def phases(self) -> list[tuple[str, Phase]]:
         """Its phases with their names."""
         return [("calibrate", self.calibrate), ("quantize", self.phase)]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let a checkpoint of another structure be refused in words."""
+        check_structure_on_load(pl_module)
 
     def _attach(self, pl_module: pl.LightningModule) -> None:
         """Upgrade the layers, disabled; and take up the state of a checkpoint."""

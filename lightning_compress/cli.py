@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -143,6 +144,8 @@ def _main(cfg: DictConfig) -> float | None:
 def main() -> None:
     """Run the command; modules of the current folder can be named in ``_target_``."""
     sys.path.insert(0, os.getcwd())
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tips.addFilter(lambda record: "Tip:" not in record.getMessage())
     _main()
 
 

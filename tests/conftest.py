@@ -25,7 +25,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for outcome in ("passed", "failed", "skipped", "error"):
         for report in terminalreporter.stats.get(outcome, []):
-            found = re.search(r"behaviour/test_matrix\.py::test_(\w+)\[(.+)\]", getattr(report, "nodeid", ""))
+            found = re.search(r"behaviour/test_matrix\.py::test_(\w+)\[(.+?)\]", getattr(report, "nodeid", ""))
             if found and (outcome != "passed" or report.when == "call"):
                 name = re.sub(r"^(True|False)-|-(True|False)$", "", found[2])
                 cell = cells[name].get(found[1], "passed")

@@ -52,7 +52,7 @@ def check_formats(formats: Sequence[str]) -> None:
     """
     for name in formats:
         if name not in FORMATS:
-            raise ValueError(f"formats={name!r}: accepted are {', '.join(map(repr, FORMATS))}.")
+            raise ValueError(f"formats={name!r}: accepted are {', '.join(map(repr, FORMATS))}. Name one of them.")
         missing = [package for package in FORMATS[name].packages if find_spec(package) is None]
         if missing:
             raise ModuleNotFoundError(

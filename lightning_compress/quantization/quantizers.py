@@ -78,7 +78,7 @@ class Affine(Quantizer):
     def __post_init__(self) -> None:
         """Refuse widths that no code has."""
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise ValueError(f"Affine.bits={self.bits!r}: accepted are the whole numbers 2..8.")
+            raise ValueError(f"Affine.bits={self.bits!r}: accepted are the whole numbers 2..8, for instance Affine(8).")
 
     @property
     def limits(self) -> tuple[int, int]:

@@ -34,7 +34,10 @@ from ..harness import (
 )
 from ..zoo import MODULES
 
-pytestmark = pytest.mark.parametrize("name", list(MODULES))
+# one process a module, where tests run in several
+each_module = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MODULES]
+)
 NOT_CAPTURED = {"branch": "data-dependent"}
 
 
@@ -87,6 +90,7 @@ def assert_equal_outputs(a: pl.LightningModule, b: pl.LightningModule) -> None:
     assert not differences(outputs(a), outputs(b))
 
 
+@each_module
 def test_inert(name: str, tmp_path: Path) -> None:
     """Until the first phase begins, the run is bit for bit the one without callbacks."""
     plain, callbacks = make_module(name), [SeedEachBatch()]
@@ -100,6 +104,7 @@ def test_inert(name: str, tmp_path: Path) -> None:
     assert not differences(saved["state_dict"], plain.state_dict())
 
 
+@each_module
 def test_target(name: str, runs: Any) -> None:
     """The sparsity and the quantization that were asked for are reached; what was left alone is named."""
     trainer, module, _ = runs(name)
@@ -109,6 +114,7 @@ def test_target(name: str, runs: Any) -> None:
     assert expected.get(name, set()) <= named
 
 
+@each_module
 def test_resume(name: str, runs: Any, tmp_path: Path) -> None:
     """Resumed before, inside and after each phase, a run ends bit-identically: weights, optimizers, callbacks."""
     expected = snapshot(*runs(name)[:2])
@@ -118,6 +124,7 @@ def test_resume(name: str, runs: Any, tmp_path: Path) -> None:
         assert not differences(expected, snapshot(trainer, module)), f"resumed after {batches} batches"
 
 
+@each_module
 def test_test(name: str, runs: Any, tmp_path: Path) -> None:
     """trainer.test(ckpt_path=...) into a fresh module gives the trained model's metrics."""
     _, trained, folder = runs(name)
@@ -129,6 +136,7 @@ def test_test(name: str, runs: Any, tmp_path: Path) -> None:
     assert half != found
 
 
+@each_module
 def test_load(name: str, runs: Any) -> None:
     """load_from_checkpoint needs no Trainer, and plain Lightning loads the same file."""
     _, trained, folder = runs(name)
@@ -140,6 +148,7 @@ def test_load(name: str, runs: Any) -> None:
     assert all(torch.equal(plain[key], value) for key, value in trained.state_dict().items())
 
 
+@each_module
 def test_copy(name: str, runs: Any) -> None:
     """A deepcopy and a pickled module compute the same and share nothing."""
     _, trained, _ = runs(name)
@@ -155,6 +164,7 @@ def test_copy(name: str, runs: Any) -> None:
     assert differences(outputs(copied), outputs(trained))
 
 
+@each_module
 def test_accumulate(name: str, tmp_path: Path) -> None:
     """Gradient accumulation; where optimization is manual, Lightning leaves it to the module."""
     module = make_module(name)
@@ -184,6 +194,7 @@ def accumulate_by_hand(module: pl.LightningModule, trainer: pl.Trainer) -> None:
     module.toggle_optimizer = module.untoggle_optimizer = lambda optimizer: None
 
 
+@each_module
 def test_bf16(name: str, tmp_path: Path) -> None:
     """Mixed precision."""
     module, trainer = make_module(name), make_trainer(tmp_path, precision="bf16-mixed")
@@ -193,6 +204,7 @@ def test_bf16(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
+@each_module
 def test_ema(name: str, first: bool, tmp_path: Path) -> None:
     """Averaged weights are sparse too, in training and in the checkpoint; the run resumes bit-identically."""
 
@@ -215,6 +227,7 @@ def test_ema(name: str, first: bool, tmp_path: Path) -> None:
         assert not differences(snapshot(trainer, module), snapshot(trainer_again, again))
 
 
+@each_module
 def test_compile(name: str, tmp_path: Path) -> None:
     """An inner part under torch.compile."""
     torch.compiler.reset()
@@ -232,6 +245,8 @@ def test_compile(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.xdist_group("ddp")
+@pytest.mark.parametrize("name", list(MODULES))
 def test_ddp(name: str, ddp: dict[str, Any]) -> None:
     """Two processes train, prune and quantize alike."""
     assert ddp[name] == "ok"
@@ -248,6 +263,7 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(found.read_text())
 
 
+@each_module
 def test_export(name: str, tmp_path: Path) -> None:
     """The file runs and agrees; a model that cannot be captured ends its run all the same, with the reason."""
     module = make_module(name)

@@ -1,0 +1,26 @@
+"""A checkpoint of another structure is refused in words, before Lightning loads it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_compress.checkpoint import check_structure
+
+__all__ = ["check_structure_on_load"]
+
+
+def check_structure_on_load(pl_module: pl.LightningModule) -> None:
+    """Let the module compare a checkpoint with itself before it loads; once, however often this is called.
+
+    The module's own hook is the only one that runs before its weights are loaded.
+    """
+    if "on_load_checkpoint" not in pl_module.__dict__:
+        pl_module.__dict__["on_load_checkpoint"] = partial(_load_checked, pl_module)
+
+
+def _load_checked(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    type(pl_module).on_load_checkpoint(pl_module, checkpoint)
+    check_structure(pl_module, checkpoint["state_dict"], strict=pl_module.strict_loading)

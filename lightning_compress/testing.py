@@ -1,0 +1,316 @@
+"""Public contract checks: prove a criterion, pattern or quantizer of your own in one line of your own tests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.layers import Layer
+from lightning_compress.pruning.criteria import Criterion
+from lightning_compress.pruning.patterns import Pattern
+from lightning_compress.quantization.quantizers import Affine, QParams, Quantizer
+
+__all__ = ["check_criterion", "check_pattern", "check_quantizer"]
+
+_SHAPES = ((16, 32), (16, 16, 3, 3))
+# with 0 inside, at an end, outside; narrow, wide, empty
+_RANGES = (
+    *((-1.0, 1.0), (-0.3, 2.7), (-127.0, 128.0), (-2e-3, 1e-3), (-1e4, 3e4)),
+    *((0.0, 6.0), (-3.0, 0.0), (1.0, 3.0), (-5.0, -2.0), (0.0, 1e-6), (0.0, 0.0), (0.7, 0.7), (-0.7, -0.7)),
+)
+
+
+def check_criterion(criterion: Criterion) -> None:
+    """Check that a criterion keeps the contract of :class:`lightning_compress.pruning.Criterion`.
+
+    For the weights of linear, convolution, transposed convolution and LSTM layers, also where some or all weights are
+    zero, the scores are finite, in the weight's shape and the same when asked twice; the weight, its gradient and the
+    global random state stay as they are.
+
+    Args:
+        criterion: The criterion to check.
+
+    Raises:
+        AssertionError: If the criterion breaks the contract; the message says what is broken.
+
+    Example:
+        >>> from lightning_compress.pruning import Magnitude
+        >>> check_criterion(Magnitude())
+    """
+    name = type(criterion).__name__
+    _require(isinstance(criterion, Criterion), f"{name} is no subclass of lightning_compress.pruning.Criterion")
+    for layer in _layers():
+        weight = layer.weight
+        for kind, share in (("", 0.0), (" with half of the weights zero", 0.5), (" with all weights zero", 1.0)):
+            where = f"for a {type(layer.module).__name__}'s {layer.parameter} of shape {tuple(weight.shape)}{kind}"
+            weight.data = _noise(weight.shape, seed=1) * (_noise(weight.shape, seed=2, uniform=True) >= share)
+            weight.grad = _noise(weight.shape, seed=3)
+            before, grad, grad_before = weight.detach().clone(), weight.grad, weight.grad.clone()
+            rng = (torch.get_rng_state(), random.getstate())
+            with _attempt(f"{name}.score {where}"):
+                first, second = criterion.score(layer), criterion.score(layer)
+            _require(isinstance(first, Tensor), f"{name}.score gives a {type(first).__name__}, not a tensor, {where}")
+            _require(
+                first.shape == weight.shape,
+                f"{name}.score gives the shape {tuple(first.shape)}, not the weight's, {where}",
+            )
+            _require(bool(torch.isfinite(first).all()), f"{name}.score is not finite {where}")
+            _require(torch.equal(first, second), f"{name}.score is not the same when asked twice {where}")
+            _require(torch.equal(weight.detach(), before), f"{name}.score changed the weight {where}")
+            _require(
+                weight.grad is grad and torch.equal(grad, grad_before),
+                f"{name}.score changed the weight's gradient {where}",
+            )
+            untouched = torch.equal(torch.get_rng_state(), rng[0]) and random.getstate() == rng[1]
+            _require(untouched, f"{name}.score drew from the global random state; give it a torch.Generator")
+
+
+def check_pattern(pattern: Pattern) -> None:
+    """Check that a pattern keeps the contract of :class:`lightning_compress.pruning.Pattern`.
+
+    For weights of two and of four axes, ``expand`` gives a bool a weight in the weight's shape; its groups are of one
+    size and share no weight; and ``reduce`` gives the group that ``expand`` keeps the highest score, and a group of
+    dropped weights, whose scores are -inf, the lowest.
+
+    Args:
+        pattern: The pattern to check.
+
+    Raises:
+        AssertionError: If the pattern breaks the contract; the message says what is broken.
+
+    Example:
+        >>> from lightning_compress.pruning import Element
+        >>> check_pattern(Element())
+    """
+    name = type(pattern).__name__
+    _require(isinstance(pattern, Pattern), f"{name} is no subclass of lightning_compress.pruning.Pattern")
+    for size in _SHAPES:
+        shape, where = torch.Size(size), f"for a weight of shape {size}"
+
+        def reduce(scores: Tensor, where: str = where) -> Tensor:
+            before = scores.clone()
+            with _attempt(f"{name}.reduce {where}"):
+                groups = pattern.reduce(scores)
+            _require(torch.equal(scores, before), f"{name}.reduce changed the scores {where}")
+            return groups
+
+        def expand(keep: Tensor, shape: torch.Size = shape, where: str = where) -> Tensor:
+            with _attempt(f"{name}.expand {where}"):
+                mask = pattern.expand(keep, shape)
+            _require(mask.dtype == torch.bool, f"{name}.expand gives {mask.dtype}, not torch.bool, {where}")
+            _require(
+                mask.shape == shape, f"{name}.expand gives the shape {tuple(mask.shape)}, not the weight's, {where}"
+            )
+            return mask
+
+        scores = _noise(shape, seed=1, uniform=True)
+        groups = reduce(scores)
+        num_groups, num_weights = groups.numel(), scores.numel()
+        _require(bool(torch.isfinite(groups).all()), f"{name}.reduce is not finite {where}")
+        _require(
+            0 < num_groups <= num_weights and num_weights % num_groups == 0,
+            f"{name}.reduce gives {num_groups} groups, which cannot be of one size, {where}",
+        )
+        everything = torch.ones(groups.shape, dtype=torch.bool)
+        _require(bool(expand(everything).all()), f"{name}.expand drops weights when all groups are kept {where}")
+        _require(not expand(~everything).any(), f"{name}.expand keeps weights when all groups are dropped {where}")
+        for seed in range(3):
+            keep = _noise(groups.shape, seed=seed, uniform=True) < 0.5
+            mask = expand(keep)
+            _require(torch.equal(mask, ~expand(~keep)), f"{name}.expand's groups share weights {where}")
+            _require(
+                int(mask.sum()) == int(keep.sum()) * (num_weights // num_groups),
+                f"{name}.expand's groups are not of one size {where}: {int(keep.sum())} of {num_groups} groups keep "
+                f"{int(mask.sum())} of {num_weights} weights",
+            )
+        for index in {0, num_groups // 3, num_groups - 1}:
+            keep = torch.zeros(num_groups, dtype=torch.bool)
+            keep[index] = True
+            mask = expand(keep.view(groups.shape))
+            _require(
+                int(reduce(mask.float()).flatten().argmax()) == index,
+                f"{name}.reduce and {name}.expand disagree on which weights are group {index} {where}",
+            )
+            dead = reduce(scores.masked_fill(mask, -torch.inf)).flatten()
+            _require(
+                not dead.isnan().any() and int(dead.argmin()) == index,
+                f"{name}.reduce does not rank a group of dropped weights, whose scores are -inf, lowest {where}",
+            )
+
+
+def check_quantizer(quantizer: Quantizer) -> None:
+    """Check that a quantizer keeps the contract of :class:`lightning_compress.quantization.Quantizer`.
+
+    For ranges with 0 inside, at an end or outside of them, narrow, wide and empty, one for a tensor or one a channel of
+    axis 0 or 1: 0 stays exactly 0; codes are whole numbers, no more than ``2**bits`` different ones; what was
+    quantized once does not change when quantized again; larger values do not become smaller ones (an affine quantizer
+    errs by one step at most inside the range); ``fake_quantize`` gives what ``dequantize(quantize(x))`` gives, with a
+    gradient that is finite, and straight-through between the lowest and the highest value that a code stands for.
+
+    Args:
+        quantizer: The quantizer to check.
+
+    Raises:
+        AssertionError: If the quantizer breaks the contract; the message says what is broken.
+
+    Example:
+        >>> check_quantizer(Affine(bits=8, symmetric=True))
+    """
+    name = type(quantizer).__name__
+    _require(isinstance(quantizer, Quantizer), f"{name} is no subclass of lightning_compress.quantization.Quantizer")
+    bits = getattr(quantizer, "bits", None)
+    _require(isinstance(bits, int) and bits > 0, f"{name}.bits is {bits!r}, not a whole number above 0")
+    probes = []
+    for low, high in _RANGES:
+        where = f"for the range {low:g}..{high:g}"
+        qparams = _qparams(quantizer, torch.tensor(low), torch.tensor(high), None, where)
+        probes.append(_probe(quantizer, qparams, low, high, where))
+    rows = torch.nn.utils.rnn.pad_sequence(probes, batch_first=True).sort(dim=1).values
+    lows, highs = torch.tensor(_RANGES).unbind(1)
+    alone = []
+    for row, low, high in zip(rows, lows, highs, strict=True):
+        where = f"for the range {low:g}..{high:g}"
+        alone.append(_check_values(quantizer, row[None], low[None], high[None], None, where))
+    for axis in (0, 1):
+        where = f"for one range a channel of axis {axis}"
+        together = _check_values(quantizer, rows, lows, highs, axis, where)
+        _require(
+            _close(together, torch.cat(alone), rows),
+            f"{name} gives a channel other values than the same range for a tensor {where}",
+        )
+
+
+def _check_values(
+    quantizer: Quantizer, rows: Tensor, low: Tensor, high: Tensor, axis: int | None, where: str
+) -> Tensor:
+    """Check ascending rows of values, each with its own range; gives what the values became, row by row."""
+    name, turn = type(quantizer).__name__, _turn(axis)
+    x = turn(rows)
+    qparams = _qparams(quantizer, *((low, high) if axis is not None else (low[0], high[0])), axis, where)
+
+    def round_trip(x: Tensor) -> tuple[Tensor, Tensor]:
+        before = x.clone()
+        with _attempt(f"{name}.quantize {where}"):
+            codes = quantizer.quantize(x, qparams)
+        _require(codes.shape == x.shape, f"{name}.quantize gives the shape {tuple(codes.shape)}, not x's, {where}")
+        with _attempt(f"{name}.dequantize {where}"):
+            values = quantizer.dequantize(codes, qparams)
+        _require(values.shape == x.shape, f"{name}.dequantize gives the shape {tuple(values.shape)}, not x's, {where}")
+        _require(torch.equal(x, before), f"{name}.quantize changed its input {where}")
+        return codes, values
+
+    zeros = torch.zeros_like(x)
+    worst = round_trip(zeros)[1].abs().max()
+    _require(bool(worst == 0), f"{name}: dequantize(quantize(0)) is {worst:g} and not 0 {where}")
+    with _attempt(f"{name}.fake_quantize {where}"):
+        worst = quantizer.fake_quantize(zeros, qparams).abs().max()
+    _require(bool(worst == 0), f"{name}: fake_quantize(0) is {worst:g} and not 0 {where}")
+
+    codes, values = (turn(t) for t in round_trip(x))
+    _require(bool((codes == codes.round()).all()), f"{name}.quantize gives codes that are no whole numbers {where}")
+    most = max(len(row.unique()) for row in codes)
+    _require(
+        most <= 2**quantizer.bits,
+        f"{name}.quantize gives {most} different codes {where}; {quantizer.bits} bits hold {2**quantizer.bits}",
+    )
+    alike = [len(row.unique()) == 1 for row in codes[low < high]]
+    _require(not any(alike), f"{name}.quantize gives one and the same code for all values {where}")
+    _require(bool(torch.isfinite(values).all()), f"{name}: dequantize(quantize(x)) is not finite {where}")
+    falls = values.diff(dim=1) < -_tolerance(rows)
+    _require(not falls.any(), f"{name}: dequantize(quantize(x)) falls where x rises {where}")
+    again = turn(round_trip(turn(values))[1])
+    _require(_close(again, values, rows), f"{name}: quantizing a quantized value again changes it {where}")
+    if isinstance(quantizer, Affine):
+        inside = (rows >= low.clamp(max=0)[:, None]) & (rows <= high.clamp(min=0)[:, None])
+        error = ((values - rows).abs() - qparams.scale.reshape(-1, 1) - _tolerance(rows))[inside]
+        _require(not (error > 0).any(), f"{name}: dequantize(quantize(x)) is more than one step from x {where}")
+
+    with torch.enable_grad(), _attempt(f"{name}.fake_quantize {where}"):
+        leaf = x.clone().requires_grad_()
+        faked = quantizer.fake_quantize(leaf, qparams)
+        upstream = _noise(x.shape, seed=4, uniform=True) + 0.5
+        (gradient,) = torch.autograd.grad(faked, leaf, upstream)
+    faked, gradient = turn(faked.detach()), turn(gradient / upstream)
+    if not _close(faked, values, rows):
+        index = int((faked - values).abs().argmax())
+        at, got, expected = (f"{float(t.flatten()[index]):g}" for t in (rows, faked, values))
+        what = f"fake_quantize({at}) is {got}, but dequantize(quantize({at})) is {expected}"
+        raise AssertionError(f"{name}: {what} {where}")
+    _require(bool(torch.isfinite(gradient).all()), f"{name}.fake_quantize has a gradient that is not finite {where}")
+    inside = (rows >= values.amin(1, keepdim=True)) & (rows <= values.amax(1, keepdim=True))
+    straight = bool(((gradient[inside] - 1).abs() < 1e-5).all())
+    _require(straight, f"{name}.fake_quantize has a gradient that is not straight-through inside the range {where}")
+    return values
+
+
+def _probe(quantizer: Quantizer, qparams: QParams, low: float, high: float, where: str) -> Tensor:
+    """Values in and around a range, and those half way between two codes, where rounding shows."""
+    margin = 0.25 * (high - low) + 0.01 * max(abs(low), abs(high))
+    num = min(4 * 2**quantizer.bits, 2048) + 1
+    grid = torch.cat([torch.linspace(low - margin, high + margin, num), torch.linspace(low, high, num)])
+    with _attempt(f"{type(quantizer).__name__}.dequantize(quantize(x)) {where}"):
+        levels = quantizer.dequantize(quantizer.quantize(grid, qparams), qparams).unique()
+    levels = levels[levels.isfinite()]
+    return torch.cat([grid, (levels[1:] + levels[:-1]) / 2])
+
+
+def _qparams(quantizer: Quantizer, low: Tensor, high: Tensor, axis: int | None, where: str) -> QParams:
+    with _attempt(f"{type(quantizer).__name__}.qparams {where}"):
+        return quantizer.qparams(low, high, axis)
+
+
+def _turn(axis: int | None) -> Callable[[Tensor], Tensor]:
+    """Rows to a tensor with its channels along an axis, and back."""
+    return (lambda t: t.t().contiguous()) if axis == 1 else (lambda t: t)
+
+
+def _tolerance(rows: Tensor) -> Tensor:
+    """What rounding of floats may cost, a row: ``x + (y - x)`` is not y to the last bit."""
+    return 1e-6 * rows.abs().amax(1, keepdim=True)
+
+
+def _close(a: Tensor, b: Tensor, rows: Tensor) -> bool:
+    return bool(((a - b).abs() <= _tolerance(rows)).all())
+
+
+def _layers() -> Iterator[Layer]:
+    """Layers whose weights are made without the global random state."""
+    kinds: Sequence[tuple[Callable[..., nn.Module], tuple[int, ...], str]] = (
+        (nn.Linear, (5, 3), "weight"),
+        (nn.Conv2d, (3, 4, 3), "weight"),
+        (nn.ConvTranspose2d, (3, 4, 3), "weight"),
+        (nn.LSTM, (4, 3), "weight_ih_l0"),
+        (nn.LSTM, (4, 3), "weight_hh_l0"),
+    )
+    for kind, arguments, parameter in kinds:
+        with torch.device("meta"):
+            module = kind(*arguments)
+        module = module.to_empty(device="cpu")
+        with torch.no_grad():
+            for p in module.parameters():
+                p.copy_(_noise(p.shape, seed=0))
+        yield Layer(f"{kind.__name__.lower()}.{parameter}", module, parameter)
+
+
+def _noise(shape: Sequence[int], seed: int, uniform: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand if uniform else torch.randn)(tuple(shape), generator=generator)
+
+
+@contextmanager
+def _attempt(what: str) -> Iterator[None]:
+    """Turn whatever a user's code raises into an AssertionError that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"{what} raised {type(error).__name__}: {error}") from error
+
+
+def _require(condition: Any, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)

@@ -1,0 +1,170 @@
+"""Every mistake is refused before the first training step: what was given, what is accepted, how to fix it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning_compress.callbacks import (
+    CompressionReport,
+    Export,
+    FineTuning,
+    GradualPruning,
+    QuantizationAwareTraining,
+)
+from torch.utils.data import DataLoader, IterableDataset
+
+import lightning_compress
+from lightning_compress.layers import Layer
+from lightning_compress.phase import Phase
+from lightning_compress.pruning import Linear
+from lightning_compress.quantization import Affine, Scheme
+
+from ..harness import make_module, make_trainer
+from ..zoo import MLP, ConvResidual
+
+
+class NoTraining(pl.Callback):
+    """Fails the test if training starts."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        raise AssertionError("training has started")
+
+
+class Endless(IterableDataset):
+    def __iter__(self) -> Any:
+        while True:
+            yield tuple(t[0] for t in MLP().tensors())
+
+
+def fit(folder: Path, *callbacks: pl.Callback, module: pl.LightningModule | None = None, **options: Any) -> None:
+    make_trainer(folder, callbacks=[*callbacks, NoTraining()], **options).fit(module or make_module("mlp"))
+
+
+def endless(folder: Path) -> None:
+    trainer = make_trainer(folder, callbacks=[GradualPruning(), NoTraining()], max_epochs=-1)
+    trainer.fit(make_module("mlp"), DataLoader(Endless(), 8))
+
+
+def without_validation(folder: Path) -> None:
+    module = make_module("mlp")
+    module.val_dataloader = None
+    fit(folder, CompressionReport(), module=module)
+
+
+def nan_weights(folder: Path) -> None:
+    module = make_module("mlp")
+    module.net[0].weight.data[0, :3] = torch.nan
+    fit(folder, GradualPruning(), module=module)
+
+
+def other_structure(folder: Path) -> None:
+    trainer = make_trainer(folder, callbacks=[GradualPruning()], max_epochs=1)
+    trainer.fit(make_module("mlp"))
+    trainer.save_checkpoint(folder / "mlp.ckpt")
+    make_trainer(folder, callbacks=[GradualPruning(), NoTraining()]).fit(ConvResidual(), ckpt_path=folder / "mlp.ckpt")
+
+
+def missing_extra(folder: Path) -> None:
+    with patch("lightning_compress.deploy.formats.find_spec", lambda name: None):
+        fit(folder, Export(["onnx"]))
+
+
+Case = tuple[Callable[[Path], Any], type[Exception], str]
+CASES: dict[str, Case] = {
+    "sparsity=90": (lambda _: GradualPruning(90), ValueError, "sparsity=90: accepted is a share in 0..1"),
+    "sparsity=True": (lambda _: GradualPruning(True), ValueError, "sparsity=True: accepted is a share"),
+    "Linear(1.5)": (lambda _: Linear(1.5), ValueError, "Linear.final=1.5: a sparsity is a share in 0..1"),
+    "scope='all'": (lambda _: GradualPruning(scope="all"), ValueError, "scope='all': accepted are 'global'"),
+    "every=0": (lambda _: GradualPruning(every=0), ValueError, "every=0: accepted is a whole number"),
+    "criterion='l1'": (lambda _: GradualPruning(criterion="l1"), TypeError, "criterion='l1': accepted is a Criterion"),
+    "scheme='int8'": (lambda _: QuantizationAwareTraining("int8"), TypeError, "scheme='int8': accepted is a Scheme"),
+    "freeze=0": (lambda _: QuantizationAwareTraining(freeze=0), ValueError, "freeze=0: accepted is a share"),
+    "bits=9": (lambda _: Affine(9), ValueError, "bits=9: accepted are the whole numbers 2..8"),
+    "weight=8": (lambda _: Scheme(weight=8), TypeError, "Scheme.weight=8: accepted is a Quantizer"),
+    "learning_rate='slow'": (lambda _: FineTuning(learning_rate="slow"), ValueError, "accepted are 'rewind'"),
+    "freeze matches nothing": (lambda f: fit(f, FineTuning(freeze=["x.*"])), ValueError, "freeze='x.*' matches no"),
+    "Phase(0.6, 0.2)": (lambda _: Phase(0.6, 0.2), ValueError, "accepted is 0 <= begin <= end"),
+    "Phase(0, 20)": (lambda _: Phase(0, 20), ValueError, "fractions of the run lie in 0..1"),
+    "phases overlap": (
+        lambda f: fit(f, GradualPruning(phase=Phase(0, 0.8)), QuantizationAwareTraining()),
+        ValueError,
+        "overlap. Phases follow each other",
+    ),
+    "calibrate after phase": (
+        lambda _: QuantizationAwareTraining(calibrate=Phase(0.5, 0.9)),
+        ValueError,
+        "Let calibrate end where phase begins",
+    ),
+    "phase longer than the run": (
+        lambda f: fit(f, GradualPruning(phase=Phase(2, 90, "epoch"))),
+        ValueError,
+        "the run has 6 epochs. Train longer or end the phase earlier",
+    ),
+    "phase shorter than a step": (
+        lambda f: fit(f, GradualPruning(phase=Phase(0.5, 0.501))),
+        ValueError,
+        "A phase takes at least one step",
+    ),
+    "run without an end": (lambda f: endless(f), ValueError, "the run has no known end"),
+    "include matches nothing": (
+        lambda f: fit(f, GradualPruning(include=["encoder.*"])),
+        ValueError,
+        "include='encoder.*' matches no layer. The layers are: net.0",
+    ),
+    "exclude matches nothing": (
+        lambda f: fit(f, QuantizationAwareTraining(lightning_compress.int8(exclude=["haed"]))),
+        ValueError,
+        "exclude='haed' matches no layer",
+    ),
+    "unknown format": (lambda _: Export(["tflite9"]), ValueError, "formats='tflite9': accepted are 'onnx'"),
+    "missing extra": (missing_extra, ModuleNotFoundError, r"pip install 'lightning-compress\[onnx\]'"),
+    "no validation data": (without_validation, ValueError, "measures on validation data, but there is no"),
+    "NaN weights": (nan_weights, ValueError, "net.0 has 3 weights that are NaN or infinite"),
+    "checkpoint of another model": (other_structure, ValueError, "The checkpoint is of another structure"),
+    "no such checkpoint": (
+        lambda f: lightning_compress.load_from_checkpoint(MLP, f / "no.ckpt"),
+        FileNotFoundError,
+        "there is no such checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("given", list(CASES))
+def test_refused_before_training(given: str, tmp_path: Path) -> None:
+    call, kind, message = CASES[given]
+    with pytest.raises(kind, match=message) as caught:
+        call(tmp_path)
+    assert len(str(caught.value).split()) >= 8, "an error says what is accepted and how to fix it"
+
+
+def test_a_failing_export_costs_no_checkpoint(tmp_path: Path) -> None:
+    """A disk that refuses, a model that cannot be captured: training has ended well, its checkpoint loads."""
+    module, trainer = make_module("branch"), make_trainer(tmp_path, [export := Export()], enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="The trained model and its checkpoints are safe"):
+        trainer.fit(module)
+    assert export.failures
+    loaded = lightning_compress.load_from_checkpoint(type(module), trainer.checkpoint_callback.best_model_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
+    assert "Export to onnx failed" in (tmp_path / "report.json").read_text()
+
+
+def test_a_gradient_clip_counts_only_kept_weights(tmp_path: Path) -> None:
+    """The clipped norm is that of the weights that are still there."""
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            layer = Layer("net.3", pl_module.net[3])
+            if layer.weight.grad is not None:
+                seen.append(float(layer.weight.grad[layer.weight == 0].abs().sum()))
+
+    pruning = GradualPruning(0.5, phase=Phase(0.0, 0.1), every=1)
+    make_trainer(tmp_path, callbacks=[pruning, Watch()], gradient_clip_val=0.1).fit(make_module("mlp"))
+    assert len(seen) > 10
+    assert not any(seen[4:])

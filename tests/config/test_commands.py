@@ -1,0 +1,211 @@
+"""The commands that the README shows, really run: our own, other people's, sweeps; W&B read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_compress.analysis.compare import offline_runs
+
+ROOT = Path(__file__).parents[2]
+FAST = ["trainer.max_epochs=2", "+trainer.limit_train_batches=30"]
+
+
+def run(*command: str, cwd: Path = ROOT, ok: bool = True) -> str:
+    """Output of a command of this environment."""
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "COLUMNS": "80", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    text = done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, text[-4000:]
+    return text
+
+
+def command(*overrides: str, ok: bool = True) -> str:
+    return run("-m", "lightning_compress.cli", *overrides, ok=ok)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The demo, shortened."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, command("experiment=mnist_prune_int8", *FAST, f"hydra.run.dir={folder}")
+
+
+def test_demo_writes_what_the_contract_names(demo: tuple[Path, str]) -> None:
+    folder, text = demo
+    for name in ("report.json", "report.html", "deploy/model.onnx", "checkpoints/last.ckpt", "csv/metrics.csv"):
+        assert (folder / name).is_file(), name
+    assert len(offline_runs(folder)) == 1
+    assert text.count("logged offline") == 1
+    assert "what compression bought" in text
+    assert str(folder / "report.html") in text
+
+
+def test_report_has_the_contract_keys_and_true_values(demo: tuple[Path, str]) -> None:
+    folder, _ = demo
+    report = json.loads((folder / "report.json").read_text())
+    totals = {"metric", "num_params", "num_nonzero", "sparsity", "macs", "bytes", "bytes_zstd"}
+    for key in ("dense", "control", "compressed"):
+        assert set(report[key]) == totals
+        assert all(value is not None for value in report[key].values())
+    assert report["metric"] == "val_acc"
+    layer = {"name", "type", "num_params", "sparsity", "weight_bits", "input_bits", "macs", "bytes"}
+    assert all(set(row) == layer for row in report["layers"])
+    assert {row["weight_bits"] for row in report["layers"]} == {row["input_bits"] for row in report["layers"]} == {8}
+    (artifact,) = report["artifacts"]
+    assert {"format", "runtime", "path", "bytes", "bytes_zstd", "metric", "max_abs_diff", "agreement"} < set(artifact)
+    assert set(artifact["latency_ms"]) == set(artifact["latency_ms_float"]) == {"1", "64"}
+    assert artifact["bytes"] == (folder / "deploy" / "model.onnx").stat().st_size
+    assert artifact["agreement"] >= 0.99
+    assert report["compressed"]["sparsity"] >= 0.9
+    assert report["compressed"]["num_params"] == report["dense"]["num_params"]
+    assert set(report["seconds"]) == {"fit", "overhead"}
+    html = (folder / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 3
+    assert "viewport" in html
+
+
+def test_offline_run_holds_config_history_summary_table_and_images(demo: tuple[Path, str]) -> None:
+    (run_,) = offline_runs(demo[0])
+    assert run_.config["seed"] == 0
+    assert run_.config["compression"]["prune"]["sparsity"] == 0.9
+    keys = {key for row in run_.history for key in row}
+    assert {"compress/sparsity", "compress/phase", "compress/bytes", "val_acc", "train_loss"} <= keys
+    live = [row["compress/sparsity"] for row in run_.history if "compress/sparsity" in row]
+    assert live == sorted(live)
+    assert live[-1] >= 0.9
+    assert run_.summary["compress/final_sparsity"] >= 0.9
+    media = {path.parent.name for path in demo[0].rglob("files/media/*/compress/*")} | {
+        path.parent.parent.name for path in demo[0].rglob("files/media/*/compress/*")
+    }
+    assert {"images", "table"} <= media
+
+
+def test_resume_and_init_from_take_the_demo_checkpoint(demo: tuple[Path, str], tmp_path: Path) -> None:
+    last = demo[0] / "checkpoints" / "last.ckpt"
+    options = [*FAST, "control=false", "logger=none", f"hydra.run.dir={tmp_path}"]
+    command("experiment=mnist_prune_int8", "compression=finetune", f"init_from={last}", *options)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["compressed"]["sparsity"] >= 0.9
+    text = command("experiment=mnist_prune_int8", f"ckpt_path={last}", *options, "trainer.max_epochs=3")
+    assert "Restored all states" in text
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_sweep_makes_one_run_a_job_in_one_group_and_one_table(launcher: str, tmp_path: Path) -> None:
+    text = command(
+        *("-m", "experiment=mnist_prune_int8", "sweep=sparsity", "trainer.max_epochs=1", f"hydra/launcher={launcher}"),
+        *("+trainer.limit_train_batches=20", "+trainer.limit_val_batches=1", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
+    )
+    runs = offline_runs(tmp_path)
+    assert [r.name.split()[0] for r in runs] == ["0", "1", "2"]
+    assert [r.name.split()[-1] for r in runs] == ["sparsity=0.5", "sparsity=0.8", "sparsity=0.9"]
+    assert len({r.run_id for r in runs}) == 3
+    assert len({r.group for r in runs}) == 1
+    assert runs[0].group
+    assert [r.summary["compress/final_sparsity"] for r in runs] == pytest.approx([0.5, 0.8, 0.9], abs=1e-4)
+    assert "3 runs of" in text
+
+
+def test_sweep_returns_the_objective(tmp_path: Path) -> None:
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    from lightning_compress.cli import train
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module("lightning_compress.conf", version_base="1.3"):
+        overrides = ["experiment=mnist_prune_int8", "compression=magnitude", "control=false", "logger=none"]
+        overrides += ["trainer.max_epochs=1", "+trainer.limit_train_batches=20", f"dir={tmp_path}"]
+        value = train(compose("config", [*overrides, "objective=artifacts.0.metric"]))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert value == report["artifacts"][0]["metric"]
+
+
+@pytest.mark.parametrize("recipe", ["magnitude", "int8", "prune_int8", "finetune"])
+def test_every_recipe_takes_a_users_own_classes(recipe: str, tmp_path: Path) -> None:
+    command(
+        *("model._target_=tests.zoo.MLP", "data._target_=lightning.pytorch.LightningDataModule.from_datasets"),
+        *("data=mlp", "logger=csv", f"compression={recipe}", "trainer.max_epochs=8", f"hydra.run.dir={tmp_path}"),
+        *("trainer.accelerator=cpu", f"hydra.searchpath=[file://{ROOT / 'tests' / 'config'}]"),
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["artifacts"][0]["agreement"] >= 0.99
+    bits = {row["weight_bits"] for row in report["layers"]}
+    assert bits == ({8} if "int8" in recipe else {32})
+
+
+def test_plain_trainer_script(tmp_path: Path) -> None:
+    run("-m", "experiments.foreign.trainer", cwd=tmp_path)
+    assert (tmp_path / "outputs" / "trainer" / "deploy" / "model.onnx").is_file()
+
+
+def test_lightning_cli(tmp_path: Path) -> None:
+    options = ["--trainer.max_epochs", "2", "--trainer.default_root_dir", str(tmp_path)]
+    run("-m", "experiments.foreign.cli", "fit", "--config", "experiments/foreign/cli.yaml", *options, cwd=ROOT)
+    report = json.loads((tmp_path / "report.json").read_text())
+    bits = {row["name"]: row["weight_bits"] for row in report["layers"]}
+    assert bits["stem.0"] == 32
+    assert bits["head"] == 8
+
+
+def test_foreign_hydra_application(tmp_path: Path) -> None:
+    options = ["trainer.max_epochs=2", f"hydra.run.dir={tmp_path}"]
+    run("-m", "experiments.foreign.app", "+compression=prune_int8", "callbacks.prune.sparsity=0.8", *options)
+    assert 0.8 <= json.loads((tmp_path / "report.json").read_text())["compressed"]["sparsity"] < 0.81
+
+
+def test_foreign_application_never_trains_uncompressed_by_mistake(tmp_path: Path) -> None:
+    """Even without the search path line our recipes are found; what is no recipe is an error."""
+    (tmp_path / "app.py").write_text(
+        "import hydra\n@hydra.main(version_base='1.3', config_path='.', config_name='app')\n"
+        "def main(cfg): print('callbacks:', *cfg.callbacks)\nmain()\n"
+    )
+    (tmp_path / "app.yaml").write_text("callbacks: {}\n")
+    assert "callbacks: prune finetune quantize report export" in run("app.py", "+compression=prune_int8", cwd=tmp_path)
+    assert "callbacks: prune report export quantize" in run("app.py", "+compression=[magnitude,int8]", cwd=tmp_path)
+    assert "Could not find 'compression/prune_int9'" in run("app.py", "+compression=prune_int9", cwd=tmp_path, ok=False)
+    assert "model" not in run("app.py", "--info", "searchpath", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["compression=prune_int9"], "Could not find 'compression/prune_int9'"),
+        (["compression=none"], "model names no class. Give model._target_=your.module.Class"),
+        (["experiment=mnist_prune_int8", "init_from=no.ckpt"], "init_from='no.ckpt': there is no such checkpoint"),
+        (["experiment=mnist_prune_int8", "compression.prune.sparsity=90"], "GradualPruning.sparsity=90"),
+        (["experiment=mnist_prune_int8", "compression.export.formats=[tflite9]"], "formats='tflite9': accepted are"),
+        (["experiment=mnist_prune_int8", "compression.quantize.scheme=int8"], "accepted is a Scheme"),
+    ],
+)
+def test_wrong_configuration_is_refused_in_words(overrides: list[str], message: str, tmp_path: Path) -> None:
+    text = command(*overrides, f"hydra.run.dir={tmp_path}", "control=false", ok=False)
+    assert message in text
+    assert "Epoch" not in text
+
+
+def test_every_configuration_composes_and_says_its_command() -> None:
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    def names(group: str) -> list[str]:
+        return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module("lightning_compress.conf", version_base="1.3"):
+        for group in ("experiment", "compression", "model", "data", "trainer", "logger", "sweep"):
+            assert names(group), group
+            for name in names(group):
+                cfg: Any = compose("config", [f"{group}={name}"])
+                assert "compression" in cfg
+                text = (ROOT / "conf" / group / f"{name}.yaml").read_text()
+                assert "#" in text.splitlines()[0]

@@ -1,0 +1,65 @@
+"""What several unit tests need: seeded tensors, a traced model, a quantized model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.quantization.placement import Placement, Tracer
+from lightning_compress.quantization.prepare import Prepared, prepare
+from lightning_compress.quantization.schemes import Scheme, int8
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model with seeded weights, and batch norms that are far from an identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.5 if p.dim() > 1 else 0.2))
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if module.weight is not None:
+                    module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
+                if module.running_mean is not None:
+                    module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=generator))
+                    module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+    return model
+
+
+def quantized_names(prepared: Prepared) -> set[str]:
+    return {layer.name.removesuffix("." + layer.parameter) for layer in prepared.layers}
+
+
+def trace(model: nn.Module, *inputs: Any, scheme: Scheme | None = None) -> Placement:
+    """Where activations of the model are quantized."""
+    with torch.no_grad(), Tracer(model, quantized_names(prepare(model, scheme or int8()))) as tracer:
+        model(*inputs)
+    return tracer.placement
+
+
+def quantize(model: nn.Module, *inputs: Any, scheme: Scheme | None = None) -> Prepared:
+    """Quantize a model in eval mode, in place, with the ranges of one batch."""
+    model.eval()
+    prepared = prepare(model, scheme or int8())
+    prepared.place(model, trace(model, *inputs))
+    prepared.observe(True)
+    run(model, *inputs)
+    prepared.observe(False)
+    prepared.enable(True)
+    return prepared
+
+
+def run(model: nn.Module, *inputs: Any) -> Any:
+    with torch.no_grad():
+        return model(*inputs)
+
+
+def largest_difference(a: Any, b: Any) -> float:
+    pairs = zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True)
+    return max(float((x - y).abs().max()) for x, y in pairs)
