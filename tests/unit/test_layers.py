@@ -70,8 +70,9 @@ def test_include_and_exclude_pick_by_name(include: list[str], exclude: list[str]
 @pytest.mark.parametrize("field", ["include", "exclude"])
 @pytest.mark.parametrize("pattern", ["haed", "enc", "encoder.1", "encoder.0.weight"])
 def test_a_pattern_that_matches_no_layer_is_an_error_that_lists_them(field: str, pattern: str) -> None:
-    with pytest.raises(ValueError, match=rf"{field}='{pattern}' matches no layer.*encoder\.0, encoder\.2, head"):
+    with pytest.raises(ValueError, match=f"{field}='{pattern}' matches no layer") as error:
         find_layers(Net(), **{field: ["head", pattern]})
+    assert all(name in str(error.value) for name in ("embed", "encoder.0", "encoder.2", "head"))
 
 
 def test_every_kind_of_layer_is_found_and_holds_its_stored_weight() -> None:

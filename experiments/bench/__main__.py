@@ -1,0 +1,43 @@
+"""Run a benchmark: ``python -m experiments.bench peers --json peers.json``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib import import_module
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+
+
+def main() -> None:
+    """Parse, run, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--json", type=Path, help="also write headline and rows to this file")
+    name = parser.parse_known_args()[0].name
+    module = import_module(f"experiments.bench.{name}")
+    if hasattr(module, "add_arguments"):
+        module.add_arguments(parser)
+    options = vars(parser.parse_args())
+    path = options.pop("json")
+    options.pop("name")
+    result = module.run(**options)
+    table = Table(title=name, box=box.SIMPLE_HEAD)
+    for i, column in enumerate(result["rows"][0]):
+        table.add_column(column, justify="right" if i else "left")
+    for row in result["rows"]:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console = Console()
+    console.print(table)
+    console.print("headline: " + ", ".join(f"{key} {value:.4g}" for key, value in result["headline"].items()))
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

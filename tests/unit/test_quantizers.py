@@ -1,0 +1,171 @@
+"""How numbers are written, against numpy and the quantized tensors and fused operations of torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.ao.quantization.fx._decomposed
+from torch import Tensor
+from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
+
+from lightning_compress.quantization import Affine, QParams, Quantizer
+from lightning_compress.testing import check_quantizer
+
+from .helpers import noise
+
+RANGES = [(-1.0, 1.0), (0.0, 6.0), (-3.0, 0.0), (-0.3, 2.7), (0.5, 4.0), (-4.0, -0.5), (-1e-4, 2e-4), (-3e4, 1e3)]
+
+
+def qparams(quantizer: Quantizer, low: float, high: float) -> QParams:
+    return quantizer.qparams(torch.tensor(low), torch.tensor(high))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
+def test_the_contract_is_kept(bits: int, symmetric: bool) -> None:
+    check_quantizer(Affine(bits, symmetric))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
+def test_codes_are_the_affine_formula(bits: int, share: float) -> None:
+    top = 2**bits - 1
+    low = -0.37 * round(share * top)  # 0 falls on a code
+    high = low + 0.37 * top
+    x = np.linspace(low, high, 1001, dtype=np.float64)
+    exact = (x - low) / (high - low) * top
+    x, exact = x[np.abs(exact % 1 - 0.5) > 1e-3], exact[np.abs(exact % 1 - 0.5) > 1e-3]
+    quantizer = Affine(bits)
+    codes = quantizer.quantize(torch.from_numpy(x).float(), qparams(quantizer, low, high))
+    np.testing.assert_array_equal(codes.numpy(), np.round(exact))
+    assert (codes.min(), codes.max()) == (0, top)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_symmetric_codes_are_shares_of_the_largest_value(bits: int) -> None:
+    top = 2 ** (bits - 1) - 1
+    x = noise(999).clamp(-3, 3)
+    exact = x.double().numpy() / 3 * top
+    quantizer = Affine(bits, symmetric=True)
+    codes = quantizer.quantize(x, qparams(quantizer, -3.0, 2.0))
+    np.testing.assert_array_equal(codes.numpy(), np.round(exact))
+    assert codes.abs().max() <= top
+
+
+@pytest.mark.parametrize(("low", "high"), RANGES)
+def test_scale_and_zero_point_are_those_of_torch(low: float, high: float) -> None:
+    observer = MinMaxObserver(torch.quint8, torch.per_tensor_affine, eps=1e-12)
+    observer(torch.tensor([low, high]))
+    scale, zero_point = observer.calculate_qparams()
+    ours = qparams(Affine(), low, high)
+    torch.testing.assert_close(ours.scale, scale.squeeze())
+    assert int(ours.zero_point) == int(zero_point)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_scales_of_channels_are_those_of_torch(axis: int) -> None:
+    weight = noise(4, 5, 3) * torch.arange(1, 6).view(5, 1)
+    observer = PerChannelMinMaxObserver(axis, torch.qint8, torch.per_channel_symmetric, quant_min=-127, quant_max=127)
+    observer(weight)
+    scale, zero_point = observer.calculate_qparams()
+    dims = [d for d in range(3) if d != axis]
+    ours = Affine(8, symmetric=True).qparams(weight.amin(dims), weight.amax(dims), axis)
+    torch.testing.assert_close(ours.scale, scale)
+    assert torch.equal(ours.zero_point.long(), zero_point.long())
+
+
+@pytest.mark.parametrize(("low", "high"), RANGES)
+def test_codes_and_values_are_those_of_a_quantized_tensor(low: float, high: float) -> None:
+    x = noise(2000) * (high - low)
+    quantizer = Affine()
+    ours = qparams(quantizer, low, high)
+    reference = torch.quantize_per_tensor(x, float(ours.scale), int(ours.zero_point), torch.quint8)
+    codes = quantizer.quantize(x, ours)
+    assert torch.equal(codes.to(torch.uint8), reference.int_repr())
+    torch.testing.assert_close(quantizer.dequantize(codes, ours), reference.dequantize())
+
+
+def test_a_value_half_way_between_two_codes_goes_where_the_exported_operation_puts_it() -> None:
+    x = torch.arange(-127, 128) + 0.5
+    quantizer = Affine()
+    ours = qparams(quantizer, -127.0, 128.0)
+    assert (float(ours.scale), int(ours.zero_point)) == (1.0, 127)
+    codes = torch.ops.quantized_decomposed.quantize_per_tensor(x, 1.0, 127, 0, 255, torch.uint8)
+    assert torch.equal(quantizer.quantize(x, ours).to(torch.uint8), codes)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("low", "high"), RANGES)
+def test_fake_quantize_gives_the_values_of_the_codes(low: float, high: float, symmetric: bool) -> None:
+    x = noise(2000) * (high - low)
+    for bits in (3, 8):
+        quantizer = Affine(bits, symmetric)
+        ours = qparams(quantizer, low, high)
+        values = quantizer.dequantize(quantizer.quantize(x, ours), ours)
+        assert torch.equal(quantizer.fake_quantize(x, ours), values)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("low", "high"), [*RANGES, (0.0, 0.0), (1e-30, 1e-30), (-1e30, 1e30)])
+def test_zero_stays_exactly_zero(low: float, high: float, symmetric: bool) -> None:
+    for bits in (2, 5, 8):
+        quantizer = Affine(bits, symmetric)
+        ours = qparams(quantizer, low, high)
+        assert quantizer.dequantize(quantizer.quantize(torch.zeros(3), ours), ours).eq(0).all()
+        assert quantizer.fake_quantize(torch.zeros(3), ours).eq(0).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_channels_are_quantized_one_by_one(axis: int) -> None:
+    x = noise(3, 4, 5) * torch.arange(1, 6)
+    dims = [d for d in range(3) if d != axis]
+    quantizer = Affine(4)
+    together = quantizer.qparams(x.amin(dims), x.amax(dims), axis)
+    values = quantizer.fake_quantize(x, together)
+    assert torch.equal(values, quantizer.dequantize(quantizer.quantize(x, together), together))
+    for i in range(x.shape[axis]):
+        channel = x.select(axis, i)
+        alone = quantizer.fake_quantize(channel, quantizer.qparams(channel.min(), channel.max()))
+        assert torch.equal(values.select(axis, i), alone)
+
+
+def test_the_gradient_is_straight_through_inside_the_range_and_zero_outside() -> None:
+    x = torch.tensor([-2.0, -1.0, -0.3, 0.0, 0.9, 1.5, 1.6], requires_grad=True)
+    quantizer = Affine()
+    quantizer.fake_quantize(x, qparams(quantizer, -1.0, 1.5)).backward(torch.arange(1.0, 8.0))
+    assert x.grad.tolist() == [0.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0]
+
+
+class Ternary(Quantizer):
+    bits = 2
+
+    def qparams(self, low: Tensor, high: Tensor, axis: int | None = None) -> QParams:
+        scale = torch.maximum(-low, high).clamp(min=1e-12)
+        return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), axis)
+
+    def _scale(self, x: Tensor, p: QParams) -> Tensor:
+        return p.scale if p.axis is None else p.scale.view([-1 if d == p.axis else 1 for d in range(x.dim())])
+
+    def quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return (x / self._scale(x, p)).clamp(-1, 1).round()
+
+    def dequantize(self, codes: Tensor, p: QParams) -> Tensor:
+        return codes * self._scale(codes, p)
+
+
+def test_a_quantizer_of_ones_own_keeps_the_contract_by_the_inherited_round_trip() -> None:
+    check_quantizer(Ternary())
+    x = noise(50).requires_grad_()
+    quantizer = Ternary()
+    ours = qparams(quantizer, -1.0, 1.0)
+    values = quantizer.fake_quantize(x, ours)
+    torch.testing.assert_close(values, x.detach().clamp(-1, 1).round())
+    values.backward(torch.arange(50.0))
+    assert torch.equal(x.grad, torch.arange(50.0))
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0, -4, 8.0, "8", None])
+def test_a_width_that_no_code_has_is_refused(bits: object) -> None:
+    with pytest.raises(ValueError, match=r"Affine\.bits"):
+        Affine(bits)
