@@ -33,6 +33,7 @@ def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
 
     offline = os.environ.get("WANDB_MODE") == "offline" or not _has_key()
     if offline:
+        os.environ.setdefault("WANDB_SILENT", "true")  # its own lines say the same at greater length
         rank_zero_info(f"W&B: no key is set, so the run is logged offline below {save_dir}; `wandb sync` uploads it.")
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     kwargs = _sweep_names() | kwargs

@@ -17,11 +17,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning
+from lightning_compress.callbacks import GradualPruning
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress.callbacks import GradualPruning
 from lightning_compress.phase import Phase
 
 TARGET, EPOCHS = 0.8, 6
@@ -154,7 +154,5 @@ def run() -> dict[str, Any]:
         warnings.simplefilter("ignore")
         for name, method in METHODS.items():
             rows.append({"method": name, **measure(method, Path(folder))})
-    headline = {
-        row["method"]: row["after resume"] - TARGET for row in rows if not isinstance(row["after resume"], str)
-    }
+    headline = {row["method"]: row["after resume"] - TARGET for row in rows if not isinstance(row["after resume"], str)}
     return {"headline": headline, "rows": rows}

@@ -1,0 +1,30 @@
+"""The formats by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lightning_compress.deploy import FORMATS, formats
+from lightning_compress.deploy.formats import check_formats
+
+
+def test_every_format_is_installed_here_and_has_an_exporter_and_a_runner() -> None:
+    check_formats(list(FORMATS))
+    for kind in FORMATS.values():
+        assert callable(kind.export)
+        assert kind.runner.runtime
+        assert kind.suffix.startswith(".")
+
+
+def test_an_unknown_format_is_refused_and_the_known_ones_are_listed() -> None:
+    with pytest.raises(ValueError, match=r"formats='tflite': accepted are 'onnx'"):
+        check_formats(["onnx", "tflite"])
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = dataclasses.replace(FORMATS["onnx"], packages=("onnx", "no_such_package_xyz"))
+    monkeypatch.setitem(formats.FORMATS, "onnx", lacking)
+    with pytest.raises(ModuleNotFoundError, match=r"needs no_such_package_xyz.*lightning-compress\[onnx\]"):
+        check_formats(["onnx"])

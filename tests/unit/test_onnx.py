@@ -1,0 +1,150 @@
+"""The ONNX file in onnxruntime, against the fake-quantized model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_compress import convert
+from lightning_compress.deploy.forward import Inputs
+from lightning_compress.deploy.onnx import Runner, export
+from lightning_compress.quantization.convert import to_float
+
+from .helpers import largest_difference, noise, quantize, randomized, run
+from .test_convert import IMAGES, dead_channel, negative_gamma
+from .test_placement import Residual
+
+
+def export_quantized(model: nn.Module, x: Tensor, path: Path) -> Runner:
+    """The file of a model that is quantized in place."""
+    quantize(model, x)
+    export(convert(model), Inputs((x,), {}), path)
+    return Runner(path, run(model, x))
+
+
+def kernels(path: Path) -> list[str]:
+    """The operations that onnxruntime really runs."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(path.with_suffix(".optimized.onnx"))
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+
+
+@pytest.fixture(scope="module")
+def residual(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, Runner]:
+    model = randomized(Residual())
+    path = tmp_path_factory.mktemp("onnx") / "below" / "model.onnx"
+    return model, path, export_quantized(model, IMAGES, path)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 9])
+def test_the_file_computes_what_the_fake_quantized_model_computes_at_any_batch_size(residual: Any, size: int) -> None:
+    model, _, runner = residual
+    x = noise(size, 2, 8, 8, seed=size)
+    expected, plain = run(model, x), run(to_float(model), x)
+    got = runner(Inputs((x,), {}))
+    assert got.shape == (size, 3)
+    assert largest_difference(got, expected) < 0.5 * largest_difference(expected, plain)
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+def test_the_file_runs_in_integer_kernels(residual: Any) -> None:
+    _, path, _ = residual
+    found = kernels(path)
+    assert found.count("QLinearConv") == 5
+    assert found.count("QLinearAdd") == 2
+    assert found.count("QGemm") == 1
+    assert "Conv" not in found
+    assert "Gemm" not in found
+
+
+def test_the_weights_are_stored_as_int8_in_the_one_file(residual: Any) -> None:
+    model, path, _ = residual
+    proto = onnx.load(str(path))
+    onnx.checker.check_model(proto)
+    stored = [onnx.numpy_helper.to_array(t) for t in proto.graph.initializer]
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    assert sorted(a.size for a in stored if a.dtype == np.int8 and a.ndim > 1) == sorted(p.numel() for p in weights)
+    assert not [a for a in stored if a.dtype == np.float32 and a.ndim > 1 and a.size > 8]
+    assert [p.name for p in path.parent.iterdir() if p.suffix == ".data"] == []
+
+
+@pytest.mark.parametrize("build", [negative_gamma, dead_channel])
+def test_flipped_and_dead_channels_agree_in_the_file(build: Any, tmp_path: Path) -> None:
+    model = build()
+    path = tmp_path / "model.onnx"
+    runner = export_quantized(model, IMAGES, path)
+    expected, plain = run(model, IMAGES), run(to_float(model), IMAGES)
+    assert kernels(path).count("QLinearConv") == 2
+    assert largest_difference(runner(Inputs((IMAGES,), {})), expected) < 0.5 * largest_difference(expected, plain)
+
+
+def test_a_dead_channel_of_a_single_layer_keeps_its_large_bias_in_the_file(tmp_path: Path) -> None:
+    model = randomized(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1)))
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[0].bias[1] = 1000.0
+    runner = export_quantized(model, IMAGES, tmp_path / "model.onnx")
+    expected = run(model, IMAGES)
+    assert float(expected.abs().max()) > 100
+    torch.testing.assert_close(runner(Inputs((IMAGES,), {})), expected, rtol=0, atol=0.01 * float(expected.abs().max()))
+
+
+class Several(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, *, extra: Tensor) -> dict[str, Any]:
+        y = self.fc(x)
+        return {"logits": y, "more": (y.softmax(-1), y + extra)}
+
+
+def test_named_inputs_and_nested_outputs_keep_their_structure(tmp_path: Path) -> None:
+    model = randomized(Several()).eval()
+    inputs = Inputs((noise(1, 3),), {"extra": noise(1, 2)})
+    export(model, inputs, tmp_path / "model.onnx")
+    with torch.no_grad():
+        runner = Runner(tmp_path / "model.onnx", model(*inputs.args, **inputs.kwargs))
+        for size in (1, 5):
+            x, extra = noise(size, 3, seed=size), noise(size, 2, seed=9)
+            got, expected = runner(Inputs((x,), {"extra": extra})), model(x, extra=extra)
+            assert got.keys() == expected.keys()
+            assert isinstance(got["more"], tuple)
+            assert largest_difference(got, expected) < 1e-5
+
+
+def test_the_float_file_is_the_plain_model(tmp_path: Path) -> None:
+    model = negative_gamma().eval()
+    plain = run(model, IMAGES)
+    quantize(model, IMAGES)
+    export(to_float(model), Inputs((IMAGES,), {}), tmp_path / "float.onnx")
+    runner = Runner(tmp_path / "float.onnx", plain)
+    torch.testing.assert_close(runner(Inputs((IMAGES,), {})), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prepared_call_runs_the_file(residual: Any) -> None:
+    _, _, runner = residual
+    inputs = Inputs((IMAGES,), {})
+    (output,) = runner.prepare(inputs)()
+    assert torch.equal(torch.from_numpy(output), runner(inputs))
+
+
+def test_an_export_leaves_no_trace_in_torch(residual: Any, tmp_path: Path) -> None:
+    before = nn.modules.transformer._detect_is_causal_mask
+    x = torch.nn.functional.pad(noise(2, 3), (0, 1))
+    model = randomized(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)).eval()
+    export(model, Inputs((x.view(2, 1, 4),), {}), tmp_path / "model.onnx")
+    assert nn.modules.transformer._detect_is_causal_mask is before
+    runner = Runner(tmp_path / "model.onnx", run(model, x.view(2, 1, 4)))
+    torch.testing.assert_close(
+        runner(Inputs((x.view(2, 1, 4),), {})), run(model, x.view(2, 1, 4)), rtol=1e-4, atol=1e-5
+    )

@@ -1,0 +1,109 @@
+"""A prepared model as one thing to switch, save and load."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_compress import int8
+from lightning_compress.quantization import Affine, MinMax, Scheme
+from lightning_compress.quantization.prepare import prepare, prepared
+
+from .helpers import noise, quantize, randomized, run, trace
+from .test_placement import Residual
+
+X = noise(4, 2, 8, 8)
+
+
+def test_a_prepared_model_is_bitwise_the_plain_one_until_it_is_enabled() -> None:
+    model = randomized(Residual()).eval()
+    expected = run(model, X)
+    prepared_ = prepare(model, int8())
+    assert torch.equal(run(model, X), expected)
+    prepared_.place(model, trace(model, X))
+    assert torch.equal(run(model, X), expected)
+    prepared_.observe(True)
+    assert torch.equal(run(model, X), expected)
+    prepared_.enable(True)
+    assert not torch.equal(run(model, X), expected)
+    prepared_.enable(False)
+    assert torch.equal(run(model, X), expected)
+
+
+def test_preparing_twice_leaves_the_first() -> None:
+    model = nn.Linear(3, 3)
+    assert prepared(model) is None
+    first = prepare(model, int8())
+    assert prepare(model, Scheme(weight=Affine(2, symmetric=True))) is first is prepared(model)
+    assert list(model.state_dict()) == ["weight", "bias"]
+
+
+def test_an_activation_that_has_seen_nothing_stays_in_float() -> None:
+    model = randomized(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    prepared_ = prepare(model, int8())
+    prepared_.place(model, trace(model, noise(3, 4)))
+    prepared_.enable(True)
+    assert prepared_.enabled
+    assert not any(a.enabled for a in prepared_.activations.values())
+    assert bool(torch.isfinite(run(model, noise(3, 4))).all())
+
+
+def test_a_scheme_without_inputs_places_no_activation_quantizer_but_folds() -> None:
+    model = randomized(Residual())
+    prepared_ = quantize(model, X, scheme=Scheme(inputs=None))
+    assert not prepared_.activations
+    assert list(prepared_.batch_norms(model)) == [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_fresh_model_takes_up_the_state_and_computes_the_same(enabled: bool) -> None:
+    model, fresh = randomized(Residual()).eval(), randomized(Residual()).eval()
+    scheme = Scheme(Affine(4, symmetric=True), Affine(5), MinMax(), exclude=["fc"])
+    first = quantize(model, X, scheme=scheme)
+    first.enable(enabled)
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    second = prepare(fresh, Scheme.from_state(state["scheme"]))
+    second.load_state_dict(fresh, state)
+    assert second.placement == first.placement
+    assert second.enabled is enabled
+    assert torch.equal(run(fresh, X), run(model, X))
+
+
+def test_a_loaded_range_is_not_shared_with_the_state() -> None:
+    model, fresh = randomized(Residual()), randomized(Residual()).eval()
+    state = quantize(model, X).state_dict()
+    before = {name: value.clone() for name, value in state["ranges"].items()}
+    second = prepare(fresh, int8())
+    second.load_state_dict(fresh, state)
+    second.observe(True)
+    run(fresh, 10 * X)
+    assert all(torch.equal(state["ranges"][name], before[name]) for name in before)
+
+
+def test_a_state_before_any_batch_was_watched_loads() -> None:
+    model = randomized(Residual())
+    state = prepare(randomized(Residual()), int8()).state_dict()
+    second = prepare(model, int8())
+    second.load_state_dict(model, state)
+    assert second.placement is None
+    assert not second.enabled
+
+
+def test_a_state_of_another_model_is_refused_and_names_what_is_missing() -> None:
+    state = quantize(randomized(Residual()), X).state_dict()
+    model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"modules that this model has not: conv, relu"):
+        prepare(model, int8()).load_state_dict(model, state)
+
+
+def test_layers_that_are_left_alone_are_listed() -> None:
+    prepared_ = prepare(Residual(), int8(exclude=["block1"]))
+    assert prepared_.skipped == dict.fromkeys(("block1.conv1", "block1.conv2"), "excluded by name")
+    with pytest.raises(ValueError, match="matches no layer"):
+        prepare(Residual(), int8(include=["head"]))

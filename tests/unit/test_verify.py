@@ -1,0 +1,118 @@
+"""The comparison of a file with its model, and timing."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.deploy.forward import Inputs, replaced_forward
+from lightning_compress.deploy.verify import Artifact, Comparison, time_together
+
+from .helpers import noise
+
+
+class Passes(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+def compare(change: Callable[[Any], Any], *batches: Any) -> Comparison:
+    """An identity compared with a runner that changes what it was given."""
+    comparison = Comparison(Passes(), lambda inputs: change(inputs.args[0]))
+    for batch in batches:
+        comparison(batch)
+    return comparison
+
+
+def test_equal_outputs_agree_wholly() -> None:
+    comparison = compare(lambda x: x.clone(), noise(5, 3), noise(2, 3))
+    assert (comparison.max_abs_diff, comparison.agreement, comparison.num_calls) == (0.0, 1.0, 2)
+
+
+def test_the_difference_is_the_largest_of_all_batches_and_outputs() -> None:
+    comparison = compare(lambda x: {"a": x["a"], "b": x["b"] - 0.5}, {"a": noise(2, 3), "b": noise(2, 3)})
+    assert comparison.max_abs_diff == pytest.approx(0.5)
+    comparison({"a": noise(2, 3), "b": noise(2, 3)})
+    assert comparison.max_abs_diff == pytest.approx(0.5)
+
+
+def test_agreement_is_the_share_of_samples_with_the_same_largest_class() -> None:
+    logits = torch.eye(4)[[0, 1, 2, 3, 0]]
+
+    def change(x: Tensor) -> Tensor:
+        return torch.cat([x[:3], x[3:].roll(1, -1)])
+
+    assert compare(change, logits).agreement == pytest.approx(3 / 5)
+    assert compare(change, logits, logits[:3]).agreement == pytest.approx(6 / 8)
+
+
+def test_single_values_agree_within_one_percent_of_the_largest() -> None:
+    assert compare(lambda x: x + 0.09, torch.tensor([[10.0], [1.0], [-5.0]])).agreement == 1.0
+    assert compare(
+        lambda x: x + torch.tensor([[0.0], [0.11], [0.0]]), torch.tensor([[10.0], [1.0], [-5.0]])
+    ).agreement == (pytest.approx(2 / 3))
+    assert compare(lambda x: x * 2, torch.tensor(3.0)).agreement == 0.0
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_an_output_that_is_not_finite_shows_in_the_difference(wrong: float) -> None:
+    comparison = compare(lambda x: x.clone().index_fill_(1, torch.tensor(0), wrong), noise(4, 3), noise(4, 3))
+    assert not math.isfinite(comparison.max_abs_diff)
+
+
+def test_an_output_that_is_missing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        compare(lambda x: x[:1], (noise(2, 3), noise(2, 3)))
+
+
+def test_integer_outputs_count_in_neither() -> None:
+    comparison = compare(lambda x: x + 1, torch.arange(4))
+    assert (comparison.max_abs_diff, comparison.agreement, comparison.num_calls) == (0.0, None, 1)
+
+
+def test_a_comparison_stands_in_for_the_forward_and_gives_the_files_outputs() -> None:
+    model, x = nn.Linear(3, 2), noise(4, 3)
+    comparison = Comparison(model.requires_grad_(False), lambda inputs: model(*inputs.args) + 1)
+    other = nn.Linear(3, 2)
+    with replaced_forward(other, comparison):
+        got = other(x)
+    assert torch.equal(got, model(x) + 1)
+    assert comparison.max_abs_diff == pytest.approx(1.0)
+
+
+def test_arguments_by_name_reach_the_model_and_the_file() -> None:
+    seen: list[Inputs] = []
+    comparison = Comparison(Passes(), lambda inputs: (seen.append(inputs), inputs.kwargs["x"])[1])
+    comparison(x=noise(2, 3))
+    assert torch.equal(seen[0].kwargs["x"], noise(2, 3))
+    assert comparison.agreement == 1.0
+
+
+def test_an_artifact_is_plain_values() -> None:
+    artifact = Artifact("onnx", "onnxruntime", "a.onnx", 10, 5, 0.9, 1e-3, 1.0, {"1": 0.5}, {"1": 1.0})
+    assert Artifact(**json.loads(json.dumps(artifact.to_dict()))) == artifact
+
+
+def test_medians_are_milliseconds_in_the_order_of_the_calls() -> None:
+    slow, fast = time_together([lambda: time.sleep(0.01), lambda: None], seconds=0.05)
+    assert 10 <= slow < 100
+    assert fast < 1
+
+
+def test_each_call_runs_at_least_five_times_interleaved_and_without_gradients() -> None:
+    calls: list[str] = []
+    modes: list[bool] = []
+
+    def record(name: str) -> Callable[[], None]:
+        return lambda: (calls.append(name), modes.append(torch.is_grad_enabled()))
+
+    time_together([record("a"), record("b")], seconds=0.0)
+    assert calls == ["a", "b"] * 6
+    assert not any(modes[2:])
