@@ -101,6 +101,8 @@ class FineTuning(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse phases that cannot be."""
         check_run(trainer)
+        if trainer.global_step == 0:
+            self._history.clear()
         if self.learning_rate == "rewind" and math.isnan(self.phase.fractions(read_clock(trainer, 0))[0]):
             raise ValueError(
                 "FineTuning.learning_rate='rewind' replays a stretch of the run, but the run has no known end. Set "

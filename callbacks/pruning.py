@@ -17,7 +17,7 @@ from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import Criterion, Cubic, Element, Magnitude, Masks, Pattern, Schedule
 
 from .clock import check_run, read_clock
-from .structure import check_structure_on_load
+from .structure import check_strategy, check_structure_on_load
 
 __all__ = ["GradualPruning"]
 
@@ -98,7 +98,8 @@ class GradualPruning(pl.Callback):
         return [("prune", self.phase)]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let a checkpoint of another structure be refused in words."""
+        """Refuse sharding strategies, and let a checkpoint of another structure be refused in words."""
+        check_strategy(trainer)
         check_structure_on_load(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -110,10 +111,12 @@ class GradualPruning(pl.Callback):
         if self.skipped:
             left = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
             rank_zero_info(f"GradualPruning leaves alone {left}")
-        self.masks = Masks(layers)
         if self._state is not None:
+            self.masks = Masks(layers)
             self.masks.load_state_dict(self._state)
             self._state = None
+        elif self.masks is None or not self.masks.are_of(layers):  # else a second fit goes on where the first ended
+            self.masks, self._last_step, self._done = Masks(layers), -1, False
         self.masks.bind(pl_module)
         for optimizer in trainer.optimizers:
             ids = {id(p) for group in optimizer.param_groups for p in group["params"]}

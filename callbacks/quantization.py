@@ -14,7 +14,7 @@ from lightning_compress.quantization.prepare import Prepared, prepare
 from lightning_compress.quantization.schemes import Scheme, int8
 
 from .clock import check_run, read_clock
-from .structure import check_structure_on_load
+from .structure import check_strategy, check_structure_on_load
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -77,7 +77,8 @@ class QuantizationAwareTraining(pl.Callback):
         return [("calibrate", self.calibrate), ("quantize", self.phase)]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let a checkpoint of another structure be refused in words."""
+        """Refuse sharding strategies, and let a checkpoint of another structure be refused in words."""
+        check_strategy(trainer)
         check_structure_on_load(pl_module)
 
     def _attach(self, pl_module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint of another structure is refused in words, before Lightning loads it."""
+"""What cannot be loaded is refused in words, before Lightning loads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,20 @@ import lightning.pytorch as pl
 
 from lightning_compress.checkpoint import check_structure
 
-__all__ = ["check_structure_on_load"]
+__all__ = ["check_strategy", "check_structure_on_load"]
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Raise for strategies that shard the model: they load a checkpoint after the callbacks have looked at the model.
+
+    Raises:
+        ValueError: If the strategy is one of them.
+    """
+    if trainer.strategy.restore_checkpoint_after_setup:
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} restores checkpoints after setup, which is not supported. "
+            " Accepted are single-device and DDP strategies: Trainer(strategy='ddp')."
+        )
 
 
 def check_structure_on_load(pl_module: pl.LightningModule) -> None:

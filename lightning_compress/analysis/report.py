@@ -194,11 +194,9 @@ def write_html(report: dict[str, Any], history: History, path: Path) -> None:
     problems = "".join(f'<p class="warning">{html.escape(text)}</p>' for text in report.get("warnings", []))
     layers = [
         [
-            row["name"],
-            row["type"],
-            *(_short(row[key]) for key in ("num_params", "macs", "bytes")),
+            *(row["name"], row["type"], *(_short(row[key]) for key in ("num_params", "macs", "bytes"))),
+            *(f"{row['sparsity']:.1%}", str(row["weight_bits"]), str(row["input_bits"])),
         ]
-        + [f"{row['sparsity']:.1%}", str(row["weight_bits"]), str(row["input_bits"])]
         for row in report["layers"]
     ]
     layer_names = [

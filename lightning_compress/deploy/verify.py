@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress.deploy.forward import Inputs, run_model
 
@@ -70,13 +70,14 @@ class Comparison:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The file's outputs for the model's arguments."""
-        inputs = Inputs(args, kwargs)
+        devices = [x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = Inputs(*tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, (args, kwargs)))
         expected, got = run_model(self.model, inputs), self.runner(inputs)
         self.num_calls += 1
         for a, b in zip(tree_leaves(expected), tree_leaves(got), strict=True):
             if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
                 self._count(a.float(), b.float())
-        return got
+        return tree_map(lambda x: x.to(devices[0]) if devices and isinstance(x, Tensor) else x, got)
 
     def _count(self, a: Tensor, b: Tensor) -> None:
         self._diff = max(self._diff, float((a - b).abs().max()))

@@ -29,6 +29,10 @@ class Masks:
         self.layers = list(layers)
         self._masks = {layer.name: torch.ones_like(layer.weight, dtype=torch.int8) for layer in layers}
 
+    def are_of(self, layers: Sequence[Layer]) -> bool:
+        """Whether these are the masks of exactly these weights."""
+        return [id(layer.weight) for layer in layers] == [id(layer.weight) for layer in self.layers]
+
     @property
     def sparsity(self) -> float:
         """Share of the weights that is dropped."""
