@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 
 from lightning_compress.phase import Clock, Phase, check_phases
 
-__all__ = ["check_run", "current_phase", "first_begin", "phases_of", "read_clock"]
+__all__ = ["all_callbacks", "check_run", "current_phase", "first_begin", "phases_of", "read_clock"]
 
 
 def read_clock(trainer: pl.Trainer, num_batches: int) -> Clock:
@@ -35,9 +35,14 @@ def read_clock(trainer: pl.Trainer, num_batches: int) -> Clock:
     )
 
 
+def all_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Every callback of a Trainer, which sets them where type checkers do not look."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
 def phases_of(trainer: pl.Trainer) -> list[tuple[str, Phase]]:
     """Every phase of every callback, with its name."""
-    return [item for callback in trainer.callbacks if hasattr(callback, "phases") for item in callback.phases()]
+    return [item for callback in all_callbacks(trainer) if hasattr(callback, "phases") for item in callback.phases()]
 
 
 def check_run(trainer: pl.Trainer) -> None:

@@ -22,4 +22,4 @@ def show_in_progress_bar(trainer: pl.Trainer, items: Callable[[], dict[str, Any]
         return items() | metrics
 
     bar._compress_get_metrics = original  # type: ignore[attr-defined]
-    bar.get_metrics = get_metrics  # type: ignore[method-assign]
+    bar.get_metrics = get_metrics  # type: ignore[method-assign, assignment]

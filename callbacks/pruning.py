@@ -16,7 +16,7 @@ from lightning_compress.layers import PRUNABLE, Layer, find_layers
 from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import Criterion, Cubic, Element, Magnitude, Masks, Pattern, Schedule
 
-from .clock import check_run, read_clock
+from .clock import all_callbacks, check_run, read_clock
 from .structure import check_strategy, check_structure_on_load
 
 __all__ = ["GradualPruning"]
@@ -178,7 +178,7 @@ class GradualPruning(pl.Callback):
         assert self.masks is not None
         progress = min(self.phase.progress(clock), 1.0)
         self.masks.update(self.criterion, self.pattern, self.schedule(progress), self.scope)
-        for callback in trainer.callbacks:
+        for callback in all_callbacks(trainer):
             if isinstance(callback, WeightAveraging) and callback._average_model is not None:
                 self.masks.apply_to_copy(callback._average_model.module)
         self._last_step = clock.step

@@ -15,7 +15,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import zstandard
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
@@ -42,7 +41,7 @@ from lightning_compress.layers import Layer
 from lightning_compress.phase import Clock
 from lightning_compress.quantization.convert import to_float
 
-from .clock import current_phase, first_begin, read_clock
+from .clock import all_callbacks, current_phase, first_begin, read_clock
 from .evaluate import check_validation_data, copied, evaluate, example_inputs, pick_metric
 from .export import Export
 from .progress import show_in_progress_bar
@@ -105,7 +104,8 @@ class CompressionReport(pl.Callback):
         """Log; measure the dense model when compression is about to begin."""
         clock = read_clock(trainer, batch_idx + 1)
         self._watch(trainer, pl_module, clock)
-        if clock.step != self._last_step and clock.step % trainer.log_every_n_steps == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if clock.step != self._last_step and clock.step % every == 0:
             self._last_step = clock.step
             with self._overhead():
                 self._log(pl_module)
@@ -199,7 +199,7 @@ class CompressionReport(pl.Callback):
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1, rank_zero_only=True)
 
     def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        export = next((c for c in trainer.callbacks if isinstance(c, Export)), None)
+        export = next((c for c in all_callbacks(trainer) if isinstance(c, Export)), None)
         compressed = measure(trainer, pl_module, _formats(trainer))
         metric = self.monitor or pick_metric(list(compressed["metrics"]))
         artifacts = []
@@ -225,7 +225,7 @@ class CompressionReport(pl.Callback):
             "warnings": warnings,
         }
 
-    def _send(self, logger: Logger, step: int) -> None:
+    def _send(self, logger: Any, step: int) -> None:
         """Give a logger the table and the pictures, in the way it takes them."""
         assert self.report is not None
         pictures = figures(self._history, self.report["metric"])
@@ -233,10 +233,10 @@ class CompressionReport(pl.Callback):
         try:
             logger.log_metrics(final, step=step)
             if hasattr(logger, "log_image"):
-                import matplotlib
+                from matplotlib.backends.backend_agg import FigureCanvasAgg
 
                 for name, figure in pictures.items():
-                    canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+                    canvas = FigureCanvasAgg(figure)
                     canvas.draw()
                     logger.log_image(f"compress/{name}", [np.asarray(canvas.buffer_rgba())])
             elif hasattr(logger.experiment, "add_figure"):
@@ -292,7 +292,7 @@ def _float_bytes(formats: Sequence[str], plain: pl.LightningModule, inputs: Any)
 
 
 def _formats(trainer: pl.Trainer) -> list[str]:
-    return next((callback.formats for callback in trainer.callbacks if isinstance(callback, Export)), [])
+    return next((callback.formats for callback in all_callbacks(trainer) if isinstance(callback, Export)), [])
 
 
 def _public(measured: dict[str, Any] | None, metric: str | None) -> dict[str, Any] | None:

@@ -11,5 +11,6 @@ if __name__ == "__main__":
     callbacks = [GradualPruning(sparsity=0.9), QuantizationAwareTraining(), CompressionReport(), Export(["onnx"])]
     trainer = pl.Trainer(max_epochs=5, accelerator="cpu", default_root_dir="outputs/trainer", callbacks=callbacks)
     trainer.fit(ResNet(), MNIST5k())
-    path = trainer.checkpoint_callback.best_model_path
-    trainer.validate(lightning_compress.load_from_checkpoint(ResNet, path), MNIST5k())
+    trainer.save_checkpoint("outputs/trainer/last.ckpt")
+    model = lightning_compress.load_from_checkpoint(ResNet, "outputs/trainer/last.ckpt")
+    trainer.validate(model, MNIST5k())

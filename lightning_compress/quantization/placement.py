@@ -101,7 +101,7 @@ class Tracer(TorchFunctionMode):
         self._producer: dict[int, tuple[str, int]] = {}
         self._uses: Counter[int] = Counter()
         self._calls: Counter[str] = Counter()
-        self._bn_inputs: list[tuple[str, int]] = []
+        self._bn_inputs: list[tuple[str, Tensor]] = []
         self._stack: list[_Call] = []
         self._time = 0
         self._handles: list[RemovableHandle] = []
@@ -121,11 +121,14 @@ class Tracer(TorchFunctionMode):
         super().__exit__(*error)
         for handle in self._handles:
             handle.remove()
+        modules = modules_by_name(self._model)
         for norm, value in self._bn_inputs:
-            layer, _ = self._producer.get(value, ("", 0))
-            if layer in self._quantized and self._calls[layer] == self._calls[norm] == self._uses[value] == 1:
+            layer, _ = self._producer.get(id(value), ("", 0))
+            once = self._calls[layer] == self._calls[norm] == self._uses[id(value)] == 1
+            if layer in self._quantized and once and _channels_agree(modules[layer], value):
                 self.placement.folds[layer] = norm
         self._keep.clear()
+        self._bn_inputs.clear()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -164,7 +167,7 @@ class Tracer(TorchFunctionMode):
             x = args[0] if args and isinstance(args[0], Tensor) else None
             self._keep.append(x)
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and x is not None:
-                self._bn_inputs.append((name, id(x)))
+                self._bn_inputs.append((name, x))
             self._calls[name] += 1
             self._time += 1
             receives, version = (None, 0) if x is None else (self._root(x), x._version)
@@ -215,6 +218,15 @@ class Tracer(TorchFunctionMode):
                 if call.name not in self.placement.inputs:
                     self.placement.inputs.append(call.name)
                 return
+
+
+def _channels_agree(layer: nn.Module, output: Tensor) -> bool:
+    """Whether the channels that a batch norm sees, axis 1, are those that have a scale of their own in the weight."""
+    if isinstance(layer, nn.Linear):
+        return output.dim() == 2
+    if not isinstance(layer, nn.modules.conv._ConvNd) or output.dim() != layer.weight.dim():
+        return False
+    return layer.groups == 1 or not layer.transposed
 
 
 def _is_activation(x: Tensor) -> bool:

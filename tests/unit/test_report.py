@@ -1,0 +1,196 @@
+"""The report: table, JSON, HTML and pictures."""
+
+from __future__ import annotations
+
+import base64
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lightning_compress.analysis.report import (
+    History,
+    figures,
+    headers,
+    summary_rows,
+    terminal_table,
+    write_html,
+    write_json,
+)
+
+
+def make_report(**changes: Any) -> dict[str, Any]:
+    dense = {"metric": 0.98765, "sparsity": 0.0, "num_params": 266_610, "num_nonzero": 266_610, "macs": 266_200}
+    dense |= {"bytes": 1_066_440, "bytes_zstd": 987_000}
+    compressed = dense | {
+        "metric": 0.975,
+        "sparsity": 0.9,
+        "num_nonzero": 27_000,
+        "bytes": 270_000,
+        "bytes_zstd": 52_000,
+    }
+    artifact = {"format": "onnx", "runtime": "onnxruntime", "path": "out/model.onnx", "bytes": 270_000}
+    artifact |= {"bytes_zstd": 52_000, "metric": 0.974, "max_abs_diff": 0.0123, "agreement": 0.9975}
+    artifact |= {"latency_ms": {"1": 0.25, "64": 2.0}, "latency_ms_float": {"1": 0.5, "64": 3.0}}
+    layer = {"name": "net.<0>", "type": "Linear", "num_params": 235_200, "sparsity": 0.9, "weight_bits": 8}
+    layer |= {"input_bits": 8, "macs": 235_200, "bytes": 52_920}
+    report = {"metric": "val_acc", "dense": dense, "control": None, "compressed": compressed, "layers": [layer]}
+    report |= {"artifacts": [artifact], "seconds": {"fit": 12.3, "overhead": 1.2}, "warnings": []}
+    return report | changes
+
+
+def make_history() -> History:
+    return History(
+        steps=[0, 10, 20],
+        sparsity={"a": [0.0, 0.4, 0.9], "b": [0.0, 0.5, 0.8]},
+        metric=[[5, 0.5], [15, 0.9]],
+        phases=[[0, "dense"], [10, "prune"]],
+        bins=[-1.0, 0.0, 1.0],
+        before=[4.0, 6.0],
+        after=[1.0, 2.0],
+    )
+
+
+class Page(HTMLParser):
+    """Texts of the cells, row by row, the pictures, the addresses, and tags that were never closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.images: list[str] = []
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        self.images += [value for key, value in attrs if tag == "img" and key == "src"]
+        self.addresses += [value for key, value in attrs if key in ("href", "src") and not value.startswith("data:")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def page_of(report: dict[str, Any], history: History, folder: Path) -> tuple[str, Page]:
+    write_html(report, history, folder / "below" / "report.html")
+    text = (folder / "below" / "report.html").read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_a_row_a_model_and_a_row_a_file_with_the_float_files_latency_for_the_dense_model() -> None:
+    assert summary_rows(make_report(control=make_report()["dense"] | {"metric": 0.9})) == [
+        ["dense", "0.9876", "0.0%", "267k", "266k", "1.07M", "987k", "0.50", "3.00"],
+        ["dense control", "0.9000", "0.0%", "267k", "266k", "1.07M", "987k", "0.50", "3.00"],
+        ["compressed", "0.9750", "90.0%", "27k", "266k", "270k", "52k", "-", "-"],
+        ["model.onnx", "0.9740", "90.0%", "27k", "266k", "270k", "52k", "0.25", "2.00"],
+    ]
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    report = make_report(artifacts=[], dense=None)
+    report["compressed"] |= {"metric": None, "macs": None, "bytes": None}
+    assert summary_rows(report) == [["compressed", "-", "90.0%", "27k", "-", "-", "52k", "-", "-"]]
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(0, "0"), (7, "7"), (999, "999"), (1000, "1k"), (77_800, "77.8k"), (1_234_567, "1.23M"), (2_500_000_000, "2.5G")]
+    + [(999_400, "999k"), (999_600, "1M"), (999_999_999, "1G"), (4_120_000_000_000, "4.12T")],
+)
+def test_a_count_is_shown_short(count: int, expected: str) -> None:
+    report = make_report(artifacts=[], dense=None)
+    report["compressed"]["macs"] = count
+    assert summary_rows(report)[0][4] == expected
+
+
+def test_the_metrics_name_heads_its_column() -> None:
+    assert headers(make_report())[1] == "val_acc"
+    assert headers(make_report(metric=None))[1] == "metric"
+
+
+def test_the_terminal_table_shows_every_cell() -> None:
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(terminal_table(make_report()))
+    text = console.export_text()
+    assert all(cell in text for row in (headers(make_report()), *summary_rows(make_report())) for cell in row)
+
+
+def test_the_json_is_the_report(tmp_path: Path) -> None:
+    write_json(make_report(), tmp_path / "below" / "report.json")
+    assert json.loads((tmp_path / "below" / "report.json").read_text()) == make_report()
+
+
+def test_the_json_of_a_run_that_diverged_is_still_json(tmp_path: Path) -> None:
+    write_json(make_report(dense={"metric": float("nan")}), tmp_path / "report.json")
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+
+
+def test_the_page_shows_tables_pictures_and_facts_and_loads_nothing(tmp_path: Path) -> None:
+    report = make_report()
+    text, page = page_of(report, make_history(), tmp_path)
+    assert page.open == []
+    assert page.rows[: 1 + len(summary_rows(report))] == [headers(report), *summary_rows(report)]
+    assert ["model.onnx", "onnxruntime", "0.974", "0.9975", "0.0123"] in page.rows
+    assert ["net.<0>", "Linear", "235,200", "235,200", "52,920", "90.0%", "8", "8"] in page.rows
+    assert page.addresses == []
+    assert len(page.images) == 3
+    for image in page.images:
+        assert base64.b64decode(image.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    for fact in ("90.0%", "3.9x", "19.0x", "2.00x", "1.50x", "99.75%", "12 s", "1 s"):
+        assert fact in text
+
+
+def test_names_and_warnings_are_escaped(tmp_path: Path) -> None:
+    text, _ = page_of(make_report(warnings=["Export failed: <script>alert(1)</script>"]), History(), tmp_path)
+    assert "<script>" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "net.&lt;0&gt;" in text
+
+
+def test_a_page_without_files_dense_model_or_history(tmp_path: Path) -> None:
+    _, page = page_of(make_report(artifacts=[], dense=None, metric=None, layers=[]), History(), tmp_path)
+    assert page.open == []
+    assert page.images == []
+    assert [row[0] for row in page.rows[:2]] == ["model", "compressed"]
+
+
+def test_each_picture_is_drawn_where_there_is_something_to_draw() -> None:
+    assert list(figures(make_history(), "val_acc")) == ["sparsity", "weights", "metric"]
+    assert figures(History(), None) == {}
+    assert list(figures(History(metric=[[0, 0.1]]), None)) == ["metric"]
+
+
+def test_the_pictures_hold_the_numbers() -> None:
+    made = figures(make_history(), "val_acc")
+    (axes, _) = made["sparsity"].axes
+    assert axes.collections[0].get_array().tolist() == [[0.0, 0.4, 0.9], [0.0, 0.5, 0.8]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    (axes,) = made["metric"].axes
+    assert axes.lines[0].get_xydata().tolist() == [[5.0, 0.5], [15.0, 0.9]]
+    assert [text.get_text().strip() for text in axes.texts] == ["dense", "prune"]
+    (axes,) = made["weights"].axes
+    assert [patch.get_data().values.tolist() for patch in axes.patches] == [[4.0, 6.0], [1.0, 2.0]]
+
+
+def test_a_history_comes_back_from_plain_values() -> None:
+    history = make_history()
+    state = json.loads(json.dumps(history.to_state()))
+    assert History(**state) == history
+    history.steps.append(30)
+    assert state["steps"] == [0, 10, 20]

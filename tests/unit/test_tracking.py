@@ -1,0 +1,134 @@
+"""Weights & Biases offline: real runs, written and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import wandb
+
+from lightning_compress.tracking import OfflineRun, read_offline_run, wandb_logger
+
+LONG = "x" * 100_000  # longer than three blocks of the file's format
+METRICS = [{"compress/sparsity": step / 4, "loss": 1.0 / (step + 1), "epoch": step} for step in range(4)]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wandb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        for key in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
+            patch.setenv(key, str(folder))
+        settings = wandb.Settings(silent=True, console="off")
+        run = wandb.init(
+            mode="offline",
+            dir=folder,
+            project="p",
+            name="sparsity=0.9",
+            group="sweep-1",
+            config={"lr": 0.1, "nested": {"bits": [8, 4]}, "long": LONG},
+            settings=settings,
+        )
+        for step, metrics in enumerate(METRICS):
+            run.log(metrics, step=step)
+        run.log({"compress/weights": wandb.Image(np.zeros((4, 5, 3), np.uint8))}, step=len(METRICS))
+        run.config.update({"late": True})
+        run.finish()
+    (path,) = folder.rglob("*.wandb")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(written: Path) -> OfflineRun:
+    return read_offline_run(written)
+
+
+def test_name_group_and_id_come_back(run: OfflineRun, written: Path) -> None:
+    assert (run.name, run.group) == ("sparsity=0.9", "sweep-1")
+    assert written.name == f"run-{run.run_id}.wandb"
+
+
+def test_the_configuration_comes_back_whatever_its_length(run: OfflineRun) -> None:
+    found = {key: run.config[key] for key in ("lr", "nested", "long", "late")}
+    assert found == {"lr": 0.1, "nested": {"bits": [8, 4]}, "long": LONG, "late": True}
+
+
+def test_every_logged_step_comes_back(run: OfflineRun) -> None:
+    assert [{key: row[key] for key in METRICS[0]} for row in run.history[:4]] == METRICS
+    assert [row["_step"] for row in run.history] == [0, 1, 2, 3, 4]
+
+
+def test_the_summary_holds_the_last_values_without_internals(run: OfflineRun) -> None:
+    assert {key: run.summary[key] for key in METRICS[-1]} == METRICS[-1]
+    assert run.summary["compress/weights"]["_type"] == "image-file"
+
+
+def test_pictures_are_among_the_files(run: OfflineRun, written: Path) -> None:
+    (image,) = (name for name in run.files if name.endswith(".png"))
+    assert image.startswith("media/images/compress/weights")
+    assert (written.parent / "files" / image).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_folder_of_a_run_is_as_good_as_its_file(run: OfflineRun, written: Path) -> None:
+    assert read_offline_run(written.parent) == read_offline_run(str(written)) == run
+
+
+@pytest.mark.parametrize("num_bytes", [3, 40, 700])
+def test_a_file_cut_short_by_a_killed_run_gives_what_is_whole(
+    run: OfflineRun, written: Path, tmp_path: Path, num_bytes: int
+) -> None:
+    path = tmp_path / written.name
+    path.write_bytes(written.read_bytes()[:-num_bytes])
+    found = read_offline_run(path)
+    assert (found.run_id, found.config["lr"]) == (run.run_id, 0.1)
+    assert found.history[:4] == run.history[:4]
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    for path in (tmp_path / "run-x.wandb", tmp_path):
+        with pytest.raises(FileNotFoundError):
+            read_offline_run(path)
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A home without any key, and no W&B settings in the environment."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for key in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(key, raising=False)
+    return tmp_path
+
+
+def is_offline(logger: Any) -> bool:
+    return logger._offline
+
+
+def test_without_a_key_a_logger_is_offline_and_writes_a_run_that_reads_back(home: Path) -> None:
+    logger = wandb_logger(home / "logs", project="p", name="n", group="g")
+    assert is_offline(logger)
+    logger.log_hyperparams({"sparsity": 0.5})
+    logger.log_metrics({"loss": 0.25}, step=3)
+    logger.experiment.finish()
+    (path,) = (home / "logs").rglob("*.wandb")
+    run = read_offline_run(path)
+    assert (run.name, run.group, run.config["sparsity"]) == ("n", "g", 0.5)
+    assert run.summary["loss"] == 0.25
+
+
+def test_a_key_in_the_environment_means_online_unless_offline_is_asked_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert not is_offline(wandb_logger(home))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert is_offline(wandb_logger(home))
+
+
+@pytest.mark.parametrize(("machine", "offline"), [("api.wandb.ai", False), ("elsewhere.org", True)])
+def test_a_key_in_netrc_counts_for_its_own_host(home: Path, machine: str, offline: bool) -> None:
+    (home / ".netrc").write_text(f"machine {machine}\n  login user\n  password {'0' * 40}\n")
+    (home / ".netrc").chmod(0o600)
+    assert is_offline(wandb_logger(home)) is offline
