@@ -47,7 +47,7 @@ class Layer:
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Every submodule by its name; the names are free of ``torch.compile``'s prefix."""
-    return {name.replace("_orig_mod.", "").removesuffix("_orig_mod"): m for name, m in model.named_modules()}
+    return {".".join(part for part in n.split(".") if part != "_orig_mod"): m for n, m in model.named_modules()}
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

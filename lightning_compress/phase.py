@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Literal
 
 __all__ = ["Clock", "Phase", "check_phases"]
@@ -90,6 +90,7 @@ def check_phases(phases: Iterable[tuple[str, Phase]], clock: Clock) -> None:
         ValueError: If a phase cannot fit into the run, or two phases overlap.
     """
     placed: list[tuple[float, float, str, Phase]] = []
+    endless: list[tuple[float, float, str, Phase]] = []  # in a run without an end, compared within their unit
     for name, phase in phases:
         if phase.unit == "run" and math.isnan(clock.run):
             raise ValueError(
@@ -99,6 +100,7 @@ def check_phases(phases: Iterable[tuple[str, Phase]], clock: Clock) -> None:
             )
         begin, end = phase.fractions(clock)
         if math.isnan(begin):
+            endless.append((phase.begin, phase.end, name, phase))
             continue
         if end > 1 + 1e-9:
             total = clock.total_epochs if phase.unit == "epoch" else clock.total_steps
@@ -111,10 +113,15 @@ def check_phases(phases: Iterable[tuple[str, Phase]], clock: Clock) -> None:
                 f"{clock.total_steps:g} steps. A phase takes at least one step: lengthen the phase or the run."
             )
         placed.append((begin, end, name, phase))
-    placed.sort(key=lambda item: item[:2])
-    for (_, end, name, phase), (begin, _, later, later_phase) in combinations(placed, 2):
-        if begin < end - 1e-9 and name != later:
+    pairs = chain(combinations(sorted(placed, key=_place), 2), combinations(sorted(endless, key=_place), 2))
+    for (_, end, name, phase), (begin, _, later, later_phase) in pairs:
+        comparable = not endless or phase.unit == later_phase.unit
+        if begin < end - 1e-9 and name != later and comparable:
             raise ValueError(
                 f"{name} {phase} and {later} {later_phase} overlap. Phases follow each other: let {later} begin where "
                 f"{name} ends."
             )
+
+
+def _place(item: tuple[float, float, str, Phase]) -> tuple[float, float]:
+    return item[:2]

@@ -254,7 +254,7 @@ def _probe(quantizer: Quantizer, qparams: QParams, low: float, high: float, wher
     num = min(4 * 2**quantizer.bits, 2048) + 1
     grid = torch.cat([torch.linspace(low - margin, high + margin, num), torch.linspace(low, high, num)])
     with _attempt(f"{type(quantizer).__name__}.dequantize(quantize(x)) {where}"):
-        levels = quantizer.dequantize(quantizer.quantize(grid, qparams), qparams).unique()
+        levels = quantizer.dequantize(quantizer.quantize(grid.clone(), qparams), qparams).unique()
     levels = levels[levels.isfinite()]
     return torch.cat([grid, (levels[1:] + levels[:-1]) / 2])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.deploy.forward import Inputs, run_model, with_batch
@@ -41,7 +42,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     """
     recurrent: dict[str, int] = {}
     handles = [
-        module.register_forward_hook(_recurrent_counter(name, recurrent))
+        module.register_forward_hook(_recurrent_counter(name, recurrent), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, nn.RNNBase)
     ]
@@ -49,7 +50,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     torch.backends.mha.set_fastpath_enabled(False)
     counter = FlopCounterMode(display=False)
     try:
-        with counter, torch.no_grad():
+        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # whose products the counter knows
             run_model(model, with_batch(inputs, 1))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -70,11 +71,11 @@ def count_macs(model: nn.Module, inputs: Inputs) -> dict[str, int]:
 
 
 def _recurrent_counter(name: str, found: dict[str, int]) -> Any:
-    def hook(module: nn.RNNBase, args: tuple[Any, ...], output: Any) -> None:
-        length = args[0].shape[1 if module.batch_first else 0] if isinstance(args[0], torch.Tensor) else 1
-        found[name] = length * sum(
-            p.numel() for key, p in module._parameters.items() if p is not None and "weight" in key
-        )
+    def hook(module: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else kwargs["input"]
+        length = x.shape[1 if module.batch_first else 0] if isinstance(x, torch.Tensor) else len(x.batch_sizes)
+        num_weights = sum(p.numel() for key, p in module._parameters.items() if p is not None and "weight" in key)
+        found[name] = found.get(name, 0) + length * num_weights
 
     return hook
 

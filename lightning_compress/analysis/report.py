@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,14 +75,15 @@ def _row(values: dict[str, Any], latency: dict[str, float]) -> list[str]:
     return [number("metric", ".4f"), number("sparsity", ".1%"), *counts, *times]
 
 
+_LETTERS = (("", 1), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))
+
+
 def _short(value: float | None) -> str:
-    """A count with a thousands letter, such as 77.8k."""
+    """A count in three digits with a thousands letter, such as 77.8k."""
     if value is None:
         return "-"
-    for letter, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.0f}"
+    shown = ((f"{value / size:.3g}", letter) for letter, size in _LETTERS)
+    return "".join(next(pair for pair in shown if float(pair[0]) < 1000 or pair[1] == "T"))
 
 
 def headers(report: dict[str, Any]) -> list[str]:
@@ -101,9 +103,17 @@ def terminal_table(report: dict[str, Any]) -> Table:
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write report.json."""
+    """Write report.json; what is not finite becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def figures(history: History, metric: str | None) -> dict[str, Figure]:
@@ -247,10 +257,10 @@ def _facts(report: dict[str, Any]) -> str:
     facts = [(f"{report['compressed']['sparsity']:.1%}", "of the weights are zero")]
     if report["artifacts"]:
         first = report["artifacts"][0]
-        dense = (report["dense"] or {}).get("bytes")
-        if dense:
-            facts.append((f"{dense / first['bytes']:.1f}x", "smaller file"))
-            facts.append((f"{dense / first['bytes_zstd']:.1f}x", "smaller download (zstd)"))
+        dense = report["dense"] or {}
+        for key, text in (("bytes", "smaller file"), ("bytes_zstd", "smaller download (zstd)")):
+            if dense.get(key):
+                facts.append((f"{dense[key] / first[key]:.1f}x", text))
         for size in ("1", "64"):
             if size in first["latency_ms"]:
                 ratio = first["latency_ms_float"][size] / first["latency_ms"][size]

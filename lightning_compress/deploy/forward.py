@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = ["ForwardOnly", "Inputs", "record_inputs", "replaced_forward", "with_batch"]
 
@@ -72,15 +73,36 @@ def _detached(values: Any) -> Any:
 
 
 class ForwardOnly(nn.Module):
-    """A plain module around a model's forward, free of the Trainer, for capture by an exporter."""
+    """A plain module around a model's forward, free of the Trainer, that takes the tensors of its arguments one by one.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: The model.
+        inputs: Arguments of its forward; what is no tensor in them is constant.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()
         self.model = model
+        self._leaves, self._structure = tree_flatten(tuple(inputs))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *tensors: Tensor) -> Any:
         """The model's forward."""
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(x, Tensor) else x for x in self._leaves]
+        args, kwargs = tree_unflatten(leaves, self._structure)
         return self.model.forward(*args, **kwargs)
+
+
+def input_names(model: nn.Module, inputs: Inputs) -> list[str]:
+    """A name for each tensor among the arguments: the parameter's, numbered where it holds several."""
+    parameters = list(signature(model.forward).parameters)
+    parameters += [f"input_{i}" for i in range(len(parameters), len(inputs.args))]
+    named = [*zip(parameters, inputs.args, strict=False), *inputs.kwargs.items()]
+    names = []
+    for name, value in named:
+        num = sum(isinstance(x, Tensor) for x in tree_leaves(value))
+        names += [name] if isinstance(value, Tensor) else [f"{name}_{i}" for i in range(num)]
+    return names
 
 
 def run_model(model: nn.Module, inputs: Inputs) -> Any:

@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from lightning_compress.deploy.forward import ForwardOnly, Inputs, with_batch
+from lightning_compress.deploy.forward import ForwardOnly, Inputs, input_names, with_batch
 
 __all__ = ["Runner", "export"]
 
@@ -32,20 +32,16 @@ def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
     """
     inputs = with_batch(inputs, 2)  # torch.export takes an axis of length 1 for a constant
     size = inputs.batch_size
-
-    def dynamic(x: Any) -> Any:
-        return {0: torch.export.Dim.DYNAMIC} if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else None
-
-    shapes = {"args": tree_map(dynamic, inputs.args)}
-    if inputs.kwargs:
-        shapes["kwargs"] = tree_map(dynamic, inputs.kwargs)
+    tensors = tuple(x for x in tree_leaves(tuple(inputs)) if isinstance(x, Tensor))
+    batch = {0: torch.export.Dim.DYNAMIC}
+    dynamic = tuple(batch if x.dim() and x.shape[0] == size else None for x in tensors)
     with _quiet(), _no_mask_detection(), torch.no_grad():
         program = torch.onnx.export(
-            ForwardOnly(model),
-            inputs.args,
-            kwargs=inputs.kwargs,
+            ForwardOnly(model, inputs),
+            tensors,
+            input_names=input_names(model, inputs),
+            dynamic_shapes=(dynamic,),
             dynamo=True,
-            dynamic_shapes=shapes,
             verbose=False,
         )
         assert program is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -80,7 +81,8 @@ class Comparison:
         return tree_map(lambda x: x.to(devices[0]) if devices and isinstance(x, Tensor) else x, got)
 
     def _count(self, a: Tensor, b: Tensor) -> None:
-        self._diff = max(self._diff, float((a - b).abs().max()))
+        worst = float((a - b).abs().max())
+        self._diff = worst if math.isnan(worst) else max(self._diff, worst)
         has_classes = a.dim() and a.shape[-1] > 1
         same = a.argmax(-1) == b.argmax(-1) if has_classes else (a - b).abs() <= 0.01 * a.abs().max()
         self._same += int(same.sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -47,5 +48,5 @@ class Random(Criterion):
 
     def score(self, layer: Layer) -> Tensor:
         """Uniform in 0..1, without touching the global random state."""
-        generator = torch.Generator().manual_seed(self.seed + sum(map(ord, layer.name)))
+        generator = torch.Generator().manual_seed(crc32(f"{self.seed} {layer.name}".encode()))
         return torch.rand(layer.weight.shape, generator=generator).to(layer.weight.device)

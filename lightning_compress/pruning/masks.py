@@ -59,7 +59,7 @@ class Masks:
         else:
             keeps = [keep_highest([group], sparsity)[0] for group in groups]
         for layer, keep in zip(self.layers, keeps, strict=True):
-            self._masks[layer.name] = pattern.expand(keep, layer.weight.shape).to(torch.int8)
+            self._masks[layer.name] *= pattern.expand(keep, layer.weight.shape)
         self.apply(self.layers)
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import expm1
 
 __all__ = ["Constant", "Cubic", "Exponential", "Linear", "Schedule"]
 
@@ -101,8 +102,12 @@ class Exponential(Schedule):
 
     rate: float = 3.0
 
+    def __post_init__(self) -> None:
+        """Refuse a rate that is no decay."""
+        super().__post_init__()
+        if not self.rate > 0:
+            raise ValueError(f"Exponential.rate={self.rate!r}: accepted is a number above 0, such as 3.0.")
+
     def shape(self, progress: float) -> float:
         """(1 - exp(-rate p)) / (1 - exp(-rate))."""
-        from math import expm1
-
         return expm1(-self.rate * progress) / expm1(-self.rate)

@@ -34,12 +34,12 @@ def keep_highest(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
         [tensor([ True, False]), tensor([True, True])]
     """
     flat = torch.cat([s.detach().flatten().float().cpu() for s in scores])
+    if bool(flat.isnan().any()):
+        raise ValueError("A pruning score is NaN: the weights have diverged. Lower the learning rate.")
     k = num_dropped(sparsity, flat.numel())
     keep = torch.ones(flat.numel(), dtype=torch.bool)
     if k:
         threshold = float(np.partition(flat.numpy(), k - 1)[k - 1])
-        if bool(flat.isnan().any()):
-            raise ValueError("A pruning score is NaN: the weights have diverged. Lower the learning rate.")
         torch.ge(flat, threshold, out=keep)
         ties = (flat == threshold).nonzero().flatten()
         keep[ties[: k - int((~keep).sum())]] = False

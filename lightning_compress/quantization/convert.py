@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lightning_compress.layers import Layer, modules_by_name
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize, weights
 from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.quantizers import Affine
+from lightning_compress.quantization.schemes import Scheme
 
 __all__ = ["convert", "to_float"]
 
@@ -59,7 +61,7 @@ def convert(model: Module) -> Module:
     channel whose scale is 65,536 times below its layer's largest is rounded to a larger scale.
 
     Raises:
-        ValueError: If the model is not quantized.
+        ValueError: If the model is not quantized, or its scheme has no form in integer kernels.
     """
     quantization = prepared(model)
     if quantization is None or not quantization.enabled:
@@ -67,6 +69,7 @@ def convert(model: Module) -> Module:
             "The model is not quantized: no QuantizationAwareTraining phase has begun. Train through its phase, or "
             "export the float model."
         )
+    _check_affine(quantization.scheme)
     model = copy.deepcopy(model).cpu().eval()
     quantization = prepared(model)
     assert quantization is not None
@@ -81,6 +84,17 @@ def convert(model: Module) -> Module:
         if activation.enabled:
             activation.quantize = _QuantizeDequantize(activation)  # type: ignore[method-assign]
     return model
+
+
+def _check_affine(scheme: Scheme) -> None:
+    for name, quantizer, symmetric in (("weight", scheme.weight, True), ("inputs", scheme.inputs, False)):
+        fits = isinstance(quantizer, Affine) and quantizer.symmetric == symmetric
+        if not (fits or quantizer is None):
+            kind = f"Affine(symmetric={symmetric})"
+            raise ValueError(
+                f"Scheme.{name}={quantizer!r} has no form in integer kernels, so it is simulated only. For export take "
+                f"{name}={kind}."
+            )
 
 
 def to_float(model: Module) -> Module:
@@ -109,15 +123,16 @@ def _store_codes(layer: Layer, norm: Any) -> None:
         codes = codes * torch.where(factor < 0, -1, 1).to(codes.dtype).view(shape)
         scale = scale * factor.abs()
     # integer kernels divide a bias by its channel's scale, which overflows 32 bits for a pruned or faint channel
-    floor = scale.clamp(min=float(scale.max()) * 2**-16)
     shape = [-1 if i == axis else 1 for i in range(codes.dim())]
+    dead = (codes == 0).transpose(0, axis).flatten(1).all(1)
+    floor = torch.where(dead, scale.max(), scale.clamp(min=float(scale.max()) * 2**-16))
     codes = (codes * (scale / floor).view(shape)).round().to(torch.int8)
     weights(layer.module)[layer.parameter] = _Codes(codes, floor, axis)
 
 
 def _identity_like(norm: nn.Module) -> nn.Module:
     """An identity that keeps the norm's hooks."""
-    identity = nn.Identity()
+    identity = nn.Identity().eval()
     identity._forward_hooks = norm._forward_hooks
     identity._forward_pre_hooks = norm._forward_pre_hooks
     return identity

@@ -100,7 +100,8 @@ class ActivationFakeQuantize:
         if isinstance(module, nn.MultiheadAttention):
             done: dict[int, Any] = {}
             for x in args[:3]:
-                done.setdefault(id(x), self.quantize(x))
+                if id(x) not in done:
+                    done[id(x)] = self.quantize(x)
             return tuple(done[id(x)] for x in args[:3]) + args[3:]
         return (self.quantize(args[0]), *args[1:]) if args else args
 

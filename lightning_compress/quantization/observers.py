@@ -19,7 +19,7 @@ class Observer(ABC):
 
     @abstractmethod
     def update(self, seen: Tensor, values: Tensor) -> Tensor:
-        """The new range."""
+        """The new range; that of no values is the old one."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class MinMax(Observer):
 
     def update(self, seen: Tensor, values: Tensor) -> Tensor:
         """The range widened to the values."""
+        if not values.numel():
+            return seen
         low, high = torch.aminmax(values)
         return torch.stack([torch.minimum(seen[0], low), torch.maximum(seen[1], high)])
 
@@ -51,7 +53,14 @@ class MovingAverage(Observer):
 
     rate: float = 0.01
 
+    def __post_init__(self) -> None:
+        """Refuse what is no share."""
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"MovingAverage.rate={self.rate!r}: accepted is a share above 0 and up to 1.")
+
     def update(self, seen: Tensor, values: Tensor) -> Tensor:
         """The first batch's range, then the average."""
+        if not values.numel():
+            return seen
         batch = torch.stack(torch.aminmax(values))
         return torch.where(seen[0] > seen[1], batch, torch.lerp(seen, batch, self.rate))

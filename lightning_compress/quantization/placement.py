@@ -76,7 +76,6 @@ class Placement:
 class _Call:
     name: str
     receives: int | None
-    version: int
     began: int
 
 
@@ -124,8 +123,9 @@ class Tracer(TorchFunctionMode):
         modules = modules_by_name(self._model)
         for norm, value in self._bn_inputs:
             layer, _ = self._producer.get(id(value), ("", 0))
+            has_statistics = modules[norm].running_var is not None
             once = self._calls[layer] == self._calls[norm] == self._uses[id(value)] == 1
-            if layer in self._quantized and once and _channels_agree(modules[layer], value):
+            if layer in self._quantized and once and has_statistics and _channels_agree(modules[layer], value):
                 self.placement.folds[layer] = norm
         self._keep.clear()
         self._bn_inputs.clear()
@@ -152,11 +152,11 @@ class Tracer(TorchFunctionMode):
                 for x in values:
                     self._need(x)
         for result in results:
-            inplace = any(result is x for x in tensors)
-            if name in _SAME_VALUES and tensors and not inplace:
-                self._same[id(result)] = self._root(tensors[0])
-            elif not inplace:
-                self._producer.pop(id(result), None)
+            if name in _SAME_VALUES:
+                if result is not tensors[0]:
+                    self._same[id(result)] = self._root(tensors[0])
+            elif any(result is x for x in tensors):  # changed in place: from now on another value
+                self._same[id(result)] = -self._time
         return output
 
     def _before(self, name: str) -> Callable[..., None]:
@@ -170,8 +170,7 @@ class Tracer(TorchFunctionMode):
                 self._bn_inputs.append((name, x))
             self._calls[name] += 1
             self._time += 1
-            receives, version = (None, 0) if x is None else (self._root(x), x._version)
-            self._stack.append(_Call(name, receives, version, self._time))
+            self._stack.append(_Call(name, None if x is None else self._root(x), self._time))
             if name in self._quantized and not isinstance(module, EMBEDDING):
                 for value in args[:3] if isinstance(module, nn.MultiheadAttention) else args[:1]:
                     if isinstance(value, Tensor) and torch.is_floating_point(value):
@@ -186,16 +185,15 @@ class Tracer(TorchFunctionMode):
                 return
             call = self._stack.pop()
             self._time += 1
+            if not self._stack:  # what leaves the model is used there
+                self._uses.update(id(x) for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor))
             if not isinstance(output, Tensor) or not name:
                 return
             self._keep.append(output)
-            if args and output is args[0] and output._version == call.version:  # handed through
-                return
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                return
-            _, since = self._producer.get(id(output), ("", -1))
-            if since < call.began and id(output) not in self._same:
-                self._producer[id(output)] = (name, self._time)
+            root = self._root(output)
+            _, since = self._producer.get(root, ("", -1))
+            if root != call.receives and since < call.began:  # made here, neither handed through nor made inside
+                self._producer[root] = (name, self._time)
 
         return hook
 

@@ -101,7 +101,7 @@ class Affine(Quantizer):
     def quantize(self, x: Tensor, qparams: QParams) -> Tensor:
         """Codes as whole numbers in a float tensor."""
         scale, zero_point = _broadcast(qparams, x)
-        return (x * (1 / scale) + zero_point).round().clamp(*self.limits)
+        return ((x * (1 / scale)).round() + zero_point).clamp(*self.limits)
 
     def dequantize(self, codes: Tensor, qparams: QParams) -> Tensor:
         """(codes - zero_point) * scale."""

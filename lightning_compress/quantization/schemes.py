@@ -46,6 +46,8 @@ class Scheme:
                 raise TypeError(
                     f"Scheme.{name}={value!r}: accepted is a {kind.__name__}, for instance {kind.__module__}."
                 )
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.weight_granularity not in ("channel", "tensor"):
             raise ValueError(
                 f"Scheme.weight_granularity={self.weight_granularity!r}: accepted are 'channel' and 'tensor'."
@@ -63,7 +65,7 @@ class Scheme:
             ValueError: If the state names a class that is not part of this package.
         """
         values = {k: _from_state(v) if isinstance(v, dict) else v for k, v in state.items() if k != "class"}
-        return Scheme(**values)
+        return Scheme(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def int8(include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Scheme:

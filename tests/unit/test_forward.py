@@ -102,8 +102,8 @@ def test_the_batch_size_is_that_of_the_first_tensor_and_one_without_any() -> Non
 
 def test_forward_only_runs_the_forward_and_holds_the_same_parameters() -> None:
     model, x = Model(), noise(2, 3)
-    alone = ForwardOnly(model)
-    assert torch.equal(alone(x, scale=3.0), model(x, scale=3.0))
+    alone = ForwardOnly(model, Inputs((x,), {"scale": 3.0}))
+    assert torch.equal(alone(2 * x), model(2 * x, scale=3.0))
     assert [id(p) for p in alone.parameters()] == [id(p) for p in model.parameters()]
 
 

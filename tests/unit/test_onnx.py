@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,7 @@ def test_flipped_and_dead_channels_agree_in_the_file(build: Any, tmp_path: Path)
     assert largest_difference(runner(Inputs((IMAGES,), {})), expected) < 0.5 * largest_difference(expected, plain)
 
 
-@pytest.mark.parametrize(("size", "bias"), [(0.0, 0.1), (0.0, 1.0), (0.0, 1000.0), (1e-4, 5.0)])
+@pytest.mark.parametrize(("size", "bias"), [(0.0, 1.0), (0.0, 1000.0), (1e-4, 5.0)])
 def test_a_dead_or_faint_channel_keeps_its_bias_in_the_file(size: float, bias: float, tmp_path: Path) -> None:
     model = randomized(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1)))
     with torch.no_grad():
@@ -135,11 +137,13 @@ def test_several_inputs_and_outputs_keep_their_names_and_structure(kind: str, tm
         assert largest_difference(got, expected) < 1e-5
 
 
-def test_the_float_file_is_the_plain_model(tmp_path: Path) -> None:
-    model = negative_gamma().eval()
+def test_the_float_file_is_the_plain_model_and_exporting_leaves_no_trace_in_torch(tmp_path: Path) -> None:
+    model, logger = negative_gamma().eval(), logging.getLogger("torch.onnx")
     plain = run(model, IMAGES)
     quantize(model, IMAGES)
+    before = (nn.modules.transformer._detect_is_causal_mask, logger.level, list(warnings.filters))
     export(to_float(model), Inputs((IMAGES,), {}), tmp_path / "float.onnx")
+    assert (nn.modules.transformer._detect_is_causal_mask, logger.level, list(warnings.filters)) == before
     runner = Runner(tmp_path / "float.onnx", plain)
     torch.testing.assert_close(runner(Inputs((IMAGES,), {})), plain, rtol=1e-4, atol=1e-4)
 
@@ -149,15 +153,3 @@ def test_a_prepared_call_runs_the_file(residual: Any) -> None:
     inputs = Inputs((IMAGES,), {})
     (output,) = runner.prepare(inputs)()
     assert torch.equal(torch.from_numpy(output), runner(inputs))
-
-
-def test_an_export_leaves_no_trace_in_torch(residual: Any, tmp_path: Path) -> None:
-    before = nn.modules.transformer._detect_is_causal_mask
-    x = torch.nn.functional.pad(noise(2, 3), (0, 1))
-    model = randomized(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)).eval()
-    export(model, Inputs((x.view(2, 1, 4),), {}), tmp_path / "model.onnx")
-    assert nn.modules.transformer._detect_is_causal_mask is before
-    runner = Runner(tmp_path / "model.onnx", run(model, x.view(2, 1, 4)))
-    torch.testing.assert_close(
-        runner(Inputs((x.view(2, 1, 4),), {})), run(model, x.view(2, 1, 4)), rtol=1e-4, atol=1e-5
-    )

@@ -63,7 +63,8 @@ def test_every_logged_step_comes_back(run: OfflineRun) -> None:
 
 def test_the_summary_holds_the_last_values_without_internals(run: OfflineRun) -> None:
     assert {key: run.summary[key] for key in METRICS[-1]} == METRICS[-1]
-    assert run.summary["compress/weights"]["_type"] == "image-file"
+    assert run.summary["compress/weights._type"] == "image-file"
+    assert "_timestamp" in run.history[0]
 
 
 def test_pictures_are_among_the_files(run: OfflineRun, written: Path) -> None:
@@ -97,6 +98,7 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A home without any key, and no W&B settings in the environment."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
     for key in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(key, raising=False)
     return tmp_path

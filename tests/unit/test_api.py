@@ -1,0 +1,87 @@
+"""What a user imports."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+from importlib import import_module
+from importlib.metadata import version
+
+import lightning.pytorch as pl
+import lightning_compress.callbacks
+import pytest
+
+import lightning_compress
+
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(lightning_compress.__path__, "lightning_compress.") if module.name
+)
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level packages that are loaded after some code ran in a new interpreter."""
+    command = f"{code}; import sys; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, timeout=60)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_and_its_configuration_loads_nothing_heavy() -> None:
+    loaded = loaded_after("import lightning_compress, lightning_compress.conf")
+    assert "lightning_compress" in loaded
+    assert loaded.isdisjoint({"torch", "lightning", "pytorch_lightning", "numpy", "wandb", "hydra", "onnx"})
+
+
+def test_the_engine_loads_torch_and_not_lightning() -> None:
+    loaded = loaded_after(
+        "import lightning_compress.testing, lightning_compress.pruning, lightning_compress.quantization.convert"
+    )
+    assert "torch" in loaded
+    assert loaded.isdisjoint({"lightning", "pytorch_lightning", "wandb", "hydra", "onnxruntime"})
+
+
+def test_every_room_of_the_house_is_there() -> None:
+    rooms = ("phase", "layers", "testing", "pruning.masks", "quantization.convert", "deploy.onnx", "analysis.report")
+    assert {f"lightning_compress.{room}" for room in rooms} <= set(MODULES)
+    assert len(MODULES) > 25
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_of_a_module_is_there_and_has_a_docstring(name: str) -> None:
+    module = import_module(name)
+    assert module.__doc__
+    public = getattr(module, "__all__", [])
+    assert len(set(public)) == len(public)
+    for item in public:
+        value = getattr(module, item)
+        assert not callable(value) or value.__doc__, item
+
+
+def test_the_names_of_the_package_are_those_of_their_modules() -> None:
+    assert sorted(lightning_compress.__all__) == ["Phase", "convert", "int8", "load_from_checkpoint"]
+    assert lightning_compress.Phase is import_module("lightning_compress.phase").Phase
+    assert lightning_compress.convert is import_module("lightning_compress.quantization.convert").convert
+    assert lightning_compress.int8 is import_module("lightning_compress.quantization.schemes").int8
+    assert (
+        lightning_compress.load_from_checkpoint is import_module("lightning_compress.checkpoint").load_from_checkpoint
+    )
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        _ = lightning_compress.quantise
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert lightning_compress.__version__ == version("lightning-compress")
+
+
+def test_the_callbacks_are_exactly_these() -> None:
+    expected = ["CompressionReport", "Export", "FineTuning", "GradualPruning", "QuantizationAwareTraining"]
+    assert sorted(lightning_compress.callbacks.__all__) == expected
+
+
+@pytest.mark.parametrize("name", lightning_compress.callbacks.__all__)
+def test_a_callback_needs_no_argument_and_has_a_plain_state(name: str) -> None:
+    callback = getattr(lightning_compress.callbacks, name)()
+    assert isinstance(callback, pl.Callback)
+    assert type(callback).__module__.startswith("lightning_compress.callbacks.")
+    callback.load_state_dict(callback.state_dict())
+    assert callback.state_key.startswith(name)

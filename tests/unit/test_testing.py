@@ -1,0 +1,272 @@
+"""The contract checks: they pass what is right, and name what is broken."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_compress.layers import Layer
+from lightning_compress.pruning import Criterion, Element, Magnitude, Pattern, Random
+from lightning_compress.quantization import Affine, QParams, Quantizer
+from lightning_compress.testing import check_criterion, check_pattern, check_quantizer
+
+from .test_convert import PowerOfTwo
+from .test_patterns import Channel
+from .test_quantizers import Ternary
+
+
+class Rows(Pattern):
+    """Blocks of 4 rows in one column, of a weight seen as a matrix."""
+
+    def reduce(self, scores: Tensor) -> Tensor:
+        matrix = scores.flatten(1)
+        return matrix.view(-1, 4, matrix.shape[1]).mean(1)
+
+    def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
+        return keep.repeat_interleave(4, 0).view(shape)
+
+
+class Gradient(Criterion):
+    def score(self, layer: Layer) -> Tensor:
+        return (layer.weight.detach() * layer.weight.grad).abs()
+
+
+@pytest.mark.parametrize("criterion", [Magnitude(), Random(1), Gradient()])
+def test_a_right_criterion_passes(criterion: Criterion) -> None:
+    check_criterion(criterion)
+
+
+@pytest.mark.parametrize("pattern", [Element(), Channel(), Rows()])
+def test_a_right_pattern_passes(pattern: Pattern) -> None:
+    check_pattern(pattern)
+
+
+@pytest.mark.parametrize("quantizer", [Affine(8, symmetric=True), Affine(3, symmetric=True), PowerOfTwo(), Ternary()])
+def test_a_right_quantizer_passes(quantizer: Quantizer) -> None:
+    check_quantizer(quantizer)
+
+
+def test_the_checks_themselves_leave_the_random_states_alone() -> None:
+    before = (torch.get_rng_state(), random.getstate())
+    check_criterion(Magnitude())
+    check_pattern(Element())
+    check_quantizer(Ternary())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def criterion(score: Callable[[Layer], Any]) -> Criterion:
+    return type("Broken", (Criterion,), {"score": lambda self, layer: score(layer)})()
+
+
+def changed(layer: Layer, change: Callable[[Tensor], Any]) -> Tensor:
+    with torch.no_grad():
+        change(layer.weight)
+    return torch.ones_like(layer.weight)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda layer: layer.weight.detach().abs().sum(0), "the shape .* not the weight's, for a Linear"),
+        (lambda layer: layer.weight.detach().abs().flatten(), "the shape .* not the weight's"),
+        (lambda layer: layer.weight.detach().log(), "is not finite"),
+        (lambda layer: layer.weight.detach() / layer.weight.detach().norm(), "not finite .* with all weights zero"),
+        (lambda layer: 1 / layer.weight.detach(), "not finite .* with half of the weights zero"),
+        (lambda layer: 1.0, "gives a float, not a tensor"),
+        (lambda layer: torch.rand_like(layer.weight), "not the same when asked twice"),
+        (lambda layer: (torch.rand(1), torch.ones_like(layer.weight))[1], "drew from the global random state"),
+        (lambda layer: (random.random(), torch.ones_like(layer.weight))[1], "drew from the global random state"),
+        (lambda layer: changed(layer, lambda w: w.abs_()), "changed the weight for a Linear"),
+        (lambda layer: changed(layer, lambda w: w.grad.zero_()), "changed the weight's gradient"),
+        (lambda layer: changed(layer, lambda w: setattr(w, "grad", None)), "changed the weight's gradient"),
+        (lambda layer: layer.weight.detach().abs() @ torch.ones(3), "raised RuntimeError"),
+        (lambda layer: layer.weight.detach() * layer.module.out_features, "Conv2d's .*raised AttributeError"),
+        (lambda layer: layer.module.weight.detach().abs(), "LSTM's weight_ih_l0 .*raised AttributeError"),
+    ],
+)
+def test_a_broken_criterion_is_named_with_what_is_broken(score: Callable[[Layer], Any], message: str) -> None:
+    with pytest.raises(AssertionError, match=rf"(?s)Broken\.score.*{message}"):
+        check_criterion(criterion(score))
+
+
+def pattern(reduce: Callable[[Tensor], Tensor], expand: Callable[[Tensor, torch.Size], Tensor]) -> Pattern:
+    members = {"reduce": lambda self, scores: reduce(scores), "expand": lambda self, keep, shape: expand(keep, shape)}
+    return type("Broken", (Pattern,), members)()
+
+
+def by_row(keep: Tensor, shape: torch.Size) -> Tensor:
+    return keep.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+
+def unequal(keep: Tensor, shape: torch.Size) -> Tensor:
+    """The first group holds all but the last weights."""
+    mask = keep[0].repeat(shape.numel())
+    mask[-len(keep) + 1 :] = keep[1:]
+    return mask.view(shape)
+
+
+@pytest.mark.parametrize(
+    ("reduce", "expand", "message"),
+    [
+        (lambda s: s, lambda k, shape: k.float(), r"expand gives torch.float32, not torch.bool"),
+        (lambda s: s, lambda k, shape: k.flatten(), r"expand gives the shape .* not the weight's"),
+        (lambda s: s, lambda k, shape: ~k, "expand drops weights when all groups are kept"),
+        (lambda s: s, lambda k, shape: torch.ones(shape).bool(), "expand keeps weights when all groups are dropped"),
+        (lambda s: s.sum(1), by_row, r"expand for a weight of shape \(16, 16, 3, 3\) raised RuntimeError"),
+        (lambda s: s.flatten(1).sum(0), by_row, "expand .*raised RuntimeError"),
+        (lambda s: s.flatten()[:7], by_row, "7 groups, which cannot be of one size"),
+        (lambda s: s.flatten(1).sum(1).flip(0), by_row, "reduce and .*expand disagree"),
+        (lambda s: -s, lambda k, shape: k, "reduce and .*expand disagree"),
+        (lambda s: s.flatten(1).norm(dim=1), by_row, "does not rank a group of dropped weights"),
+        (lambda s: s.sqrt(), lambda k, shape: k, "does not rank a group of dropped weights"),
+        (lambda s: s.flatten(1).sum(1).log2() * torch.nan, by_row, "reduce is not finite"),
+        (lambda s: s.mul_(2), lambda k, shape: k, "reduce changed the scores"),
+        (lambda s: s.flatten(1).sum(1), unequal, "groups are not of one size"),
+        (lambda s: s, lambda k, shape: k | k.roll(1, 0), "groups share weights"),
+    ],
+)
+def test_a_broken_pattern_is_named_with_what_is_broken(reduce: Any, expand: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=rf"(?s)Broken\..*{message}"):
+        check_pattern(pattern(reduce, expand))
+
+
+class NoZero(Affine):
+    def qparams(self, low: Tensor, high: Tensor, axis: int | None = None) -> QParams:
+        return QParams(((high - low) / 255).clamp(min=1e-12), low, axis)
+
+    def _at(self, t: Tensor, x: Tensor, p: QParams) -> Tensor:
+        return t if p.axis is None else t.view([-1 if d == p.axis else 1 for d in range(x.dim())])
+
+    def quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return ((x - self._at(p.zero_point, x, p)) / self._at(p.scale, x, p)).round().clamp(0, 255)
+
+    def dequantize(self, codes: Tensor, p: QParams) -> Tensor:
+        return codes * self._at(p.scale, codes, p) + self._at(p.zero_point, codes, p)
+
+
+class Fractions(Ternary):
+    def quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return super().quantize(x, p) / 2
+
+    def dequantize(self, codes: Tensor, p: QParams) -> Tensor:
+        return super().dequantize(codes * 2, p)
+
+
+class TooMany(Ternary):
+    bits = 1
+
+
+class NoBits(Ternary):
+    bits = None
+
+
+class Deaf(Ternary):
+    def quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class Falling(Ternary):
+    def dequantize(self, codes: Tensor, p: QParams) -> Tensor:
+        return super().dequantize(-codes, p)
+
+
+class Restless(Ternary):
+    def dequantize(self, codes: Tensor, p: QParams) -> Tensor:
+        return super().dequantize(codes, p) * 0.3
+
+
+class Infinite(Ternary):
+    def dequantize(self, codes: Tensor, p: QParams) -> Tensor:
+        return torch.where(codes == 0, 0, codes * torch.inf)
+
+
+class Coarse(Affine):
+    """Skips every code but each fourth."""
+
+    def quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return (super().quantize(x, p) / 4).round() * 4
+
+    def fake_quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return Quantizer.fake_quantize(self, x, p)
+
+
+class OtherFake(Ternary):
+    def fake_quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return 0.99 * super().fake_quantize(x, p)
+
+
+class NoGradient(Ternary):
+    def fake_quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return self.dequantize(self.quantize(x, p), p) + 0 * x
+
+
+class HalfGradient(Ternary):
+    def fake_quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return x / 2 + (self.dequantize(self.quantize(x, p), p) - x / 2).detach()
+
+
+class NanGradient(Ternary):
+    def fake_quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return super().fake_quantize(x, p) + 0 * x.abs().sqrt()
+
+
+class Detached(Ternary):
+    def fake_quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return super().fake_quantize(x, p).detach()
+
+
+class InPlace(Ternary):
+    def quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return super().quantize(x.clamp_(-1, 1), p)
+
+
+class OneAxis(Ternary):
+    def _scale(self, x: Tensor, p: QParams) -> Tensor:
+        return p.scale if p.axis is None else p.scale.view(-1, 1)
+
+
+class OneRange(Ternary):
+    """Takes the widest range for every channel."""
+
+    def qparams(self, low: Tensor, high: Tensor, axis: int | None = None) -> QParams:
+        p = super().qparams(low, high, axis)
+        return p._replace(scale=torch.full_like(p.scale, float(p.scale.max())))
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (NoZero(), r"dequantize\(quantize\(0\)\) is .* and not 0 for the range"),
+        (Fractions(), "codes that are no whole numbers"),
+        (TooMany(), "3 different codes .*; 1 bits hold 2"),
+        (NoBits(), "bits is None"),
+        (Deaf(), "one and the same code"),
+        (Falling(), "falls where x rises"),
+        (Restless(), "quantizing a quantized value again changes it"),
+        (Infinite(), "is not finite"),
+        (Coarse(4, symmetric=True), "more than one step from x"),
+        (OtherFake(), r"fake_quantize\(.*\) is .*, but dequantize\(quantize\(.*\)\) is"),
+        (NoGradient(), "not straight-through inside the range"),
+        (HalfGradient(), "not straight-through inside the range"),
+        (NanGradient(), "gradient that is not finite"),
+        (Detached(), "fake_quantize .*raised RuntimeError"),
+        (InPlace(), "quantize changed its input"),
+        (OneAxis(), "a channel of axis 1"),
+        (OneRange(), "a channel of axis 0"),
+    ],
+)
+def test_a_broken_quantizer_is_named_with_what_is_broken(broken: Quantizer, message: str) -> None:
+    with pytest.raises(AssertionError, match=rf"(?s){type(broken).__name__}.*{message}"):
+        check_quantizer(broken)
+
+
+@pytest.mark.parametrize("check", [check_criterion, check_pattern, check_quantizer])
+def test_a_class_of_another_kind_is_refused(check: Callable[[Any], None]) -> None:
+    with pytest.raises(AssertionError, match="list is no subclass of lightning_compress"):
+        check([])
