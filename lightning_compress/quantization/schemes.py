@@ -64,8 +64,11 @@ class Scheme:
         Raises:
             ValueError: If the state names a class that is not part of this package.
         """
-        values = {k: _from_state(v) if isinstance(v, dict) else v for k, v in state.items() if k != "class"}
-        return Scheme(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values: dict[str, Any] = {}
+        for name, value in state.items():
+            if name != "class":
+                values[name] = _from_state(value) if isinstance(value, dict) else value
+        return Scheme(**values)
 
 
 def int8(include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Scheme:

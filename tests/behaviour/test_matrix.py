@@ -256,7 +256,7 @@ def test_ddp(name: str, ddp: dict[str, Any]) -> None:
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All modules, one after the other, in one group of two processes."""
     found = tmp_path_factory.mktemp("ddp") / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command += ["-m", "tests.behaviour.ddp", str(found)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert found.exists(), done.stderr[-3000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_the_runs_of_a_sweep_stand_in_one_table_by_name(tmp_path: Path, monkeypa
         run.finish()
     runs = offline_runs(tmp_path)
     assert [run.name for run in runs] == ["0 sparsity=0.5", "1 sparsity=0.9"]
-    console = Console(width=160, record=True, quiet=False, file=(tmp_path / "out.txt").open("w"))
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(comparison_table(runs))
     text = console.export_text()
     assert "2 runs of sweep" in text

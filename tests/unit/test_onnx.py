@@ -27,7 +27,7 @@ from .test_placement import Residual
 def export_quantized(model: nn.Module, x: Tensor, path: Path) -> Runner:
     """The file of a model that is quantized in place."""
     quantize(model, x)
-    export(convert(model), Inputs((x,), {}), path)
+    export(convert(model), Inputs((x[:1],), {}), path)
     return Runner(path, run(model, x))
 
 
@@ -89,16 +89,37 @@ def test_flipped_and_dead_channels_agree_in_the_file(build: Any, tmp_path: Path)
     assert largest_difference(runner(Inputs((IMAGES,), {})), expected) < 0.5 * largest_difference(expected, plain)
 
 
-@pytest.mark.parametrize(("size", "bias"), [(0.0, 1.0), (0.0, 1000.0), (1e-4, 5.0)])
-def test_a_dead_or_faint_channel_keeps_its_bias_in_the_file(size: float, bias: float, tmp_path: Path) -> None:
-    model = randomized(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1)))
+def dead_and_faint_channels(layer: nn.Module) -> None:
+    layer.weight[1:] *= torch.tensor([0.0, 1e-4, 1e-6]).view(3, 1, 1, 1)
+    layer.bias[1:] = torch.tensor([1.0, 5.0, 1.0])
+
+
+def dead_layer(layer: nn.Module) -> None:
+    layer.weight.zero_()
+    layer.bias.fill_(0.5)
+
+
+@pytest.mark.parametrize("prune", [dead_and_faint_channels, dead_layer])
+def test_what_was_pruned_away_lives_on_by_its_bias_in_the_file(prune: Any, tmp_path: Path) -> None:
+    model, images = randomized(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))), IMAGES.sigmoid()
     with torch.no_grad():
-        model[0].weight[1] *= size
-        model[0].bias[1] = bias
-    runner = export_quantized(model, IMAGES, tmp_path / "model.onnx")
-    expected = run(model, IMAGES)
-    difference = largest_difference(runner(Inputs((IMAGES,), {})), expected)
-    assert difference < 0.01 * float(expected.abs().max())
+        model[0].weight *= 0.3
+        prune(model[0])
+    runner = export_quantized(model, images, tmp_path / "model.onnx")
+    expected = run(model, images)
+    difference = largest_difference(runner(Inputs((images,), {})), expected)
+    assert difference < 0.02 * float(expected.abs().max())
+
+
+def test_a_channel_whose_norm_fades_away_lives_on_by_its_bias_in_the_file(tmp_path: Path) -> None:
+    model, images = negative_gamma(), IMAGES.sigmoid()
+    with torch.no_grad():
+        model[0].weight *= 0.2
+        model[1].weight[1], model[1].bias[1] = 1e-5, 0.5
+    runner = export_quantized(model, images, tmp_path / "model.onnx")
+    expected = run(model, images)
+    difference = largest_difference(runner(Inputs((images,), {})), expected)
+    assert difference < 0.02 * float(expected.abs().max())
 
 
 class Several(nn.Module):

@@ -120,6 +120,14 @@ def test_steps_and_epochs_of_an_endless_run_are_accepted() -> None:
     check_phases([("prune", Phase(0, 100, "step")), ("quantize", Phase(100, 200, "step"))], ENDLESS)
 
 
+def test_an_overlap_is_refused_beside_a_phase_that_cannot_be_placed() -> None:
+    clock = Clock(step=0, epoch=0.0, run=0.0, total_epochs=10)  # manual optimization: steps are not known beforehand
+    apart = [("prune", Phase(0.2, 0.5)), ("quantize", Phase(5, 9, "epoch")), ("fine-tune", Phase(100, 200, "step"))]
+    check_phases(apart, clock)
+    with pytest.raises(ValueError, match=r"prune .* and quantize .* overlap"):
+        check_phases([("prune", Phase(0.2, 0.6)), *apart[1:]], clock)
+
+
 @pytest.mark.parametrize("unit", ["step", "epoch"])
 def test_an_overlap_in_an_endless_run_is_refused(unit: str) -> None:
     with pytest.raises(ValueError, match="overlap"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -187,6 +188,14 @@ def test_names_of_a_recurrent_net() -> None:
     assert (placement.inputs, placement.outputs, placement.folds) == (["lstm", "fc"], [], {})
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_dropout_quantizes_nothing_of_its_own(inplace: bool, training: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(inplace=inplace), nn.Linear(4, 2))
+    placement = trace(randomized(model).train(training), noise(6, 4))
+    assert (placement.inputs, placement.outputs) == (["0"], ["1"])
+
+
 def test_an_input_that_two_layers_share_is_quantized_at_both() -> None:
     placement = trace(randomized(SharedInput()), X)
     assert placement.inputs == ["a", "b"]
@@ -284,11 +293,8 @@ def test_a_layer_that_is_left_in_float_does_not_ask_for_quantized_inputs() -> No
 def test_the_model_is_left_without_hooks_even_after_an_error(fails: bool) -> None:
     model = randomized(Residual())
     names = quantized_names(prepare(model, Scheme()))
-    try:
-        with Tracer(model, names):
-            model(X if not fails else X[:, :1])
-    except RuntimeError:
-        assert fails
+    with pytest.raises(RuntimeError) if fails else nullcontext(), Tracer(model, names):
+        model(X[:, :1] if fails else X)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert type(X + X) is Tensor
 

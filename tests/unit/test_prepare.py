@@ -75,17 +75,6 @@ def test_a_fresh_model_takes_up_the_state_and_computes_the_same(enabled: bool) -
     assert torch.equal(run(fresh, X), run(model, X))
 
 
-def test_a_loaded_range_is_not_shared_with_the_state() -> None:
-    model, fresh = randomized(Residual()), randomized(Residual()).eval()
-    state = quantize(model, X).state_dict()
-    before = {name: value.clone() for name, value in state["ranges"].items()}
-    second = prepare(fresh, int8())
-    second.load_state_dict(fresh, state)
-    second.observe(True)
-    run(fresh, 10 * X)
-    assert all(torch.equal(state["ranges"][name], before[name]) for name in before)
-
-
 def test_a_state_before_any_batch_was_watched_loads() -> None:
     model = randomized(Residual())
     state = prepare(randomized(Residual()), int8()).state_dict()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
+from wandb.proto import wandb_internal_pb2
 
 from lightning_compress.tracking import OfflineRun, read_offline_run, wandb_logger
 
@@ -86,6 +87,28 @@ def test_a_file_cut_short_by_a_killed_run_gives_what_is_whole(
     found = read_offline_run(path)
     assert (found.run_id, found.config["lr"]) == (run.run_id, 0.1)
     assert found.history[:4] == run.history[:4]
+
+
+def chunk(kind: int, data: bytes) -> bytes:
+    return bytes(4) + len(data).to_bytes(2, "little") + bytes([kind]) + data
+
+
+@pytest.mark.parametrize("left", range(8))
+def test_a_record_at_the_end_of_a_block_leaves_the_next_one_readable(left: int, tmp_path: Path) -> None:
+    """A block holds 32 KiB; less than the 7 bytes of a chunk's head at its end are filled with zeros."""
+    first, second = wandb_internal_pb2.Record(), wandb_internal_pb2.Record()
+    first.run.run_id = "x" * (32768 - 7 - 7 - left)
+    first.run.run_id = first.run.run_id[: -(len(first.SerializeToString()) - len(first.run.run_id))]
+    assert len(first.SerializeToString()) == 32768 - 7 - 7 - left
+    second.history.item.add(key="loss", value_json="0.5")
+    end = {0: b"", 7: chunk(2, b"")}.get(left, bytes(left))
+    path = tmp_path / "run-x.wandb"
+    path.write_bytes(
+        bytes(7) + chunk(1, first.SerializeToString()) + end + chunk(4 if left == 7 else 1, second.SerializeToString())
+    )
+    run = read_offline_run(path)
+    assert run.run_id == first.run.run_id
+    assert run.history == [{"loss": 0.5}]
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
