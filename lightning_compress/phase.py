@@ -113,10 +113,12 @@ def check_phases(phases: Iterable[tuple[str, Phase]], clock: Clock) -> None:
                 f"{clock.total_steps:g} steps. A phase takes at least one step: lengthen the phase or the run."
             )
         placed.append((begin, end, name, phase))
-    pairs = chain(combinations(sorted(placed, key=_place), 2), combinations(sorted(endless, key=_place), 2))
+    pairs = chain(
+        combinations(sorted(placed, key=_place), 2),
+        (pair for pair in combinations(sorted(endless, key=_place), 2) if pair[0][3].unit == pair[1][3].unit),
+    )
     for (_, end, name, phase), (begin, _, later, later_phase) in pairs:
-        comparable = not endless or phase.unit == later_phase.unit
-        if begin < end - 1e-9 and name != later and comparable:
+        if begin < end - 1e-9 and name != later:
             raise ValueError(
                 f"{name} {phase} and {later} {later_phase} overlap. Phases follow each other: let {later} begin where "
                 f"{name} ends."

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress.layers import Layer, modules_by_name
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize, weights
+from lightning_compress.quantization.placement import Placement
 from lightning_compress.quantization.prepare import prepared
 from lightning_compress.quantization.quantizers import Affine
 from lightning_compress.quantization.schemes import Scheme
@@ -58,7 +59,7 @@ def convert(model: Module) -> Module:
     """A copy for export: integer weights, explicit QDQ operations, batch norm folded, in eval mode on the CPU.
 
     A folded batch norm scales its layer's codes' scales, not the codes: what ships are the trained integers. Only a
-    channel whose scale is 65,536 times below its layer's largest is rounded to a larger scale.
+    channel so faint that its bias does not fit 32 bits in its steps is rounded to a larger scale.
 
     Raises:
         ValueError: If the model is not quantized, or its scheme has no form in integer kernels.
@@ -74,10 +75,13 @@ def convert(model: Module) -> Module:
     quantization = prepared(model)
     assert quantization is not None
     quantization.observe(False)
-    folds = quantization.placement.folds if quantization.placement else {}
+    placement = quantization.placement or Placement()
+    folds = placement.folds
     modules = modules_by_name(model)
     for layer in quantization.layers:
-        _store_codes(layer, modules[folds[layer.name]] if layer.name in folds else None)
+        feed = quantization.activations.get(placement.feeds.get(layer.name, ""))
+        step = float(feed.qparams().scale) if feed is not None and feed.enabled else None
+        _store_codes(layer, modules[folds[layer.name]] if layer.name in folds else None, step)
     for norm in folds.values():
         _replace(model, norm, _identity_like(modules[norm]))
     for activation in quantization.activations.values():
@@ -108,7 +112,8 @@ def to_float(model: Module) -> Module:
 
 
 @torch.no_grad()
-def _store_codes(layer: Layer, norm: Any) -> None:
+def _store_codes(layer: Layer, norm: Any, step: float | None) -> None:
+    """Replace a weight's fake quantization by its codes, with the norm folded in; step is the scale of the input."""
     fake_quantize = weights(layer.module)[layer.parameter]
     codes, (scale, _, axis) = fake_quantize.codes(layer.weight)
     if axis is None:
@@ -122,10 +127,14 @@ def _store_codes(layer: Layer, norm: Any) -> None:
         shape = [-1 if i == axis else 1 for i in range(codes.dim())]
         codes = codes * torch.where(factor < 0, -1, 1).to(codes.dtype).view(shape)
         scale = scale * factor.abs()
-    # integer kernels divide a bias by its channel's scale, which overflows 32 bits for a pruned or faint channel
     shape = [-1 if i == axis else 1 for i in range(codes.dim())]
     dead = (codes == 0).transpose(0, axis).flatten(1).all(1)
-    floor = torch.where(dead, scale.max(), scale.clamp(min=float(scale.max()) * 2**-16))
+    floor = torch.where(dead, scale.max(), scale)
+    own_bias = getattr(layer.module, "bias", None)
+    if isinstance(own_bias, Tensor) and step is not None:
+        # integer kernels hold a bias as 32 bits in steps of both scales: a pruned or faint channel would overflow them
+        lowest = own_bias.detach().abs().view(-1, floor.numel()).amax(0) * 2**-30 / step
+        floor = torch.maximum(floor, lowest)
     codes = (codes * (scale / floor).view(shape)).round().to(torch.int8)
     weights(layer.module)[layer.parameter] = _Codes(codes, floor, axis)
 

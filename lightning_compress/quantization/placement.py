@@ -65,11 +65,13 @@ class Placement:
         inputs: Modules whose input is quantized.
         outputs: Modules whose output is quantized.
         folds: Batch norm by the convolution or linear layer right before it.
+        feeds: The place (``name:input`` or ``name:output``) whose values a layer reads, by the layer's name.
     """
 
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     folds: dict[str, str] = field(default_factory=dict)
+    feeds: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -174,7 +176,7 @@ class Tracer(TorchFunctionMode):
             if name in self._quantized and not isinstance(module, EMBEDDING):
                 for value in args[:3] if isinstance(module, nn.MultiheadAttention) else args[:1]:
                     if isinstance(value, Tensor) and torch.is_floating_point(value):
-                        self._need(value)
+                        self.placement.feeds[name] = self._need(value)
 
         return hook
 
@@ -203,19 +205,20 @@ class Tracer(TorchFunctionMode):
             key = self._same[key]
         return key
 
-    def _need(self, x: Tensor) -> None:
-        """Let the module that produced a value, or else the outermost that receives it, quantize it."""
+    def _need(self, x: Tensor) -> str:
+        """Let the module that produced a value, or else the outermost that receives it, quantize it; name the place."""
         root = self._root(x)
         producer, _ = self._producer.get(root, ("", 0))
         if producer:
             if producer not in self.placement.outputs:
                 self.placement.outputs.append(producer)
-            return
+            return f"{producer}:output"
         for call in self._stack:
             if call.name and call.receives == root:
                 if call.name not in self.placement.inputs:
                     self.placement.inputs.append(call.name)
-                return
+                return f"{call.name}:input"
+        return ""
 
 
 def _channels_agree(layer: nn.Module, output: Tensor) -> bool:

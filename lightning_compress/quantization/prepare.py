@@ -72,6 +72,7 @@ class Prepared:
                 "inputs": list(self.placement.inputs),
                 "outputs": list(self.placement.outputs),
                 "folds": dict(self.placement.folds),
+                "feeds": dict(self.placement.feeds),
             }
             state["ranges"] = {name: a.range.detach().cpu() for name, a in self.activations.items()}
         return state
