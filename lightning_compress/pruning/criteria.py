@@ -21,6 +21,13 @@ class Criterion(ABC):
     def score(self, layer: Layer) -> Tensor:
         """One finite score a weight, in the weight's shape; higher = keep."""
 
+    def score_values(self, weights: Tensor, out: Tensor) -> Tensor:
+        """Scores of any stretch of weights, written into ``out``; only for a criterion that needs no more than values.
+
+        The score of 0 must then be 0 and the lowest. Such scores are never held for a whole model.
+        """
+        raise TypeError(f"{type(self).__name__} scores whole layers")
+
 
 @dataclass(frozen=True)
 class Magnitude(Criterion):
@@ -34,6 +41,10 @@ class Magnitude(Criterion):
     def score(self, layer: Layer) -> Tensor:
         """The absolute weight."""
         return layer.weight.detach().abs()
+
+    def score_values(self, weights: Tensor, out: Tensor) -> Tensor:
+        """The absolute weights."""
+        return torch.abs(weights, out=out)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.layers import Layer
 from lightning_compress.pruning.criteria import Criterion
-from lightning_compress.pruning.patterns import Pattern
-from lightning_compress.pruning.selection import keep_highest
+from lightning_compress.pruning.patterns import Element, Pattern
+from lightning_compress.pruning.selection import CHUNK, Cut, find_cut, keep_highest, num_dropped, spread_sample
 
 __all__ = ["Masks"]
 
@@ -49,6 +51,14 @@ class Masks:
             sparsity: Share of the weights to drop in all, cumulative, 0..1.
             scope: ``"global"`` ranks all layers together, ``"layer"`` each layer for itself.
         """
+        scopes = [self.layers] if scope == "global" else [[layer] for layer in self.layers]
+        if isinstance(pattern, Element) and type(criterion).score_values is not Criterion.score_values:
+            cuts = [self.find(criterion, sparsity, layers) for layers in scopes]
+            if all(cuts):
+                for cut, layers in zip(cuts, scopes, strict=True):
+                    self._write(cut, criterion, layers)  # type: ignore[arg-type]
+                self.apply(self.layers)
+                return
         groups = []
         for layer in self.layers:
             scores = criterion.score(layer).float()
@@ -61,6 +71,33 @@ class Masks:
         for layer, keep in zip(self.layers, keeps, strict=True):
             self._masks[layer.name] *= pattern.expand(keep, layer.weight.shape)
         self.apply(self.layers)
+
+    def find(self, criterion: Criterion, sparsity: float, layers: Sequence[Layer]) -> Cut | None:
+        """The cut through the scores of all given layers, without holding the scores.
+
+        Args:
+            criterion: One that scores values.
+            sparsity: Share of the weights to drop, 0..1.
+            layers: The layers that are ranked together.
+
+        Returns:
+            None where weights are not plain float32 on the CPU, or where the cut falls among zeros: dropped weights are
+            zeros, and among zeros only the masks tell which were dropped before.
+        """
+        weights = [layer.weight.detach() for layer in layers]
+        if any(w.device.type != "cpu" or w.dtype != torch.float32 or not w.is_contiguous() for w in weights):
+            return None
+        num_weights = sum(w.numel() for w in weights)
+        sample = torch.from_numpy(spread_sample([w.view(-1).numpy() for w in weights], num_weights))
+        scores = criterion.score_values(sample, torch.empty_like(sample)).numpy()
+        cut = find_cut(partial(_chunks, criterion, layers), num_weights, num_dropped(sparsity, num_weights), scores)
+        return cut if cut.value > 0 else None
+
+    def _write(self, cut: Cut, criterion: Criterion, layers: Sequence[Layer]) -> None:
+        for layer in layers:
+            mask = self._masks[layer.name].view(-1).numpy().view(bool)
+            for i, scores in enumerate(_chunks(criterion, [layer])):
+                cut.keep(scores, mask[i * CHUNK : i * CHUNK + len(scores)])
 
     @torch.no_grad()
     def apply(self, layers: Iterable[Layer] | None = None) -> None:
@@ -117,6 +154,14 @@ class Masks:
         for name, entry in state.items():
             device = self._masks[name].device
             self._masks[name] = _unpack(entry["bits"], entry["shape"]).to(device)
+
+
+def _chunks(criterion: Criterion, layers: Sequence[Layer]) -> Iterator[np.ndarray]:
+    """The scores of the layers' weights, in order, in one buffer that is used again and again."""
+    buffer = torch.empty(CHUNK)
+    for layer in layers:
+        for part in layer.weight.detach().view(-1).split(CHUNK):
+            yield criterion.score_values(part, buffer[: part.numel()]).numpy()
 
 
 def _pack(mask: Tensor) -> Tensor:
