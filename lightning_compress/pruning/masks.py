@@ -56,7 +56,7 @@ class Masks:
             cuts = [self.find(criterion, sparsity, layers) for layers in scopes]
             if all(cuts):
                 for cut, layers in zip(cuts, scopes, strict=True):
-                    self._write(cut, criterion, layers)  # type: ignore[arg-type]
+                    self.write(cut, criterion, layers)  # type: ignore[arg-type]
                 self.apply(self.layers)
                 return
         groups = []
@@ -93,7 +93,8 @@ class Masks:
         cut = find_cut(partial(_chunks, criterion, layers), num_weights, num_dropped(sparsity, num_weights), scores)
         return cut if cut.value > 0 else None
 
-    def _write(self, cut: Cut, criterion: Criterion, layers: Sequence[Layer]) -> None:
+    def write(self, cut: Cut, criterion: Criterion, layers: Sequence[Layer]) -> None:
+        """Set the layers' masks by a cut through their scores."""
         for layer in layers:
             mask = self._masks[layer.name].view(-1).numpy().view(bool)
             for i, scores in enumerate(_chunks(criterion, [layer])):

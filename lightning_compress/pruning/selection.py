@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["CHUNK", "Cut", "find_cut", "keep_highest", "num_dropped"]
 
-CHUNK = 2**18  # scores that are looked at together: they stay in the cache
+CHUNK = 2**17  # scores that are looked at together: they stay in the cache
 _SAMPLE = 2**17
 _SIGMAS = 4.0
 
@@ -77,7 +77,8 @@ def find_cut(chunks: Chunks, num_scores: int, k: int, sample: np.ndarray) -> Cut
         width *= 4
     if not k:
         return Cut(-np.inf, 0, int(np.count_nonzero(candidates == -np.inf)) if num_below == 0 else 0)
-    value = np.partition(candidates, k - num_below - 1)[k - num_below - 1]
+    candidates.partition(k - num_below - 1)
+    value = candidates[k - num_below - 1]
     num_lower = num_below + int(np.count_nonzero(candidates < value))
     return Cut(float(value), k - num_lower, int(np.count_nonzero(candidates == value)))
 
