@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import copy
-import io
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
-import zstandard
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from lightning_compress.analysis.inspect import (
-    count_macs,
-    describe,
     estimate_bytes,
     layer_table,
     sparsity,
@@ -35,15 +29,13 @@ from lightning_compress.analysis.report import (
     write_html,
     write_json,
 )
-from lightning_compress.deploy.formats import FORMATS
-from lightning_compress.deploy.size import weigh
 from lightning_compress.layers import Layer
 from lightning_compress.phase import Clock
-from lightning_compress.quantization.convert import to_float
 
 from .clock import all_callbacks, current_phase, first_begin, read_clock
-from .evaluate import check_validation_data, copied, evaluate, example_inputs, pick_metric
+from .evaluate import check_validation_data, pick_metric
 from .export import Export
+from .measure import measure, totals
 from .progress import show_in_progress_bar
 
 __all__ = ["CompressionReport"]
@@ -216,9 +208,9 @@ class CompressionReport(pl.Callback):
             rank_zero_warn(text)
         return {
             "metric": metric,
-            "dense": _public(self._dense, metric),
-            "control": _public(self.control, metric),
-            "compressed": _public(compressed, metric),
+            "dense": totals(self._dense, metric),
+            "control": totals(self.control, metric),
+            "compressed": totals(compressed, metric),
             "layers": layer_table(pl_module, compressed["macs_by_layer"]),
             "artifacts": artifacts,
             "seconds": {},
@@ -256,50 +248,8 @@ class CompressionReport(pl.Callback):
             rank_zero_warn(f"{type(logger).__name__} did not take the report: {type(error).__name__}: {error}")
 
 
-def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, formats: Sequence[str] = ()) -> dict[str, Any]:
-    """Metrics and totals of a model as it is now, on copies; what cannot be measured is None, with a warning.
-
-    Args:
-        trainer: The Trainer of the run, for its validation data.
-        pl_module: The model.
-        formats: ``bytes`` are of its float file in the first of these formats; of its state_dict without one.
-    """
-    measured: dict[str, Any] = {"metrics": {}, "macs_by_layer": {}}
-    try:
-        measured["metrics"] = evaluate(trainer, copied(pl_module))
-        inputs = example_inputs(trainer, pl_module)
-        plain = to_float(pl_module)
-        if inputs is not None:
-            measured["macs_by_layer"] = count_macs(plain, inputs)
-        measured |= _float_bytes(formats, plain, inputs)
-    except Exception as error:  # a model that cannot be copied or traced still trains
-        rank_zero_warn(f"CompressionReport could not measure the model: {type(error).__name__}: {error}")
-    return measured | describe(pl_module, measured["macs_by_layer"])
-
-
-def _float_bytes(formats: Sequence[str], plain: pl.LightningModule, inputs: Any) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            path = Path(folder) / "float"
-            FORMATS[formats[0]].export(plain, inputs, path)
-            size, packed = weigh(path)
-        except Exception:  # no format, or a model that it does not take: Export says so itself at the end
-            buffer = io.BytesIO()
-            torch.save(plain.state_dict(), buffer)
-            data = buffer.getvalue()
-            size, packed = len(data), len(zstandard.ZstdCompressor(level=10).compress(data))
-    return {"bytes": size, "bytes_zstd": packed}
-
-
 def _formats(trainer: pl.Trainer) -> list[str]:
     return next((callback.formats for callback in all_callbacks(trainer) if isinstance(callback, Export)), [])
-
-
-def _public(measured: dict[str, Any] | None, metric: str | None) -> dict[str, Any] | None:
-    if measured is None:
-        return None
-    keys = ("num_params", "num_nonzero", "sparsity", "macs", "bytes", "bytes_zstd")
-    return {"metric": measured["metrics"].get(metric), **{key: measured.get(key) for key in keys}}
 
 
 def _histogram(layers: list[Layer], bins: list[float]) -> tuple[list[float], list[float]]:

@@ -112,7 +112,7 @@ def _train_control(cfg: DictConfig) -> dict[str, Any]:
     from lightning.pytorch.utilities import rank_zero_info
 
     from lightning_compress.callbacks import Export
-    from lightning_compress.callbacks.report import measure
+    from lightning_compress.callbacks.measure import measure
 
     rank_zero_info("Training the dense control first: the same run without compression.")
     trainer, model, data = _trainer_model_data(cfg, [], False)

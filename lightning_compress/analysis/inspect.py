@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.deploy.forward import Inputs, run_model, with_batch
 from lightning_compress.layers import EMBEDDING, QUANTIZABLE, Layer, find_layers
-from lightning_compress.quantization.fake_quant import activations, weights
+from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.prepare import prepared
 
 __all__ = ["count_macs", "describe", "estimate_bytes", "layer_table", "sparsity", "weight_layers"]
@@ -129,8 +129,3 @@ def describe(model: nn.Module, macs: dict[str, int] | None = None) -> dict[str, 
         "sparsity": sparsity(weight_layers(model)),
         "macs": (macs or {}).get(""),
     }
-
-
-def quantized_inputs(model: nn.Module) -> int:
-    """How many places quantize an activation."""
-    return sum(len(activations(module)) for module in model.modules())

@@ -94,11 +94,13 @@ class Masks:
         return cut if cut.value > 0 else None
 
     def write(self, cut: Cut, criterion: Criterion, layers: Sequence[Layer]) -> None:
-        """Set the layers' masks by a cut through their scores."""
+        """Drop what a cut through the layers' scores drops."""
+        kept = np.empty(CHUNK, bool)
         for layer in layers:
             mask = self._masks[layer.name].view(-1).numpy().view(bool)
             for i, scores in enumerate(_chunks(criterion, [layer])):
-                cut.keep(scores, mask[i * CHUNK : i * CHUNK + len(scores)])
+                cut.keep(scores, kept[: len(scores)])
+                mask[i * CHUNK : i * CHUNK + len(scores)] &= kept[: len(scores)]
 
     @torch.no_grad()
     def apply(self, layers: Iterable[Layer] | None = None) -> None:

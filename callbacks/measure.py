@@ -1,0 +1,66 @@
+"""What a model is worth and what it weighs, measured on copies while the Trainer is busy."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import zstandard
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_compress.analysis.inspect import count_macs, describe
+from lightning_compress.deploy.formats import FORMATS
+from lightning_compress.deploy.size import weigh
+from lightning_compress.quantization.convert import to_float
+
+from .evaluate import copied, evaluate, example_inputs
+
+__all__ = ["measure", "totals"]
+
+
+def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, formats: Sequence[str] = ()) -> dict[str, Any]:
+    """Metrics and totals of a model as it is now, on copies; what cannot be measured is None, with a warning.
+
+    Args:
+        trainer: The Trainer of the run, for its validation data.
+        pl_module: The model.
+        formats: ``bytes`` are of its float file in the first of these formats; of its state_dict without one.
+    """
+    measured: dict[str, Any] = {"metrics": {}, "macs_by_layer": {}}
+    try:
+        measured["metrics"] = evaluate(trainer, copied(pl_module))
+        inputs = example_inputs(trainer, pl_module)
+        plain = to_float(pl_module)
+        if inputs is not None:
+            measured["macs_by_layer"] = count_macs(plain, inputs)
+        measured |= _float_bytes(formats, plain, inputs)
+    except Exception as error:  # a model that cannot be copied or traced still trains
+        rank_zero_warn(f"CompressionReport could not measure the model: {type(error).__name__}: {error}")
+    return measured | describe(pl_module, measured["macs_by_layer"])
+
+
+def _float_bytes(formats: Sequence[str], plain: pl.LightningModule, inputs: Any) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = Path(folder) / "float"
+            FORMATS[formats[0]].export(plain, inputs, path)
+            size, packed = weigh(path)
+        except Exception:  # no format, or a model that it does not take: Export says so itself at the end
+            buffer = io.BytesIO()
+            torch.save(plain.state_dict(), buffer)
+            data = buffer.getvalue()
+            size, packed = len(data), len(zstandard.ZstdCompressor(level=10).compress(data))
+    return {"bytes": size, "bytes_zstd": packed}
+
+
+def totals(measured: dict[str, Any] | None, metric: str | None) -> dict[str, Any] | None:
+    """What of a measurement stands in report.json."""
+    if measured is None:
+        return None
+    keys = ("num_params", "num_nonzero", "sparsity", "macs", "bytes", "bytes_zstd")
+    return {"metric": measured["metrics"].get(metric), **{key: measured.get(key) for key in keys}}
