@@ -17,7 +17,6 @@ from lightning_compress.analysis.inspect import (
     describe,
     estimate_bytes,
     layer_table,
-    quantized_inputs,
     sparsity,
     weight_layers,
 )
@@ -193,10 +192,3 @@ def test_an_embedding_reads_no_quantized_input() -> None:
 def test_rows_of_a_recurrent_layer_show_the_layers_multiplications() -> None:
     model = nn.ModuleDict({"net": nn.LSTM(4, 3)})
     assert [row["macs"] for row in layer_table(model, {"": 9, "net": 7})] == [7, 7]
-
-
-def test_places_that_quantize_are_counted() -> None:
-    model = randomized(Residual())
-    assert quantized_inputs(model) == 0
-    quantize(model, noise(4, 2, 8, 8))
-    assert quantized_inputs(model) == 9
