@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_compress.analysis.inspect import count_macs, describe
 from lightning_compress.deploy.formats import FORMATS
+from lightning_compress.deploy.forward import Inputs, run_model, with_batch
 from lightning_compress.deploy.size import weigh
+from lightning_compress.deploy.verify import time_together
 from lightning_compress.quantization.convert import to_float
 
 from .evaluate import copied, evaluate, example_inputs
@@ -23,13 +26,16 @@ from .evaluate import copied, evaluate, example_inputs
 __all__ = ["measure", "totals"]
 
 
-def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, formats: Sequence[str] = ()) -> dict[str, Any]:
+def measure(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, formats: Sequence[str] = (), timed: bool = False
+) -> dict[str, Any]:
     """Metrics and totals of a model as it is now, on copies; what cannot be measured is None, with a warning.
 
     Args:
         trainer: The Trainer of the run, for its validation data.
         pl_module: The model.
         formats: ``bytes`` are of its float file in the first of these formats; of its state_dict without one.
+        timed: Also time the model as it is, fake-quantized or not, in PyTorch on the CPU: ``latency_ms``.
     """
     measured: dict[str, Any] = {"metrics": {}, "macs_by_layer": {}}
     try:
@@ -39,9 +45,22 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, formats: Sequenc
         if inputs is not None:
             measured["macs_by_layer"] = count_macs(plain, inputs)
         measured |= _float_bytes(formats, plain, inputs)
+        if timed and inputs is not None:
+            measured["latency_ms"] = _latency(copied(pl_module).cpu().eval(), inputs)
     except Exception as error:  # a model that cannot be copied or traced still trains
         rank_zero_warn(f"CompressionReport could not measure the model: {type(error).__name__}: {error}")
     return measured | describe(pl_module, measured["macs_by_layer"])
+
+
+def _latency(model: pl.LightningModule, inputs: Inputs) -> dict[str, float]:
+    """Median milliseconds by batch size, one thread."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        sizes = {size: partial(run_model, model, with_batch(inputs, size)) for size in (1, 64)}
+        return {str(size): round(time_together([call])[0], 4) for size, call in sizes.items()}
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _float_bytes(formats: Sequence[str], plain: pl.LightningModule, inputs: Any) -> dict[str, int]:

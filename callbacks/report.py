@@ -192,7 +192,7 @@ class CompressionReport(pl.Callback):
 
     def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         export = next((c for c in all_callbacks(trainer) if isinstance(c, Export)), None)
-        compressed = measure(trainer, pl_module, _formats(trainer))
+        compressed = measure(trainer, pl_module, _formats(trainer), timed=True)
         metric = self.monitor or pick_metric(list(compressed["metrics"]))
         artifacts = []
         for artifact in export.artifacts if export is not None else []:
@@ -213,6 +213,7 @@ class CompressionReport(pl.Callback):
             "compressed": totals(compressed, metric),
             "layers": layer_table(pl_module, compressed["macs_by_layer"]),
             "artifacts": artifacts,
+            "latency_ms_pytorch": compressed.get("latency_ms", {}),
             "seconds": {},
             "warnings": warnings,
         }

@@ -55,7 +55,8 @@ def summary_rows(report: dict[str, Any]) -> list[list[str]]:
     rows = []
     for key, label in (("dense", "dense"), ("control", "dense control"), ("compressed", "compressed")):
         if report.get(key):
-            rows.append([label, *_row(report[key], {} if key == "compressed" else float_latency)])
+            latency = report.get("latency_ms_pytorch", {}) if key == "compressed" else float_latency
+            rows.append([label, *_row(report[key], latency)])
     for artifact in report["artifacts"]:
         label = Path(artifact["path"]).name
         values = {
@@ -231,7 +232,8 @@ def write_html(report: dict[str, Any], history: History, path: Path) -> None:
         "<h2>What compression bought</h2>",
         _html_table(headers(report), summary_rows(report)),
         "<p>Params are those that are not zero. The dense models are one float graph, timed once, interleaved with the "
-        "exported file in the same runtime: medians, one thread. Bytes are of the exported file.</p>",
+        "exported file in the same runtime; the compressed model is timed in PyTorch. Medians, one thread. Bytes are of "
+        "the exported file.</p>",
         "<h2>Pictures</h2>",
         *pictures,
         "<h2>Proof of the files</h2>",
