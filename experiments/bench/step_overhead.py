@@ -1,8 +1,8 @@
 """What enforcing masks costs a training step: ours beside torch.nn.utils.prune, ResNet-50-size with Adam at 80 %.
 
 The step is forward, backward and optimizer step of 4 images of 64 x 64, so that the weights weigh most. Dense, ours and
-the peer start from the same weights and run in this process, interleaved; medians of CPU time, single-threaded. Memory is
-the peak over a step.
+the peer start from the same weights and run in this process, interleaved; medians of CPU time, single-threaded.
+Memory is the peak over a step.
 """
 
 from __future__ import annotations

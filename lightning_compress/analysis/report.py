@@ -232,8 +232,8 @@ def write_html(report: dict[str, Any], history: History, path: Path) -> None:
         "<h2>What compression bought</h2>",
         _html_table(headers(report), summary_rows(report)),
         "<p>Params are those that are not zero. The dense models are one float graph, timed once, interleaved with the "
-        "exported file in the same runtime; the compressed model is timed in PyTorch. Medians, one thread. Bytes are of "
-        "the exported file.</p>",
+        "exported file in the same runtime; the compressed model is timed in PyTorch. Medians, one thread. "
+        "Bytes are of the exported file.</p>",
         "<h2>Pictures</h2>",
         *pictures,
         "<h2>Proof of the files</h2>",
