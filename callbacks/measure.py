@@ -58,7 +58,7 @@ def _latency(model: pl.LightningModule, inputs: Inputs) -> dict[str, float]:
     torch.set_num_threads(1)
     try:
         sizes = {size: partial(run_model, model, with_batch(inputs, size)) for size in (1, 64)}
-        return {str(size): round(time_together([call])[0], 4) for size, call in sizes.items()}
+        return {str(size): round(time_together([call], seconds=0.05)[0], 4) for size, call in sizes.items()}
     finally:
         torch.set_num_threads(num_threads)
 
