@@ -26,11 +26,15 @@ class Layer:
         name: The module's name, with the parameter's name behind it where a module holds several weights.
         module: The module that holds the weight.
         parameter: Key of the weight in the module's parameters.
+        seen: What a criterion observed of this layer during training, averaged.
+        norm: The batch norm right behind the layer, where a criterion asked for it.
     """
 
     name: str
     module: nn.Module
     parameter: str = "weight"
+    seen: Tensor | None = None
+    norm: nn.Module | None = None
 
     @property
     def weight(self) -> nn.Parameter:

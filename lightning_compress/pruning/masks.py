@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 from lightning_compress.layers import Layer
 from lightning_compress.pruning.criteria import Criterion
+from lightning_compress.pruning.distribution import Scope, keep_groups, split_by_scope
+from lightning_compress.pruning.observation import Observation
 from lightning_compress.pruning.patterns import Element, Pattern
-from lightning_compress.pruning.selection import CHUNK, Cut, find_cut, keep_highest, num_dropped, spread_sample
+from lightning_compress.pruning.selection import CHUNK, Cut, find_cut, num_dropped, spread_sample
 
 __all__ = ["Masks"]
-
-Scope = Literal["global", "layer"]
 
 
 class Masks:
@@ -42,35 +43,101 @@ class Masks:
         return 1 - kept / max(1, sum(mask.numel() for mask in self._masks.values()))
 
     @torch.no_grad()
-    def update(self, criterion: Criterion, pattern: Pattern, sparsity: float, scope: Scope) -> None:
+    def update(
+        self,
+        criterion: Criterion,
+        pattern: Pattern,
+        sparsity: float,
+        scope: Scope,
+        *,
+        targets: Mapping[str, float] | None = None,
+        floor: float = 0.0,
+        observation: Observation | None = None,
+    ) -> None:
         """Drop the lowest scores up to a sparsity; what was dropped before stays dropped.
 
         Args:
             criterion: Gives the scores.
             pattern: Gives the groups that are kept or dropped together.
             sparsity: Share of the weights to drop in all, cumulative, 0..1.
-            scope: ``"global"`` ranks all layers together, ``"layer"`` each layer for itself.
+            scope: ``"global"`` ranks all layers together, ``"layer"`` each layer for itself, ``"erk"`` each layer for
+                itself up to a sparsity that depends on its shape.
+            targets: Sparsities of single layers by their names; they are ranked for themselves.
+            floor: No layer keeps less than this share of what all keep on average; above 0, none is emptied.
+            observation: What the criterion saw; layers that it cannot score stay as they are.
         """
-        scopes = [self.layers] if scope == "global" else [[layer] for layer in self.layers]
-        if isinstance(pattern, Element) and type(criterion).score_values is not Criterion.score_values:
-            cuts = [self.find(criterion, sparsity, layers) for layers in scopes]
-            if all(cuts):
-                for cut, layers in zip(cuts, scopes, strict=True):
-                    self.write(cut, criterion, layers)  # type: ignore[arg-type]
-                self.apply(self.layers)
-                return
-        groups = []
-        for layer in self.layers:
-            scores = criterion.score(layer).float()
-            scores = scores.masked_fill(self._masks[layer.name] == 0, -torch.inf)
-            groups.append(pattern.reduce(scores))
-        if scope == "global":
-            keeps = keep_highest(groups, sparsity)
-        else:
-            keeps = [keep_highest([group], sparsity)[0] for group in groups]
-        for layer, keep in zip(self.layers, keeps, strict=True):
-            self._masks[layer.name] *= pattern.expand(keep, layer.weight.shape)
-        self.apply(self.layers)
+        layers = [layer for layer in self.layers if observation is None or observation.refuses(layer) is None]
+        parts = split_by_scope(layers, sparsity, scope, targets or {})
+        streamed = isinstance(pattern, Element) and type(criterion).score_values is not Criterion.score_values
+        if not (streamed and self._update_streamed(criterion, parts, floor)):
+            for part, share in parts:
+                self._update_scored(criterion, pattern, part, share, floor, observation)
+        self.apply(layers)
+
+    def _update_scored(
+        self,
+        criterion: Criterion,
+        pattern: Pattern,
+        layers: Sequence[Layer],
+        sparsity: float,
+        floor: float,
+        observation: Observation | None,
+    ) -> None:
+        """Rank the groups of all given layers together."""
+        groups, sizes = [], []
+        for layer in layers:
+            scores = criterion.score(layer if observation is None else observation.layer(layer)).float()
+            scores = _out_first(layer, scores.masked_fill(self._masks[layer.name] == 0, -torch.inf))
+            found = pattern.reduce(scores)
+            protected = pattern.protects(found)
+            if protected is not None:
+                found = found.masked_fill(protected & (found > -torch.inf), torch.inf)
+            groups.append(found)
+            sizes.append(layer.weight.numel() // found.numel())
+        for layer, keep in zip(layers, keep_groups(groups, sizes, sparsity, floor), strict=True):
+            shape = _out_first(layer, layer.weight).shape
+            self._masks[layer.name] *= _out_first(layer, pattern.expand(keep, shape))
+
+    def _update_streamed(
+        self, criterion: Criterion, parts: Sequence[tuple[Sequence[Layer], float]], floor: float
+    ) -> bool:
+        """The same without holding scores; False, with nothing done, where that cannot be."""
+        cuts: list[tuple[Cut, Sequence[Layer]]] = []
+        for part, sparsity in parts:
+            open_, num_left = list(part), num_dropped(sparsity, sum(layer.weight.numel() for layer in part))
+            while open_ and num_left > 0:
+                cut = self._find(criterion, num_left, open_)
+                if cut is None:
+                    return False
+                short = self._short(cut, criterion, open_, floor * (1 - sparsity)) if floor and sparsity < 1 else []
+                if not short:
+                    cuts.append((cut, open_))
+                    break
+                for layer in short:
+                    k = layer.weight.numel() - math.ceil(floor * (1 - sparsity) * layer.weight.numel())
+                    own = self._find(criterion, k, [layer])
+                    if own is None:
+                        return False
+                    cuts.append((own, [layer]))
+                    num_left -= k
+                open_ = [layer for layer in open_ if layer not in short]
+        for cut, layers in cuts:
+            self.write(cut, criterion, layers)
+        return True
+
+    def _short(self, cut: Cut, criterion: Criterion, layers: Sequence[Layer], share: float) -> list[Layer]:
+        """The layers of which a cut leaves less than a share."""
+        short = []
+        for layer in layers:
+            needed = math.ceil(share * layer.weight.numel())
+            num_kept = 0
+            for scores in _chunks(criterion, [layer]):
+                num_kept += int(np.count_nonzero(scores > cut.value))
+                if num_kept >= needed:
+                    break
+            if num_kept < needed:
+                short.append(layer)
+        return short
 
     def find(self, criterion: Criterion, sparsity: float, layers: Sequence[Layer]) -> Cut | None:
         """The cut through the scores of all given layers, without holding the scores.
@@ -84,13 +151,16 @@ class Masks:
             None where weights are not plain float32 on the CPU, or where the cut falls among zeros: dropped weights are
             zeros, and among zeros only the masks tell which were dropped before.
         """
+        return self._find(criterion, num_dropped(sparsity, sum(layer.weight.numel() for layer in layers)), layers)
+
+    def _find(self, criterion: Criterion, k: int, layers: Sequence[Layer]) -> Cut | None:
         weights = [layer.weight.detach() for layer in layers]
         if any(w.device.type != "cpu" or w.dtype != torch.float32 or not w.is_contiguous() for w in weights):
             return None
         num_weights = sum(w.numel() for w in weights)
         sample = torch.from_numpy(spread_sample([w.view(-1).numpy() for w in weights], num_weights))
         scores = criterion.score_values(sample, torch.empty_like(sample)).numpy()
-        cut = find_cut(partial(_chunks, criterion, layers), num_weights, num_dropped(sparsity, num_weights), scores)
+        cut = find_cut(partial(_chunks, criterion, layers), num_weights, k, scores)
         return cut if cut.value > 0 else None
 
     def write(self, cut: Cut, criterion: Criterion, layers: Sequence[Layer]) -> None:
@@ -157,6 +227,11 @@ class Masks:
         for name, entry in state.items():
             device = self._masks[name].device
             self._masks[name] = _unpack(entry["bits"], entry["shape"]).to(device)
+
+
+def _out_first(layer: Layer, values: Tensor) -> Tensor:
+    """A tensor of the weight's shape with its output channels first, or one like that back in the weight's shape."""
+    return values.transpose(0, 1) if layer.out_axis == 1 else values
 
 
 def _chunks(criterion: Criterion, layers: Sequence[Layer]) -> Iterator[np.ndarray]:

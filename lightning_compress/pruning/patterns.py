@@ -1,4 +1,7 @@
-"""In what shape: which weights are kept or dropped together (Mao 2017, arXiv:1705.08922)."""
+"""In what shape: which weights are kept or dropped together (Mao 2017, arXiv:1705.08922).
+
+A pattern sees every weight with its output channels first: (out, in) or (out, in, *kernel).
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Element", "Pattern"]
+__all__ = ["Block", "Channel", "Element", "Head", "NofM", "Pattern", "WholeLayer"]
 
 
 class Pattern(ABC):
-    """Groups of weights; see :func:`lightning_compress.testing.check_pattern`."""
+    """Groups of weights, all of one size; see :func:`lightning_compress.testing.check_pattern`."""
 
     @abstractmethod
     def reduce(self, scores: Tensor) -> Tensor:
@@ -21,6 +24,19 @@ class Pattern(ABC):
     @abstractmethod
     def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
         """A bool a group to a bool a weight, in the weight's shape."""
+
+    def refuses(self, shape: torch.Size) -> str | None:
+        """Why a weight of this shape has no such groups; None where it has."""
+        return None
+
+    def protects(self, groups: Tensor) -> Tensor | None:
+        """Which groups must stay whatever their score, a bool each; None for none. ``groups`` are their scores."""
+        return None
+
+    @property
+    def max_sparsity(self) -> float:
+        """The highest sparsity that the pattern allows."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -39,3 +55,196 @@ class Element(Pattern):
     def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
         """The mask itself."""
         return keep.reshape(shape)
+
+
+@dataclass(frozen=True)
+class NofM(Pattern):
+    """At least the n best of every m neighbours stay: at its full sparsity of 1 - n/m, N:M (Mishra 2021, 2104.08378).
+
+    While the sparsity rises, weights go one by one, and never more than m - n of any m.
+
+    Args:
+        n: How many stay.
+        m: Of how many neighbours.
+        axis: Along which axis they are neighbours; 1 is the input, as sparse tensor cores read it.
+
+    Raises:
+        ValueError: If not 0 < n < m.
+
+    Example:
+        >>> NofM(2, 4).protects(torch.tensor([[1.0, 4.0, 3.0, 2.0]]))
+        tensor([[False,  True,  True, False]])
+    """
+
+    n: int = 2
+    m: int = 4
+    axis: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what keeps nothing or everything."""
+        if not 0 < self.n < self.m:
+            raise ValueError(f"NofM(n={self.n}, m={self.m}): accepted is 0 < n < m, for instance NofM(2, 4).")
+
+    def reduce(self, scores: Tensor) -> Tensor:
+        """The scores themselves."""
+        return scores
+
+    def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
+        """The mask itself."""
+        return keep.reshape(shape)
+
+    def refuses(self, shape: torch.Size) -> str | None:
+        """Where the axis is no multiple of m."""
+        size = shape[self.axis] if self.axis < len(shape) else 0
+        return None if size and size % self.m == 0 else f"axis {self.axis} is {size} long, no multiple of {self.m}"
+
+    def protects(self, groups: Tensor) -> Tensor:
+        """The n highest of every m; of equal ones the first."""
+        rows = groups.movedim(self.axis, -1).unflatten(-1, (-1, self.m))
+        better = torch.zeros_like(rows, dtype=torch.int8)
+        for i in range(self.m):
+            for j in range(i + 1, self.m):
+                first = rows[..., i] >= rows[..., j]
+                better[..., j] += first
+                better[..., i] += ~first
+        return (better < self.n).flatten(-2).movedim(-1, self.axis)
+
+    @property
+    def max_sparsity(self) -> float:
+        """1 - n/m."""
+        return 1 - self.n / self.m
+
+
+@dataclass(frozen=True)
+class Block(Pattern):
+    """Rectangles of output by input channels, at every place of the kernel (Narang 2017, arXiv:1711.02782).
+
+    Args:
+        rows: Output channels in a block.
+        columns: Input channels in a block.
+
+    Raises:
+        ValueError: If a side is no whole number above 0.
+
+    Example:
+        >>> Block(16, 1).reduce(torch.ones(32, 8)).shape
+        torch.Size([2, 8])
+    """
+
+    rows: int = 16
+    columns: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse empty blocks."""
+        if not all(isinstance(side, int) and side > 0 for side in (self.rows, self.columns)):
+            raise ValueError(
+                f"Block(rows={self.rows!r}, columns={self.columns!r}): accepted are whole numbers above 0."
+            )
+
+    def reduce(self, scores: Tensor) -> Tensor:
+        """Mean of each block."""
+        return scores.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows)).mean((1, 3))
+
+    def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
+        """Each block's bool for all of it."""
+        return keep.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+
+    def refuses(self, shape: torch.Size) -> str | None:
+        """Where blocks do not fill the weight."""
+        if shape[0] % self.rows or shape[1] % self.columns:
+            return f"blocks of {self.rows} x {self.columns} do not fill {shape[0]} x {shape[1]} channels"
+        return None
+
+
+@dataclass(frozen=True)
+class Channel(Pattern):
+    """Whole output channels (``axis=0``) or input channels (``axis=1``), as filters go in Li 2016, arXiv:1608.08710.
+
+    The weights become zero and stay where they are; ``ChannelPruning`` takes channels out of the model.
+
+    Args:
+        axis: 0 or 1.
+
+    Example:
+        >>> Channel().reduce(torch.ones(8, 4, 3, 3)).shape
+        torch.Size([8])
+    """
+
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse other axes."""
+        if self.axis not in (0, 1):
+            raise ValueError(f"Channel.axis={self.axis!r}: accepted are 0 (output channels) and 1 (input channels).")
+
+    def reduce(self, scores: Tensor) -> Tensor:
+        """Mean of each channel."""
+        return scores.movedim(self.axis, 0).flatten(1).mean(1)
+
+    def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
+        """Each channel's bool for all of it."""
+        return keep.view(*[-1 if axis == self.axis else 1 for axis in range(len(shape))]).expand(shape)
+
+
+@dataclass(frozen=True)
+class Head(Pattern):
+    """Whole attention heads (Michel 2019, arXiv:1905.10650).
+
+    Args:
+        num_heads: Heads of the layer.
+        axis: 0 for layers that make queries, keys or values; 1 for the layer that mixes the heads' outputs.
+        fused: How many of queries, keys and values the layer makes, one after the other: 3 for ``in_proj_weight``.
+
+    Example:
+        >>> Head(4, fused=3).reduce(torch.ones(48, 16)).shape
+        torch.Size([4])
+    """
+
+    num_heads: int
+    axis: int = 0
+    fused: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what is no count."""
+        if not all(isinstance(n, int) and n > 0 for n in (self.num_heads, self.fused)) or self.axis not in (0, 1):
+            raise ValueError(
+                f"Head(num_heads={self.num_heads!r}, axis={self.axis!r}, fused={self.fused!r}): accepted are whole "
+                "numbers above 0, and axis 0 or 1."
+            )
+
+    def reduce(self, scores: Tensor) -> Tensor:
+        """Mean of each head."""
+        return (
+            scores.movedim(self.axis, 0)
+            .unflatten(0, (self.fused, self.num_heads, -1))
+            .transpose(0, 1)
+            .flatten(1)
+            .mean(1)
+        )
+
+    def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
+        """Each head's bool for all of it."""
+        channels = keep.repeat_interleave(shape[self.axis] // (self.fused * self.num_heads)).repeat(self.fused)
+        return Channel(self.axis).expand(channels, shape)
+
+    def refuses(self, shape: torch.Size) -> str | None:
+        """Where the heads do not fill the axis."""
+        if shape[self.axis] % (self.fused * self.num_heads):
+            return f"{self.fused} x {self.num_heads} heads do not fill axis {self.axis} of length {shape[self.axis]}"
+        return None
+
+
+@dataclass(frozen=True)
+class WholeLayer(Pattern):
+    """All of a layer's weights at once; in a residual block that leaves the shortcut.
+
+    The weights become zero and stay where they are; ``LayerPruning`` takes blocks out of the model.
+    """
+
+    def reduce(self, scores: Tensor) -> Tensor:
+        """Mean of the layer."""
+        return scores.mean().view(1)
+
+    def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
+        """The layer's bool for all of it."""
+        return keep.view(*[1] * len(shape)).expand(shape)
