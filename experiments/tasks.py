@@ -1,0 +1,290 @@
+"""Three small tasks on real data that can be trained in seconds: models, data, augmentation, hyper-parameters.
+
+A run's batches depend on the task, the seed and the step alone, so that every method sees the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["TASKS", "Batches", "Classifier", "Data", "Task", "TaskData", "data_folder", "mfcc"]
+
+
+def lenet300(width: float = 1.0) -> nn.Module:
+    """LeNet-300-100: 266,610 parameters."""
+    a, b = round(300 * width), round(100 * width)
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, 10))
+
+
+class Residual1d(nn.Module):
+    """Two convolutions of five around a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv1d(width, width, 5, padding=2, bias=False), nn.BatchNorm1d(width)
+        self.conv2, self.norm2 = nn.Conv1d(width, width, 5, padding=2, bias=False), nn.BatchNorm1d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape."""
+        return F.relu(x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
+
+
+class Mean(nn.Module):
+    """Mean over all that is not batch or channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Two axes are left."""
+        return x.flatten(2).mean(2)
+
+
+def res1d(width: float = 1.0) -> nn.Module:
+    """A residual network over time: 62,826 parameters."""
+    a, b = round(32 * width), round(64 * width)
+    return nn.Sequential(
+        *(nn.Conv1d(1, a, 5, padding=2, bias=False), nn.BatchNorm1d(a), nn.ReLU(), Residual1d(a)),
+        *(nn.Conv1d(a, b, 5, 2, padding=2, bias=False), nn.BatchNorm1d(b), nn.ReLU(), Residual1d(b)),
+        *(Mean(), nn.Linear(b, 10)),
+    )
+
+
+def ds_cnn(width: float = 1.0) -> nn.Module:
+    """Depthwise-separable network for keywords (Zhang 2017, arXiv:1711.07128): 23,050 parameters."""
+    a = round(64 * width)
+    layers = [nn.Conv2d(1, a, (10, 4), 2, (5, 1), bias=False), nn.BatchNorm2d(a), nn.ReLU()]
+    for _ in range(4):
+        layers += [nn.Conv2d(a, a, 3, padding=1, groups=a, bias=False), nn.BatchNorm2d(a), nn.ReLU()]
+        layers += [nn.Conv2d(a, a, 1, bias=False), nn.BatchNorm2d(a), nn.ReLU()]
+    model = nn.Sequential(*layers, Mean(), nn.Dropout(0.2), nn.Linear(a, 10))
+    return model.to(memory_format=torch.channels_last)  # a quarter faster
+
+
+def data_folder(folder: Path | None = None) -> Path:
+    """The given folder, or the first usual one that exists; it need not exist where a task needs no files."""
+    usual = [Path("data"), Path("shared/data"), Path("../shared/data")]
+    return folder or next((path for path in usual if path.is_dir()), usual[0])
+
+
+def _read(folder: Path, name: str, source: str) -> dict[str, np.ndarray]:
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {source}. Put it there, or name its folder with --data.")
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs and classes in memory."""
+
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+    def cut(self, seed: int) -> Data:
+        """The training part alone: five sixths to train on, and a sixth in the place of the test part."""
+        order = torch.randperm(len(self.y_train), generator=torch.Generator().manual_seed(seed))
+        test, train = order[: len(order) // 6], order[len(order) // 6 :]
+        return Data(self.x_train[train], self.y_train[train], self.x_train[test], self.y_train[test])
+
+
+def mnist(folder: Path) -> Data:
+    """MNIST in its original split."""
+    what = "MNIST as an npz of x_train (60000,28,28) uint8, y_train, x_test, y_test, for instance from Keras' mnist.npz"
+    file = _read(folder, "mnist70k.npz", what)
+    x = {part: torch.from_numpy((file[f"x_{part}"] / 255 - 0.1307) / 0.3081).float() for part in ("train", "test")}
+    y = {part: torch.from_numpy(file[f"y_{part}"]).long() for part in ("train", "test")}
+    return Data(x["train"], y["train"], x["test"], y["test"])
+
+
+def mnist1d(folder: Path) -> Data:
+    """MNIST-1D (Greydanus 2020, arXiv:2011.14439), made by its package: 4,000 to train on, 4,000 to test."""
+    try:
+        from mnist1d.data import get_dataset_args, make_dataset
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("The task mnist1d makes its data with a package. Run: pip install mnist1d") from error
+    args = get_dataset_args()
+    args.num_samples, args.train_split = 8000, 0.5
+    made = make_dataset(args)
+    x = {key: torch.from_numpy(made[key]).float().unsqueeze(1) for key in ("x", "x_test")}
+    return Data(x["x"], torch.from_numpy(made["y"]).long(), x["x_test"], torch.from_numpy(made["y_test"]).long())
+
+
+def mfcc(x: Tensor, rate: int = 8000, num_bands: int = 40, num_terms: int = 10) -> Tensor:
+    """Mel-frequency cepstral coefficients of clips: windows of 40 ms every 20 ms."""
+    window, hop, n_fft = rate // 25, rate // 50, 512
+    spectrum = torch.stft(x, n_fft, hop, window, torch.hann_window(window), center=False, return_complex=True).abs()
+    low, high = (1127 * np.log1p(f / 700) for f in (20.0, rate / 2))
+    edges = 700 * np.expm1(np.linspace(low, high, num_bands + 2) / 1127)
+    bins = np.arange(n_fft // 2 + 1) * rate / n_fft
+    rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    bands = torch.from_numpy(np.maximum(0, np.minimum(rising, falling))).float()
+    k, n = np.arange(num_terms)[:, None], np.arange(num_bands)
+    dct = torch.from_numpy(np.cos(np.pi / num_bands * (n + 0.5) * k) * np.sqrt(2 / num_bands)).float()
+    return (dct @ (bands @ spectrum.square() + 1e-6).log()).transpose(1, 2)
+
+
+def fsdd(folder: Path) -> Data:
+    """Spoken digits of six speakers; the first five takes of each digit and speaker are the test part."""
+    what = "the Free Spoken Digit Dataset as an npz of x (3000,8000) float32 at 8 kHz, y digit, i take"
+    file = _read(folder, "fsdd.npz", what)
+    x, y = mfcc(torch.from_numpy(file["x"])), torch.from_numpy(file["y"]).long()
+    test = torch.from_numpy(file["i"] < 5)
+    x = ((x - x[~test].mean((0, 1))) / x[~test].std((0, 1))).unsqueeze(1)
+    return Data(x[~test], y[~test], x[test], y[test])
+
+
+def _roll(x: Tensor, reach: int, generator: torch.Generator) -> Tensor:
+    """Every example rolled along its time axis, which is axis 2, by up to ``reach`` either way."""
+    shift = torch.randint(-reach, reach + 1, (len(x), 1), generator=generator)
+    index = (torch.arange(x.shape[2]) - shift) % x.shape[2]
+    return x.gather(2, index.view(len(x), 1, -1, *[1] * (x.dim() - 3)).expand_as(x))
+
+
+def roll3(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Rolled by up to 3."""
+    return _roll(x, 3, generator)
+
+
+def roll6_mask6(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Rolled by up to 6 frames, and 6 frames in a row set to the mean."""
+    first = torch.randint(x.shape[2] - 5, (len(x), 1), generator=generator)
+    frames = torch.arange(x.shape[2])
+    masked = (frames >= first) & (frames < first + 6)
+    return _roll(x, 6, generator).masked_fill(masked[:, None, :, None], 0.0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, its data, and how it is trained.
+
+    Args:
+        name: Its name.
+        build: Makes the model, with all widths multiplied by a factor.
+        load: Reads the data from a folder.
+        augment: Changes a batch of training inputs.
+        batch_size: Examples a step.
+        weight_decay: L2 penalty.
+        epochs: Epochs of the dense training.
+        learning_rate: Its rate at the start; a cosine leads it to 0.
+        compress_epochs: Epochs in which the trained model is compressed.
+        compress_rate: The learning rate of these.
+        sparsities: Two operating points where methods differ.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    load: Callable[[Path], Data]
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None
+    batch_size: int
+    weight_decay: float
+    epochs: int
+    learning_rate: float
+    compress_epochs: int
+    compress_rate: float
+    sparsities: tuple[float, float]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("lenet300", lenet300, mnist, None, 128, 1e-4, 12, 0.1, 4, 0.05, (0.98, 0.99)),
+        Task("mnist1d", res1d, mnist1d, roll3, 64, 5e-4, 24, 0.05, 10, 0.02, (0.97, 0.985)),
+        Task("fsdd", ds_cnn, fsdd, roll6_mask6, 64, 5e-4, 20, 0.1, 6, 0.03, (0.92, 0.95)),
+    )
+}
+
+
+class Batches:
+    """Batches sliced from memory: each pass is an epoch, whose order and augmentation follow from the seed.
+
+    Args:
+        x: Inputs.
+        y: Classes.
+        batch_size: Examples a batch; a smaller last one is left out.
+        seed: Seed of the run.
+        augment: Changes the inputs of a batch.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        seed: int,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    ) -> None:
+        self.x, self.y, self.batch_size, self.seed, self.augment = x, y, batch_size, seed, augment
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self.y) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The next epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 10_007 + self.epoch)
+        self.epoch += 1
+        order = torch.randperm(len(self.y), generator=generator)
+        for i in range(len(self)):
+            index = order[i * self.batch_size : (i + 1) * self.batch_size]
+            x = self.x[index]
+            yield (x if self.augment is None else self.augment(x, generator)), self.y[index]
+
+
+class TaskData(pl.LightningDataModule):
+    """A task's data as Lightning takes it.
+
+    Args:
+        task: The task.
+        data: Its data.
+        seed: Seed of the order and the augmentation.
+    """
+
+    def __init__(self, task: Task, data: Data, seed: int) -> None:
+        super().__init__()
+        self.task, self.data, self.seed = task, data, seed
+
+    def train_dataloader(self) -> Any:
+        """Shuffled, augmented batches."""
+        return Batches(self.data.x_train, self.data.y_train, self.task.batch_size, self.seed, self.task.augment)
+
+
+class Classifier(pl.LightningModule):
+    """Cross-entropy by SGD with Nesterov momentum and a cosine to zero over the steps of the run.
+
+    Args:
+        model: Gives the logits.
+        learning_rate: Rate at the start.
+        weight_decay: L2 penalty.
+    """
+
+    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float) -> None:
+        super().__init__()
+        self.model, self.learning_rate, self.weight_decay = model, learning_rate, weight_decay
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.model(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch of (inputs, classes)."""
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        """SGD with a cosine a step."""
+        optimizer = torch.optim.SGD(
+            self.parameters(), self.learning_rate, momentum=0.9, nesterov=True, weight_decay=self.weight_decay
+        )
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
