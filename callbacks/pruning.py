@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.layers import PRUNABLE, Layer, find_layers
+from lightning_compress.layers import PRUNABLE, Layer, find_layers, matches
 from lightning_compress.phase import Clock, Phase
-from lightning_compress.pruning import Criterion, Cubic, Element, Magnitude, Masks, Pattern, Schedule
+from lightning_compress.pruning import Criterion, Cubic, Element, Magnitude, Masks, Observation, Pattern, Schedule
+from lightning_compress.pruning.distribution import Scope
 
 from .clock import all_callbacks, check_run, read_clock
+from .gate import gate_checkpoints, open_checkpoints
 from .structure import check_strategy, check_structure_on_load
 
 __all__ = ["GradualPruning"]
@@ -30,14 +33,23 @@ class GradualPruning(pl.Callback):
 
     Args:
         sparsity: Share of the weights dropped at the end of the phase, 0..1, cubic from 0 (Zhu & Gupta 2017,
-            arXiv:1710.01878); or a schedule.
-        criterion: Which weights are dropped first.
+            arXiv:1710.01878); or a schedule. By default 0.9, or the most that the pattern allows.
+        criterion: Which weights are dropped first. One that looks at data observes the normal training steps.
         pattern: In what shape they are dropped.
-        scope: ``"global"`` ranks all layers together, ``"layer"`` drops the same share of each.
+        scope: ``"global"`` ranks all layers together, ``"layer"`` drops the same share of each, ``"erk"`` more of the
+            larger ones (Evci 2020, arXiv:1911.11134).
         phase: When the sparsity rises.
         every: Optimizer steps between two updates of the masks; the end of the phase is always an update.
         include: Name patterns of the layers to prune; empty for all linear, convolution, attention and recurrent ones.
         exclude: Name patterns of layers to leave dense.
+        targets: Final sparsity of single layers by name pattern; they rise along the same schedule.
+        floor: No layer keeps less than this share of what all keep on average, so that none is emptied.
+        keep_first: Leave the first layer dense.
+        keep_last: Leave the last layer dense.
+        rewind: Where in the run, in the phase's unit, to remember the weights to which they return whenever the
+            sparsity has risen (Frankle 2020, arXiv:1912.05671); with the schedule ``Rounds``. None never rewinds.
+        gate_checkpoints: Whether a ModelCheckpoint with a monitor saves only from the final sparsity on: a "best" model
+            of before would be the dense one.
 
     Raises:
         ValueError: If a value is out of range.
@@ -50,16 +62,21 @@ class GradualPruning(pl.Callback):
 
     def __init__(
         self,
-        sparsity: float | Schedule = 0.9,
+        sparsity: float | Schedule | None = None,
         criterion: Criterion | None = None,
         pattern: Pattern | None = None,
-        scope: Literal["global", "layer"] = "global",
+        scope: Scope = "global",
         phase: Phase | None = None,
         every: int = 10,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        targets: Mapping[str, float] | None = None,
+        floor: float = 0.1,
+        keep_first: bool = False,
+        keep_last: bool = False,
+        rewind: float | None = None,
+        gate_checkpoints: bool = True,
     ) -> None:
-        self.schedule = sparsity if isinstance(sparsity, Schedule) else _cubic(sparsity)
         self.criterion = Magnitude() if criterion is None else criterion
         self.pattern = Element() if pattern is None else pattern
         self.scope = scope
@@ -67,24 +84,71 @@ class GradualPruning(pl.Callback):
         self.every = every
         self.include = tuple(include)
         self.exclude = tuple(exclude)
+        self.targets = dict(targets or {})
+        self.floor = floor
+        self.keep_first = keep_first
+        self.keep_last = keep_last
+        self.rewind = rewind
+        self.gate_checkpoints = gate_checkpoints
         for name, kind in (("criterion", Criterion), ("pattern", Pattern), ("phase", Phase)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(
                     f"GradualPruning.{name}={getattr(self, name)!r}: accepted is a {kind.__name__}, an object of that "
                     "class and not its name."
                 )
-        if scope not in ("global", "layer"):
-            raise ValueError(
-                f"GradualPruning.scope={scope!r}: accepted are 'global' (all layers ranked together) and 'layer'."
-            )
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"GradualPruning.every={every!r}: accepted is a whole number of optimizer steps from 1.")
+        self.schedule = self._schedule(sparsity)
+        self._check_values()
         self.masks: Masks | None = None
         self.skipped: dict[str, str] = {}
+        self._observation: Observation | None = None
+        self._targets: dict[str, float] = {}
         self._state: dict[str, Any] | None = None
+        self._rewound: dict[str, torch.Tensor] | None = None
         self._last_step = -1
         self._done = False
         self._handles: list[RemovableHandle] = []
+
+    def _schedule(self, sparsity: Any) -> Schedule:
+        most = self.pattern.max_sparsity
+        schedule = sparsity if isinstance(sparsity, Schedule) else None
+        value = min(0.9, most) if sparsity is None else getattr(schedule, "final", sparsity)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise ValueError(
+                f"GradualPruning.sparsity={sparsity!r}: accepted is a share in 0..1 (0.9 drops nine weights in ten), "
+                "or a Schedule such as Linear(0.9)."
+            )
+        if value > most:
+            raise ValueError(
+                f"GradualPruning.sparsity={sparsity!r}: {self.pattern} drops a share of {most:g} at most. Lower the "
+                "sparsity or take another pattern."
+            )
+        return Cubic(value) if schedule is None else schedule
+
+    def _check_values(self) -> None:
+        if self.scope not in ("global", "layer", "erk"):
+            raise ValueError(
+                f"GradualPruning.scope={self.scope!r}: accepted are 'global' (all layers ranked together), 'layer' and "
+                "'erk'."
+            )
+        if not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(
+                f"GradualPruning.every={self.every!r}: accepted is a whole number of optimizer steps from 1."
+            )
+        if not 0 <= self.floor <= 1:
+            raise ValueError(
+                f"GradualPruning.floor={self.floor!r}: accepted is a share in 0..1 of the average density."
+            )
+        for pattern, target in self.targets.items():
+            if not 0 <= target <= self.pattern.max_sparsity:
+                raise ValueError(
+                    f"GradualPruning.targets[{pattern!r}]={target!r}: accepted is a sparsity in "
+                    f"0..{self.pattern.max_sparsity:g}."
+                )
+        if self.rewind is not None and not 0 <= self.rewind <= self.phase.begin:
+            raise ValueError(
+                f"GradualPruning.rewind={self.rewind!r}: accepted is a place in 0..{self.phase.begin:g}, before the "
+                "phase begins and in its unit."
+            )
 
     @property
     def state_key(self) -> str:
@@ -92,6 +156,11 @@ class GradualPruning(pl.Callback):
         return self._generate_state_key(
             include=list(self.include), exclude=list(self.exclude), phase=[self.phase.begin, self.phase.end]
         )
+
+    @property
+    def reached(self) -> bool:
+        """Whether the final sparsity is reached."""
+        return self._done
 
     def phases(self) -> list[tuple[str, Phase]]:
         """Its phases with their names."""
@@ -104,24 +173,74 @@ class GradualPruning(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the layers, take up the masks of a checkpoint, and watch the optimizers."""
-        layers, self.skipped = find_layers(
-            pl_module, PRUNABLE, self.include, self.exclude, skip_frozen=True, skip_tied=True
-        )
+        layers = self._find_layers(pl_module)
         _check_finite(layers)
         if self.skipped:
             left = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
-            rank_zero_info(f"GradualPruning leaves alone {left}")
+            rank_zero_info(f"{type(self).__name__} leaves alone {left}")
         if self._state is not None:
             self.masks = Masks(layers)
-            self.masks.load_state_dict(self._state)
-            self._state = None
+            self.masks.load_state_dict(self._state["masks"])
         elif self.masks is None or not self.masks.are_of(layers):  # else a second fit goes on where the first ended
             self.masks, self._last_step, self._done = Masks(layers), -1, False
         self.masks.bind(pl_module)
+        self._observation = self._observe(layers, pl_module)
+        self._state = None
         for optimizer in trainer.optimizers:
             ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
             theirs = [layer for layer in layers if id(layer.weight) in ids]
             self._handles.append(optimizer.register_step_post_hook(partial(_enforce, self.masks, theirs)))
+        if self.gate_checkpoints:
+            gate_checkpoints(trainer, self)
+
+    def _find_layers(self, pl_module: pl.LightningModule) -> list[Layer]:
+        """The layers to prune; sets the skipped ones and the targets by name."""
+        found, self.skipped = find_layers(
+            pl_module, PRUNABLE, self.include, self.exclude, skip_frozen=True, skip_tied=True
+        )
+        layers = []
+        for i, layer in enumerate(found):
+            shape = layer.weight.transpose(0, 1).shape if layer.out_axis == 1 else layer.weight.shape
+            reason = self.criterion.refuses(layer) or self.pattern.refuses(shape)
+            if self.keep_first and i == 0:
+                reason = "the first layer stays dense (keep_first)"
+            if self.keep_last and i == len(found) - 1:
+                reason = "the last layer stays dense (keep_last)"
+            if reason is None:
+                layers.append(layer)
+            else:
+                self.skipped[layer.name] = reason
+        self._targets = {}
+        for pattern, target in self.targets.items():
+            named = [layer.name for layer in layers if matches(layer.name, [pattern])]
+            if not named:
+                raise ValueError(
+                    f"GradualPruning.targets[{pattern!r}] matches no layer that is pruned. They are: "
+                    f"{', '.join(layer.name for layer in layers) or 'none'}."
+                )
+            self._targets |= dict.fromkeys(named, target)
+        return layers
+
+    def _observe(self, layers: list[Layer], pl_module: pl.LightningModule) -> Observation | None:
+        criterion = self.criterion
+        if not (criterion.observes_activations or criterion.observes_gradients or criterion.needs_norm):
+            return None
+        if criterion.needs_norm and not any(isinstance(m, _BatchNorm) for m in pl_module.modules()):
+            raise ValueError(
+                f"{type(self).__name__}.criterion={criterion}: the model has no batch norm. Take another criterion, "
+                "such as Magnitude()."
+            )
+        compiled = [n for n, m in pl_module.named_modules() if isinstance(m, torch._dynamo.OptimizedModule)]
+        if compiled and not criterion.observes_gradients:
+            raise ValueError(
+                f"{type(self).__name__}.criterion={criterion}: it observes activations by hooks, which torch.compile "
+                f"overlooks in {', '.join(compiled)}. Prune uncompiled, or take a criterion that reads weights or "
+                "gradients, such as Magnitude() or Taylor()."
+            )
+        observation = Observation(criterion, layers, pl_module)
+        if self._state is not None and self._state["observed"] is not None:
+            observation.load_state_dict(self._state["observed"])
+        return observation
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse phases that cannot be."""
@@ -130,68 +249,108 @@ class GradualPruning(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Update the masks when it is time."""
+        """Update the masks when it is time, and observe the batch."""
         clock = read_clock(trainer, batch_idx)
+        if self.rewind is not None and self._rewound is None and getattr(clock, self.phase.unit) >= self.rewind:
+            self._rewound = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
         progress = self.phase.progress(clock)
         first = self._last_step < 0
         due = first or progress >= 1 or clock.step - self._last_step >= self.every
         if progress >= 0 and due and not self._done:
-            self._update(trainer, clock)
+            self._update(trainer, pl_module, clock)
+        if self._observation is not None and not self._done:
+            self._observation.begin_batch()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reach the final sparsity at the very end of the phase."""
+        if self._observation is not None:
+            self._observation.end_batch(partial(_mean, trainer) if trainer.world_size > 1 else None)
         clock = read_clock(trainer, batch_idx + 1)
         begun = self._last_step >= 0 or clock.run >= 1
         if begun and self.phase.progress(clock) >= 1 and not self._done:
-            self._update(trainer, clock)
+            self._update(trainer, pl_module, clock)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Keep dropped weights out of a clipped gradient norm."""
+        """Observe gradients; keep dropped weights out of a clipped gradient norm."""
+        if self._observation is not None and not self._done:
+            self._observation.observe_gradients(optimizer)
         if trainer.gradient_clip_val and self.masks is not None and self._last_step >= 0:
             self.masks.apply_to_gradients()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Stop observing, and let checkpoints go."""
+        if self._observation is not None:
+            self._observation.cancel()
+        open_checkpoints(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave exact zeros behind and let go of the optimizers."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        open_checkpoints(trainer)
         if self.masks is not None:
             self.masks.bind(pl_module)
             self.masks.apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks, bit-packed, and how far the phase is."""
-        masks = self._state if self.masks is None else self.masks.state_dict()
-        return {"masks": masks, "last_step": self._last_step, "done": self._done}
+        """The masks, bit-packed, what was observed, and how far the phase is."""
+        state = self._state or {"masks": None, "observed": None}
+        if self.masks is not None:
+            observed = None if self._observation is None or self._done else self._observation.state_dict()
+            state = {"masks": self.masks.state_dict(), "observed": observed}
+        return {**state, "rewound": self._rewound, "last_step": self._last_step, "done": self._done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where a checkpoint was written."""
-        self._state = state_dict["masks"]
+        self._state = {"masks": state_dict["masks"], "observed": state_dict.get("observed")}
+        if self._state["masks"] is None:
+            self._state = None
+        self._rewound = state_dict.get("rewound")
         self._last_step = state_dict["last_step"]
         self._done = state_dict["done"]
 
-    def _update(self, trainer: pl.Trainer, clock: Clock) -> None:
+    def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, clock: Clock) -> None:
         assert self.masks is not None
+        if self._observation is not None and not self._observation.ready:
+            return  # at the next batch
+        if self._observation is not None and self._last_step < 0:
+            self._skip_unseen(self._observation)
         progress = min(self.phase.progress(clock), 1.0)
-        self.masks.update(self.criterion, self.pattern, self.schedule(progress), self.scope)
+        sparsity, before = self.schedule(progress), self.masks.sparsity
+        share = sparsity / self.schedule.final if self.schedule.final else 0.0
+        self.masks.update(
+            self.criterion,
+            self.pattern,
+            sparsity,
+            self.scope,
+            targets={name: target * share for name, target in self._targets.items()},
+            floor=self.floor,
+            observation=self._observation,
+        )
+        if self._rewound is not None and self.masks.sparsity > before:
+            pl_module.load_state_dict(self._rewound)
+            self.masks.apply()
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
         for callback in all_callbacks(trainer):
             if isinstance(callback, WeightAveraging) and callback._average_model is not None:
                 self.masks.apply_to_copy(callback._average_model.module)
         self._last_step = clock.step
         self._done = progress >= 1
 
-
-def _cubic(sparsity: Any) -> Schedule:
-    if not isinstance(sparsity, int | float) or isinstance(sparsity, bool) or not 0 <= sparsity <= 1:
-        raise ValueError(
-            f"GradualPruning.sparsity={sparsity!r}: accepted is a share in 0..1 (0.9 drops nine weights in ten), or a "
-            "Schedule such as Linear(0.9)."
-        )
-    return Cubic(sparsity)
+    def _skip_unseen(self, observation: Observation) -> None:
+        """Name the layers that turned out not to be scored."""
+        assert self.masks is not None
+        refused = {layer.name: reason for layer in self.masks.layers if (reason := observation.refuses(layer))}
+        self.skipped |= refused
+        if refused:
+            left = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+            rank_zero_warn(f"{type(self).__name__} leaves alone {left}")
 
 
 def _check_finite(layers: Sequence[Layer]) -> None:
@@ -206,3 +365,10 @@ def _check_finite(layers: Sequence[Layer]) -> None:
 
 def _enforce(masks: Masks, layers: Sequence[Layer], *_: Any) -> None:
     masks.enforce(layers)
+
+
+def _mean(trainer: pl.Trainer, value: torch.Tensor) -> torch.Tensor:
+    """The mean over all processes."""
+    value = value.to(trainer.strategy.root_device)
+    torch.distributed.all_reduce(value)
+    return value / trainer.world_size

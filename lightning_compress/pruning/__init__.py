@@ -15,7 +15,7 @@ from lightning_compress.pruning.criteria import (
 from lightning_compress.pruning.masks import Masks
 from lightning_compress.pruning.observation import Observation
 from lightning_compress.pruning.patterns import Block, Channel, Element, Head, NofM, Pattern, WholeLayer
-from lightning_compress.pruning.schedules import Constant, Cubic, Exponential, Linear, Schedule
+from lightning_compress.pruning.schedules import Constant, Cubic, Exponential, Linear, Rounds, Schedule
 
 __all__ = [
     "LAMP",
@@ -38,6 +38,7 @@ __all__ = [
     "Observation",
     "Pattern",
     "Random",
+    "Rounds",
     "Schedule",
     "Taylor",
     "Wanda",

@@ -237,7 +237,7 @@ class BatchNormScale(Criterion):
 
     def score(self, layer: Layer) -> Tensor:
         """|gamma| of its channel, for every weight."""
-        gamma = None if layer.norm is None else layer.norm.weight
+        gamma = None if layer.norm is None else layer.norm._parameters["weight"]
         return _of_outputs(layer, None if gamma is None else gamma.detach().abs())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -138,6 +138,32 @@ class Masks:
             if num_kept < needed:
                 short.append(layer)
         return short
+
+    @torch.no_grad()
+    def exchange(self, layers: Iterable[Layer], share: float, growth: Callable[[Layer], Tensor]) -> dict[str, Tensor]:
+        """Drop the smallest of the kept weights and let as many others grow from 0: the sparsity of each layer stays.
+
+        Args:
+            layers: Where.
+            share: Share of the kept weights that is exchanged, 0..1.
+            growth: Scores of a layer's weights; the highest grow, those just dropped among them.
+
+        Returns:
+            By layer, int8, where weights have newly grown (1).
+        """
+        grown = {}
+        for layer in layers:
+            mask = self._masks[layer.name].flatten().bool()
+            k = int(share * int(mask.sum()))
+            size = layer.weight.detach().flatten().abs().masked_fill(~mask, torch.inf)
+            kept = mask.clone()
+            kept[size.topk(k, largest=False).indices] = False
+            scores = growth(layer).flatten().float().masked_fill(kept, -torch.inf)
+            kept[scores.topk(k).indices] = True
+            grown[layer.name] = (kept & ~mask).view_as(layer.weight).to(torch.int8)
+            self._masks[layer.name].copy_(kept.view_as(layer.weight))
+        self.apply(layers)
+        return grown
 
     def find(self, criterion: Criterion, sparsity: float, layers: Sequence[Layer]) -> Cut | None:
         """The cut through the scores of all given layers, without holding the scores.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import expm1
+from math import expm1, floor
 
-__all__ = ["Constant", "Cubic", "Exponential", "Linear", "Schedule"]
+__all__ = ["Constant", "Cubic", "Exponential", "Linear", "Rounds", "Schedule"]
 
 
 @dataclass(frozen=True)
@@ -111,3 +111,40 @@ class Exponential(Schedule):
     def shape(self, progress: float) -> float:
         """(1 - exp(-rate p)) / (1 - exp(-rate))."""
         return expm1(-self.rate * progress) / expm1(-self.rate)
+
+
+@dataclass(frozen=True)
+class Rounds(Schedule):
+    """Train, prune, train again: every round drops the same share of what is left (Frankle 2019, arXiv:1803.03635).
+
+    With ``GradualPruning(rewind=...)`` every round starts from the weights of an early step.
+
+    Args:
+        final: Sparsity at the end.
+        initial: Sparsity at the beginning.
+        num: Rounds in the phase; each ends with a step of the sparsity.
+
+    Raises:
+        ValueError: If there is no round.
+
+    Example:
+        >>> [round(Rounds(0.75, num=2)(p), 3) for p in (0.0, 0.49, 0.5, 0.99, 1.0)]
+        [0.0, 0.0, 0.5, 0.5, 0.75]
+    """
+
+    num: int = 5
+
+    def __post_init__(self) -> None:
+        """Refuse no rounds."""
+        super().__post_init__()
+        if not isinstance(self.num, int) or self.num < 1:
+            raise ValueError(f"Rounds.num={self.num!r}: accepted is a whole number of rounds from 1.")
+
+    def shape(self, progress: float) -> float:
+        """1 at the last round; before, what equal shares of the rest leave."""
+        done = floor(progress * self.num + 1e-9)
+        whole = self.final - self.initial
+        if done == self.num or not whole or self.final == 1:
+            return float(done == self.num)
+        left = (1 - self.initial) * ((1 - self.final) / (1 - self.initial)) ** (done / self.num)
+        return (1 - left - self.initial) / whole
