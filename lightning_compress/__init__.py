@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_compress.checkpoint import load_from_checkpoint
+    from lightning_compress.deploy.packed import load_packed, save_packed
     from lightning_compress.phase import Phase
     from lightning_compress.quantization.convert import convert
     from lightning_compress.quantization.schemes import int8
 
 __version__ = "0.1.0"
-__all__ = ["Phase", "convert", "int8", "load_from_checkpoint"]
+__all__ = ["Phase", "convert", "int8", "load_from_checkpoint", "load_packed", "save_packed"]
 
 # Nothing heavy at import: Hydra imports this package only to find its configuration files.
 _WHERE = {
@@ -20,6 +21,8 @@ _WHERE = {
     "convert": "quantization.convert",
     "int8": "quantization.schemes",
     "load_from_checkpoint": "checkpoint",
+    "load_packed": "deploy.packed",
+    "save_packed": "deploy.packed",
 }
 
 
