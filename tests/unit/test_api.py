@@ -58,7 +58,14 @@ def test_every_public_name_of_a_module_is_there_and_has_a_docstring(name: str) -
 
 
 def test_the_names_of_the_package_are_those_of_their_modules() -> None:
-    assert sorted(lightning_compress.__all__) == ["Phase", "convert", "int8", "load_from_checkpoint", "load_packed", "save_packed"]
+    assert sorted(lightning_compress.__all__) == [
+        "Phase",
+        "convert",
+        "int8",
+        "load_from_checkpoint",
+        "load_packed",
+        "save_packed",
+    ]
     assert lightning_compress.Phase is import_module("lightning_compress.phase").Phase
     assert lightning_compress.convert is import_module("lightning_compress.quantization.convert").convert
     assert lightning_compress.int8 is import_module("lightning_compress.quantization.schemes").int8
