@@ -1,5 +1,6 @@
 """Lightning callbacks: each translates the loop's hooks into calls of the engine."""
 
+from .distillation import KnowledgeDistillation
 from .dynamic import SET, RigL
 from .export import Export
 from .finetuning import FineTuning
@@ -7,4 +8,13 @@ from .pruning import GradualPruning
 from .quantization import QuantizationAwareTraining
 from .report import CompressionReport
 
-__all__ = ["SET", "CompressionReport", "Export", "FineTuning", "GradualPruning", "QuantizationAwareTraining", "RigL"]
+__all__ = [
+    "SET",
+    "CompressionReport",
+    "Export",
+    "FineTuning",
+    "GradualPruning",
+    "KnowledgeDistillation",
+    "QuantizationAwareTraining",
+    "RigL",
+]

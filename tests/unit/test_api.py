@@ -81,7 +81,16 @@ def test_the_version_is_that_of_the_distribution() -> None:
 
 
 def test_the_callbacks_are_exactly_these() -> None:
-    expected = ["CompressionReport", "Export", "FineTuning", "GradualPruning", "QuantizationAwareTraining"]
+    expected = [
+        "CompressionReport",
+        "Export",
+        "FineTuning",
+        "GradualPruning",
+        "KnowledgeDistillation",
+        "QuantizationAwareTraining",
+        "RigL",
+        "SET",
+    ]
     assert sorted(lightning_compress.callbacks.__all__) == expected
 
 

@@ -1,0 +1,444 @@
+"""Let the dense model, or another, teach the compressed one while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_compress.checkpoint import check_structure
+from lightning_compress.deploy.forward import Inputs, record_inputs
+from lightning_compress.distillation import (
+    Call,
+    Loss,
+    feature_loss,
+    main_tensor,
+    output_loss,
+    record_calls,
+    teach,
+    visible_modules,
+)
+from lightning_compress.phase import Clock, Phase, check_phases
+from lightning_compress.quantization.convert import to_float
+
+from .clock import first_begin, phases_of, read_clock
+from .evaluate import copied, evaluate
+from .structure import check_strategy
+
+__all__ = ["KnowledgeDistillation"]
+
+
+class KnowledgeDistillation(pl.Callback):
+    """Adds to the loss how far the model's outputs are from a teacher's (Hinton 2015, arXiv:1503.02531).
+
+    loss = (1 - alpha) * the training step's + alpha * T^2 KL(teacher / T || student / T) + the features' (Romero 2015,
+    arXiv:1412.6550). The training step stays as it is: while it runs, the calls of the module that makes the logits
+    are recorded, and the teacher answers the same inputs, in eval mode and without gradients; Lightning then goes
+    backward once, through the sum. Several calls in a step are averaged; a step that returns None stays skipped; one
+    whose teacher's share is not finite takes its own loss alone. Until its phase the run is bitwise the plain one. The
+    share is logged as ``compress/distillation_loss``.
+
+    Args:
+        teacher: ``"self"``: the model as it is when the phase begins, kept in float; it stands in this callback's part
+            of the checkpoint. The path of a checkpoint of the same LightningModule. Or a module that takes the inputs
+            of the module that is distilled; it is put in eval mode.
+        alpha: Weight of the teacher's outputs, 0..1; the training step's own loss gets the rest.
+        temperature: Softens both outputs before they are compared; ``"kl"`` only.
+        loss: ``"kl"`` for logits, ``"mse"`` for regression.
+        outputs: Name of the module whose output is taught: of a dict its ``logits``, else its first floating tensor.
+            By default the LightningModule itself; where training_step does not call it, the only module with
+            parameters that it calls.
+        features: Names of layers whose outputs are taught too, by mean squared difference, with their weights; 1
+            without. A layer of another shape than the teacher's is left out with a warning.
+        phase: When; by default from the first phase of the other callbacks on, or the whole run if there is none.
+        class_axis: Axis of the classes for ``"kl"``: the last, or 1 for outputs (N, C, height, width).
+        by_hand: Leave the training step alone: it calls :meth:`loss` itself, as manual optimization needs it.
+
+    Raises:
+        ValueError: If a value is out of range.
+        TypeError: If an argument is of the wrong kind.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[KnowledgeDistillation(alpha=0.5)], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        teacher: str | Path | nn.Module = "self",
+        alpha: float = 0.9,
+        temperature: float = 2.0,
+        loss: Loss = "kl",
+        outputs: str = "",
+        features: Sequence[str] | Mapping[str, float] = (),
+        phase: Phase | None = None,
+        class_axis: int = -1,
+        by_hand: bool = False,
+    ) -> None:
+        self.teacher = teacher
+        self.alpha = alpha
+        self.temperature = temperature
+        self.kind = loss
+        self.outputs = outputs
+        self.features = _weights(features)
+        self.phase = phase
+        self.class_axis = class_axis
+        self.by_hand = by_hand
+        self._check_values()
+        self._teacher: nn.Module | None = None
+        self._of: pl.LightningModule | None = None
+        self._begun = False
+        self._active = False
+        self._chosen: str | None = outputs or None
+        self._state: dict[str, Any] | None = None
+        self._warned: set[str] = set()
+
+    def _check_values(self) -> None:
+        if not isinstance(self.teacher, str | Path | nn.Module):
+            raise TypeError(
+                f"KnowledgeDistillation.teacher={self.teacher!r}: accepted are 'self', the path of a checkpoint and an "
+                "nn.Module."
+            )
+        if not _is_number(self.alpha) or not 0 <= self.alpha <= 1:
+            raise ValueError(
+                f"KnowledgeDistillation.alpha={self.alpha!r}: accepted is a share in 0..1 (0.9 leaves a tenth to the "
+                "training step's own loss)."
+            )
+        if not _is_number(self.temperature) or not self.temperature > 0:
+            raise ValueError(
+                f"KnowledgeDistillation.temperature={self.temperature!r}: accepted is a number above 0 (1 leaves them)."
+            )
+        if self.kind not in ("kl", "mse"):
+            raise ValueError(
+                f"KnowledgeDistillation.loss={self.kind!r}: accepted are 'kl' (classes) and 'mse' (regression)."
+            )
+        if self.phase is not None and not isinstance(self.phase, Phase):
+            raise TypeError(
+                f"KnowledgeDistillation.phase={self.phase!r}: accepted is a Phase, for instance Phase(0.2, 1)."
+            )
+        if self.phase is not None and self.phase.begin == self.phase.end:
+            raise ValueError(
+                f"KnowledgeDistillation.phase={self.phase}: accepted is a phase that ends after it begins."
+            )
+        if self.by_hand and self.features:
+            raise ValueError(
+                f"KnowledgeDistillation.features={self.features!r} with by_hand=True: loss() sees the outputs alone. "
+                "Leave the features out, or let training_step be extended (by_hand=False)."
+            )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot be distilled, before training starts."""
+        check_strategy(trainer)
+        if stage != "fit":
+            return
+        if not self.by_hand and not pl_module.automatic_optimization:
+            raise ValueError(
+                f"KnowledgeDistillation cannot extend a loss that Lightning does not know: {type(pl_module).__name__} has "
+                "automatic_optimization=False. Give KnowledgeDistillation(by_hand=True), and in training_step before "
+                "manual_backward: loss = callback.loss(loss, outputs, *inputs), with the outputs of the distilled "
+                "module and the arguments it was called with."
+            )
+        if pl_module._compiler_ctx is not None:
+            raise ValueError(
+                "KnowledgeDistillation sees no calls inside a LightningModule that is compiled as a whole. Compile a "
+                "part instead: self.net = torch.compile(self.net)."
+            )
+        if isinstance(self.teacher, str | Path) and self.teacher != "self" and not Path(self.teacher).is_file():
+            raise FileNotFoundError(
+                f"KnowledgeDistillation.teacher={str(self.teacher)!r}: there is no such checkpoint. Give the path of a "
+                ".ckpt file, or 'self'."
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the modules and make the teacher ready."""
+        if self.teacher == "self" and self.phase is None and not phases_of(trainer):
+            raise ValueError(
+                "KnowledgeDistillation.teacher='self' is the model as it is before compression, but no callback "
+                "compresses. Add one, such as GradualPruning(), give a phase, or another teacher."
+            )
+        if self._of is not pl_module:
+            self._teacher, self._begun, self._chosen, self._warned = None, False, self.outputs or None, set()
+        self._of = pl_module
+        _check_names(pl_module, "outputs", [self.outputs] if self.outputs else [])
+        _check_names(pl_module, "features", list(self.features))
+        if self._teacher is None:
+            self._teacher = self._make_teacher(pl_module)
+        if self._state is not None:
+            self._teacher.load_state_dict(self._state["teacher"])
+            self._begun, self._state = True, None
+        self._teacher.to(pl_module.device)
+        if isinstance(self.teacher, nn.Module):
+            self._try(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a phase that cannot be; look at the model before anything compresses it."""
+        if self.phase is not None:
+            check_phases([("distil", self.phase)], read_clock(trainer, 0))
+        self._look(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Extend the training step of this batch if it is time."""
+        self._active = self._is_time(trainer, read_clock(trainer, batch_idx))
+        self._begun |= self._active
+        if self._active and not self.by_hand:
+            step = _Step(pl_module.training_step, partial(self._extended, pl_module))
+            step.before = pl_module.__dict__.get("training_step")
+            pl_module.__dict__["training_step"] = step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Give the training step back; look at the model when compression is about to begin."""
+        self._release(pl_module)
+        if not self._begun and self._is_time(trainer, read_clock(trainer, batch_idx + 1)):
+            self._look(trainer, pl_module)
+            self._begun = True
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the training step back."""
+        self._release(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights of the teacher, if it is the model itself and the phase has begun."""
+        if self._state is not None:
+            return self._state
+        if self.teacher != "self" or not self._begun or self._teacher is None:
+            return {}
+        return {"teacher": dict(self._teacher.state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where a checkpoint was written."""
+        self._state = state_dict if self.teacher == "self" and state_dict else None
+
+    def loss(self, loss: Tensor, outputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """A loss with the teacher's share, for a training step that optimizes by hand; outside the phase that loss.
+
+        Args:
+            loss: The training step's own loss.
+            outputs: What the distilled module returned.
+            args: The arguments it was called with.
+            kwargs: The same, by name.
+        """
+        if not self._active:
+            return loss
+        assert self._of is not None
+        return self._add(self._of, loss, [Call(self._chosen or "", Inputs(args, kwargs), outputs)])
+
+    def _is_time(self, trainer: pl.Trainer, clock: Clock) -> bool:
+        if self.phase is not None:
+            return 0 <= self.phase.progress(clock) < 1
+        return not phases_of(trainer) or first_begin(trainer, clock) >= 0
+
+    def _make_teacher(self, pl_module: pl.LightningModule) -> nn.Module:
+        if isinstance(self.teacher, nn.Module):
+            ours = {id(p) for p in pl_module.parameters()}
+            if any(id(p) in ours for p in self.teacher.parameters()):
+                raise ValueError(
+                    "KnowledgeDistillation.teacher shares parameters with the model it teaches. Give teacher='self', "
+                    "or copy.deepcopy of it."
+                )
+            return self.teacher.eval()
+        teacher = to_float(pl_module)
+        teacher._metric_attributes = None  # a cache of the original's metrics by identity
+        if self.teacher != "self":
+            _load(teacher, Path(self.teacher))
+        return teacher.requires_grad_(False)
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the model's weights, if it is its own teacher."""
+        if self.teacher != "self" or self._begun:
+            return
+        assert self._teacher is not None
+        self._teacher.load_state_dict(pl_module.state_dict())
+        if trainer.world_size > 1:  # statistics of batch norms differ between ranks
+            buffers = {name: value.cpu() for name, value in self._teacher.named_buffers()}
+            for name, value in trainer.strategy.broadcast(buffers).items():
+                self._teacher.get_buffer(name).copy_(value)
+
+    def _release(self, pl_module: pl.LightningModule) -> None:
+        self._active = False
+        step = pl_module.__dict__.get("training_step")
+        if isinstance(step, _Step):
+            del pl_module.__dict__["training_step"]
+            if step.before is not None:
+                pl_module.__dict__["training_step"] = step.before
+
+    def _extended(self, pl_module: pl.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a training step returns, with the teacher's share in the loss."""
+        modules = visible_modules(pl_module)
+        watched = {n: m for n, m in modules.items() if n == self._chosen or self._chosen is None}
+        with record_calls(watched, {name: modules[name] for name in self.features}) as calls:
+            returned = step(*args, **kwargs)
+        if returned is None:
+            return None
+        if self._chosen is None:
+            self._chosen = _choose(pl_module, calls)
+        calls = [call for call in calls if call.name == self._chosen]
+        if isinstance(returned, Mapping):
+            return {**returned, "loss": self._add(pl_module, returned["loss"], calls)}
+        return self._add(pl_module, returned, calls)
+
+    def _add(self, pl_module: pl.LightningModule, loss: Tensor, calls: list[Call]) -> Tensor:
+        shares = [share for call in calls if (share := self._share(call)) is not None]
+        if not shares:
+            self._warn(
+                f"{self._chosen or 'the model'} was not called with gradients in a step, which takes its own loss."
+            )
+            return loss
+        share = torch.stack(shares).mean()
+        pl_module.log("compress/distillation_loss", share.detach(), on_step=True, on_epoch=False, batch_size=1)
+        if not torch.isfinite(share):
+            self._warn("the teacher's share of the loss is not finite; such steps take their own loss alone.")
+            return loss
+        return (1 - self.alpha) * loss + share
+
+    def _share(self, call: Call) -> Tensor | None:
+        """What the teacher adds for one call; None if no gradient flows through it."""
+        student = main_tensor(call.outputs)
+        if student is None or not student.requires_grad:
+            return None
+        assert self._teacher is not None
+        places = visible_modules(self._teacher)
+        target = self._teacher if isinstance(self.teacher, nn.Module) else places[call.name]
+        inside = {name: places[self._place(name, places)] for name in self.features}
+        answer = teach(target, inside, call)
+        teacher = main_tensor(answer.outputs)
+        self._check_shapes(student, teacher)
+        assert teacher is not None
+        share = self.alpha * output_loss(student, teacher, self.kind, self.temperature, self.class_axis)
+        for name, weight in self.features.items():
+            pairs = list(zip(call.features.get(name, []), answer.features.get(name, []), strict=False))
+            fits = [(s, t) for s, t in pairs if s is not None and t is not None and s.shape == t.shape]
+            if len(fits) < len(pairs) or not pairs:
+                self._warn(f"feature {name} has another shape than the teacher's or was not called, and is left out.")
+                continue
+            share = share + weight * torch.stack([feature_loss(s, t) for s, t in fits]).mean()
+        return share
+
+    def _place(self, name: str, places: Mapping[str, nn.Module]) -> str:
+        """Name of a feature in the teacher: the same, or without the name of the distilled module."""
+        relative = name.removeprefix(f"{self._chosen}.")
+        found = name if name in places else relative
+        if found not in places:
+            raise ValueError(
+                f"KnowledgeDistillation.features={name!r}: the teacher has no such module. It has: "
+                f"{', '.join(n for n in places if n)}."
+            )
+        return found
+
+    def _check_shapes(self, student: Tensor, teacher: Tensor | None) -> None:
+        given = None if teacher is None else tuple(teacher.shape)
+        if given != tuple(student.shape):
+            raise ValueError(
+                f"KnowledgeDistillation.teacher gives outputs of shape {given} where the model gives "
+                f"{tuple(student.shape)}. Accepted is a teacher with the same outputs; name the module that they come "
+                "from with outputs=."
+            )
+        if self.kind == "kl" and (student.dim() < 2 or student.shape[self.class_axis] < 2):
+            raise ValueError(
+                f"KnowledgeDistillation.loss='kl' compares classes, but axis {self.class_axis} of outputs of shape "
+                f"{tuple(student.shape)} has none. Give class_axis=, or loss='mse' for numbers."
+            )
+
+    def _try(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ask a given teacher once, on a copy of the model and a batch of validation data, where there is one."""
+        watched = copied(pl_module)
+        module = visible_modules(watched)[self.outputs]
+        try:
+            inputs = record_inputs(module, lambda: evaluate(trainer, watched))
+        except Exception:  # no validation data, or a validation step that cannot run alone
+            return
+        if inputs is None:
+            return
+        inputs = Inputs(*move_data_to_device(tuple(inputs), pl_module.device))
+        with torch.no_grad():
+            student = main_tensor(module.eval()(*inputs.args, **inputs.kwargs))
+        assert self._teacher is not None
+        if student is not None:
+            self._check_shapes(student, main_tensor(teach(self._teacher, {}, Call("", inputs)).outputs))
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(f"KnowledgeDistillation: {message}")
+
+
+class _Step:
+    """A training step with a teacher; a copy of its module has the step without."""
+
+    def __init__(self, step: Callable[..., Any], extended: Callable[..., Any]) -> None:
+        self.__wrapped__ = step
+        self.extended = extended
+        self.before: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.extended(self.__wrapped__, *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.__wrapped__,)
+
+
+def _itself(step: Any) -> Any:
+    return step
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _weights(features: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """Weights of features by name."""
+    names = (features,) if isinstance(features, str) else features
+    weights = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    for name, weight in weights.items():
+        if not _is_number(weight) or weight < 0:
+            raise ValueError(
+                f"KnowledgeDistillation.features[{name!r}]={weight!r}: accepted is a weight from 0, the factor of its "
+                "mean squared difference."
+            )
+    return weights
+
+
+def _check_names(pl_module: pl.LightningModule, field: str, names: list[str]) -> None:
+    visible = visible_modules(pl_module)
+    for name in names:
+        if name not in visible:
+            raise ValueError(
+                f"KnowledgeDistillation.{field}={name!r} names no module, or one inside a compiled one, where none "
+                f"is seen. The modules are: {', '.join(n for n in visible if n)}."
+            )
+
+
+def _choose(pl_module: pl.LightningModule, calls: list[Call]) -> str:
+    """The module to distil, where none is named."""
+    modules = visible_modules(pl_module)
+    names = {call.name: None for call in calls if next(modules[call.name].parameters(), None) is not None}
+    if "" in names:
+        return ""
+    if len(names) != 1:
+        raise ValueError(
+            f"KnowledgeDistillation.outputs='': training_step of {type(pl_module).__name__} does not call the "
+            f"LightningModule itself, but {' and '.join(names) or 'no module with parameters'}. Name the module that "
+            "makes the logits: KnowledgeDistillation(outputs=...)."
+        )
+    return next(iter(names))
+
+
+def _load(teacher: pl.LightningModule, path: Path) -> None:
+    """Give a copy of the model the weights of a checkpoint."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:
+        raise ValueError(
+            f"KnowledgeDistillation.teacher={str(path)!r} cannot be read: {type(error).__name__}: {error}. Accepted is "
+            "a .ckpt file that Lightning wrote, with plain values."
+        ) from error
+    check_structure(teacher, weights, strict=teacher.strict_loading)
+    teacher.load_state_dict(weights, strict=teacher.strict_loading)
