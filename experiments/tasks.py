@@ -6,7 +6,7 @@ A run's batches depend on the task, the seed and the step alone, so that every m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,13 @@ from torch import Tensor, nn
 __all__ = ["TASKS", "Batches", "Classifier", "Data", "Task", "TaskData", "data_folder", "mfcc"]
 
 
+def _wide(num: int, width: float) -> int:
+    return max(1, round(num * width))
+
+
 def lenet300(width: float = 1.0) -> nn.Module:
     """LeNet-300-100: 266,610 parameters."""
-    a, b = round(300 * width), round(100 * width)
+    a, b = _wide(300, width), _wide(100, width)
     return nn.Sequential(nn.Flatten(), nn.Linear(784, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, 10))
 
 
@@ -48,7 +52,7 @@ class Mean(nn.Module):
 
 def res1d(width: float = 1.0) -> nn.Module:
     """A residual network over time: 62,826 parameters."""
-    a, b = round(32 * width), round(64 * width)
+    a, b = _wide(32, width), _wide(64, width)
     return nn.Sequential(
         *(nn.Conv1d(1, a, 5, padding=2, bias=False), nn.BatchNorm1d(a), nn.ReLU(), Residual1d(a)),
         *(nn.Conv1d(a, b, 5, 2, padding=2, bias=False), nn.BatchNorm1d(b), nn.ReLU(), Residual1d(b)),
@@ -58,13 +62,16 @@ def res1d(width: float = 1.0) -> nn.Module:
 
 def ds_cnn(width: float = 1.0) -> nn.Module:
     """Depthwise-separable network for keywords (Zhang 2017, arXiv:1711.07128): 23,050 parameters."""
-    a = round(64 * width)
+    a = _wide(64, width)
     layers = [nn.Conv2d(1, a, (10, 4), 2, (5, 1), bias=False), nn.BatchNorm2d(a), nn.ReLU()]
     for _ in range(4):
         layers += [nn.Conv2d(a, a, 3, padding=1, groups=a, bias=False), nn.BatchNorm2d(a), nn.ReLU()]
         layers += [nn.Conv2d(a, a, 1, bias=False), nn.BatchNorm2d(a), nn.ReLU()]
-    model = nn.Sequential(*layers, Mean(), nn.Dropout(0.2), nn.Linear(a, 10))
-    return model.to(memory_format=torch.channels_last)  # a quarter faster
+    model: nn.Module = nn.Sequential(*layers, Mean(), nn.Dropout(0.2), nn.Linear(a, 10))
+    for parameter in model.parameters():
+        if parameter.dim() == 4:  # a quarter faster
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def data_folder(folder: Path | None = None) -> Path:

@@ -1,0 +1,23 @@
+"""Our recipes for the accuracy benchmarks: one for every task and operating point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lightning_compress.callbacks import GradualPruning
+from torch import nn
+
+from experiments.baselines import Budget, fit
+from lightning_compress.phase import Phase
+from lightning_compress.pruning import LAMP
+
+__all__ = ["OURS", "STRUCTURED_OURS"]
+
+
+def pruned(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
+    """Layer-adaptive magnitudes."""
+    return fit(model, budget, [GradualPruning(sparsity, LAMP(), phase=Phase(0.0, 0.5), every=10)])
+
+
+OURS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {"ours": pruned}
+STRUCTURED_OURS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {}
