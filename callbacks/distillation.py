@@ -28,7 +28,7 @@ from lightning_compress.phase import Clock, Phase, check_phases
 from lightning_compress.quantization.convert import to_float
 
 from .clock import first_begin, phases_of, read_clock
-from .evaluate import copied, evaluate
+from .evaluate import check_validation_data, copied, evaluate
 from .structure import check_strategy
 
 __all__ = ["KnowledgeDistillation"]
@@ -138,10 +138,10 @@ class KnowledgeDistillation(pl.Callback):
             return
         if not self.by_hand and not pl_module.automatic_optimization:
             raise ValueError(
-                f"KnowledgeDistillation cannot extend a loss that Lightning does not know: {type(pl_module).__name__} has "
-                "automatic_optimization=False. Give KnowledgeDistillation(by_hand=True), and in training_step before "
-                "manual_backward: loss = callback.loss(loss, outputs, *inputs), with the outputs of the distilled "
-                "module and the arguments it was called with."
+                f"KnowledgeDistillation cannot extend the loss of {type(pl_module).__name__}: it optimizes by hand "
+                "(automatic_optimization=False), so Lightning knows none. Give KnowledgeDistillation(by_hand=True), "
+                "and in training_step before manual_backward: loss = callback.loss(loss, outputs, *inputs), with the "
+                "outputs of the distilled module and the arguments it was called with."
             )
         if pl_module._compiler_ctx is not None:
             raise ValueError(
@@ -172,8 +172,9 @@ class KnowledgeDistillation(pl.Callback):
             self._teacher.load_state_dict(self._state["teacher"])
             self._begun, self._state = True, None
         self._teacher.to(pl_module.device)
-        if isinstance(self.teacher, nn.Module):
-            self._try(trainer, pl_module)
+        for name in self.features:
+            self._place(name)
+        self._try(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a phase that cannot be; look at the model before anything compresses it."""
@@ -185,7 +186,13 @@ class KnowledgeDistillation(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Extend the training step of this batch if it is time."""
+        self._release(pl_module)
         self._active = self._is_time(trainer, read_clock(trainer, batch_idx))
+        late = (
+            not self._begun and trainer.global_step > 0 and self._is_time(trainer, read_clock(trainer, batch_idx - 1))
+        )
+        if self._active and late and self.teacher == "self":
+            self._warn("teacher='self' is the model as it is now, when the phase has long begun: give a checkpoint.")
         self._begun |= self._active
         if self._active and not self.by_hand:
             step = _Step(pl_module.training_step, partial(self._extended, pl_module))
@@ -200,6 +207,10 @@ class KnowledgeDistillation(pl.Callback):
         if not self._begun and self._is_time(trainer, read_clock(trainer, batch_idx + 1)):
             self._look(trainer, pl_module)
             self._begun = True
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave nothing behind."""
+        self._release(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the training step back."""
@@ -281,9 +292,9 @@ class KnowledgeDistillation(pl.Callback):
         if self._chosen is None:
             self._chosen = _choose(pl_module, calls)
         calls = [call for call in calls if call.name == self._chosen]
-        if isinstance(returned, Mapping):
-            return {**returned, "loss": self._add(pl_module, returned["loss"], calls)}
-        return self._add(pl_module, returned, calls)
+        if not isinstance(returned, Mapping):
+            return self._add(pl_module, returned, calls)
+        return {**returned, "loss": self._add(pl_module, returned["loss"], calls)} if "loss" in returned else returned
 
     def _add(self, pl_module: pl.LightningModule, loss: Tensor, calls: list[Call]) -> Tensor:
         shares = [share for call in calls if (share := self._share(call)) is not None]
@@ -307,62 +318,74 @@ class KnowledgeDistillation(pl.Callback):
         assert self._teacher is not None
         places = visible_modules(self._teacher)
         target = self._teacher if isinstance(self.teacher, nn.Module) else places[call.name]
-        inside = {name: places[self._place(name, places)] for name in self.features}
-        answer = teach(target, inside, call)
-        teacher = main_tensor(answer.outputs)
-        self._check_shapes(student, teacher)
-        assert teacher is not None
-        share = self.alpha * output_loss(student, teacher, self.kind, self.temperature, self.class_axis)
+        answer = teach(target, {name: places[self._place(name)] for name in self.features}, call)
+        share = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
+        if self.alpha:
+            teacher = self._fitting(student, main_tensor(answer.outputs))
+            share = self.alpha * output_loss(student, teacher, self.kind, self.temperature, self.class_axis)
         for name, weight in self.features.items():
             pairs = list(zip(call.features.get(name, []), answer.features.get(name, []), strict=False))
             fits = [(s, t) for s, t in pairs if s is not None and t is not None and s.shape == t.shape]
-            if len(fits) < len(pairs) or not pairs:
-                self._warn(f"feature {name} has another shape than the teacher's or was not called, and is left out.")
+            if not fits or len(fits) < len(pairs):
+                self._warn(f"{name} has another shape than in the teacher, or none, and is left out of the features.")
                 continue
             share = share + weight * torch.stack([feature_loss(s, t) for s, t in fits]).mean()
         return share
 
-    def _place(self, name: str, places: Mapping[str, nn.Module]) -> str:
-        """Name of a feature in the teacher: the same, or without the name of the distilled module."""
-        relative = name.removeprefix(f"{self._chosen}.")
-        found = name if name in places else relative
-        if found not in places:
+    def _place(self, name: str) -> str:
+        """Name of a feature in the teacher: the same, or what remains where the teacher is but a part of the model."""
+        assert self._teacher is not None
+        places = visible_modules(self._teacher)
+        found = [n for n in places if name == n or (n and name.endswith(f".{n}"))]
+        if not found:
             raise ValueError(
                 f"KnowledgeDistillation.features={name!r}: the teacher has no such module. It has: "
                 f"{', '.join(n for n in places if n)}."
             )
-        return found
+        return max(found, key=len)
 
-    def _check_shapes(self, student: Tensor, teacher: Tensor | None) -> None:
-        given = None if teacher is None else tuple(teacher.shape)
-        if given != tuple(student.shape):
+    def _fitting(self, student: Tensor, teacher: Tensor | None) -> Tensor:
+        """The teacher's outputs, if they can be compared with the student's."""
+        if teacher is None or teacher.shape != student.shape:
             raise ValueError(
-                f"KnowledgeDistillation.teacher gives outputs of shape {given} where the model gives "
-                f"{tuple(student.shape)}. Accepted is a teacher with the same outputs; name the module that they come "
-                "from with outputs=."
+                "KnowledgeDistillation.teacher gives outputs of shape "
+                f"{None if teacher is None else tuple(teacher.shape)} where the model gives {tuple(student.shape)}. "
+                "Accepted is a teacher with the same outputs; name the module that they come from with outputs=."
             )
         if self.kind == "kl" and (student.dim() < 2 or student.shape[self.class_axis] < 2):
             raise ValueError(
                 f"KnowledgeDistillation.loss='kl' compares classes, but axis {self.class_axis} of outputs of shape "
                 f"{tuple(student.shape)} has none. Give class_axis=, or loss='mse' for numbers."
             )
+        return teacher
 
     def _try(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ask a given teacher once, on a copy of the model and a batch of validation data, where there is one."""
+        """Ask the teacher once, on a copy of the model and a batch of validation data, where there is one."""
+        assert self._teacher is not None
         watched = copied(pl_module)
         module = visible_modules(watched)[self.outputs]
         try:
+            check_validation_data(trainer, pl_module)
             inputs = record_inputs(module, lambda: evaluate(trainer, watched))
-        except Exception:  # no validation data, or a validation step that cannot run alone
+            if inputs is None or not self.alpha:
+                return
+            inputs = Inputs(*move_data_to_device(tuple(inputs), pl_module.device))
+            with trainer.precision_plugin.forward_context():
+                student = main_tensor(teach(module.eval(), {}, Call("", inputs)).outputs)
+        except Exception:  # no validation data, or a validation step that cannot run alone: the first step will tell
             return
-        if inputs is None:
-            return
-        inputs = Inputs(*move_data_to_device(tuple(inputs), pl_module.device))
-        with torch.no_grad():
-            student = main_tensor(module.eval()(*inputs.args, **inputs.kwargs))
-        assert self._teacher is not None
+        target = self._teacher if isinstance(self.teacher, nn.Module) else visible_modules(self._teacher)[self.outputs]
+        try:
+            with trainer.precision_plugin.forward_context():
+                teacher = main_tensor(teach(target, {}, Call("", inputs)).outputs)
+        except Exception as error:
+            raise ValueError(
+                f"KnowledgeDistillation.teacher fails on the inputs of {self.outputs or type(pl_module).__name__}: "
+                f"{type(error).__name__}: {error}. Accepted is a module that takes the same inputs; name the module that "
+                "it stands for with outputs=."
+            ) from error
         if student is not None:
-            self._check_shapes(student, main_tensor(teach(self._teacher, {}, Call("", inputs)).outputs))
+            self._fitting(student, teacher)
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -419,7 +442,12 @@ def _check_names(pl_module: pl.LightningModule, field: str, names: list[str]) ->
 def _choose(pl_module: pl.LightningModule, calls: list[Call]) -> str:
     """The module to distil, where none is named."""
     modules = visible_modules(pl_module)
-    names = {call.name: None for call in calls if next(modules[call.name].parameters(), None) is not None}
+    makers = {name: None for name, module in modules.items() if next(module.parameters(), None) is not None}
+    names = {
+        c.name: None
+        for c in calls
+        if c.name in makers and (x := main_tensor(c.outputs)) is not None and x.requires_grad
+    }
     if "" in names:
         return ""
     if len(names) != 1:

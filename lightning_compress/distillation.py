@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress.deploy.forward import Inputs
 
-__all__ = ["Call", "Loss", "feature_loss", "main_tensor", "output_loss", "record_calls", "teach", "visible_modules"]
+__all__ = ["Call", "feature_loss", "main_tensor", "output_loss", "record_calls", "teach", "visible_modules"]
 
 Loss = Literal["kl", "mse"]
 
