@@ -184,9 +184,12 @@ class Masks:
         if any(w.device.type != "cpu" or w.dtype != torch.float32 or not w.is_contiguous() for w in weights):
             return None
         num_weights = sum(w.numel() for w in weights)
-        sample = torch.from_numpy(spread_sample([w.view(-1).numpy() for w in weights], num_weights))
-        scores = criterion.score_values(sample, torch.empty_like(sample)).numpy()
-        cut = find_cut(partial(_chunks, criterion, layers), num_weights, k, scores)
+
+        def sample() -> np.ndarray:
+            values = torch.from_numpy(spread_sample([w.view(-1).numpy() for w in weights], num_weights))
+            return criterion.score_values(values, values).numpy()
+
+        cut = find_cut(partial(_chunks, criterion, layers), num_weights, k, sample)
         return cut if cut.value > 0 else None
 
     def write(self, cut: Cut, criterion: Criterion, layers: Sequence[Layer]) -> None:
@@ -208,7 +211,8 @@ class Masks:
     def enforce(self, layers: Iterable[Layer]) -> None:
         """The same in one pass over the weights, for after every optimizer step; a zero may be -0."""
         for layer in layers:
-            layer.weight.mul_(self._masks[layer.name])
+            if layer.name in self._masks:
+                layer.weight.mul_(self._masks[layer.name])
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
@@ -253,6 +257,23 @@ class Masks:
         for name, entry in state.items():
             device = self._masks[name].device
             self._masks[name] = _unpack(entry["bits"], entry["shape"]).to(device)
+
+    def select(self, kept: Mapping[int, Mapping[int, Tensor]], gone: Iterable[int] = ()) -> None:
+        """Shrink with the weights.
+
+        Args:
+            kept: By a weight's id, the indices that are kept along each axis.
+            gone: Ids of weights that no longer exist.
+        """
+        for layer in self.layers:
+            for axis, indices in kept.get(id(layer.weight), {}).items():
+                mask = self._masks[layer.name]
+                self._masks[layer.name] = mask.index_select(axis, indices.to(mask.device)).contiguous()
+        gone = set(gone)
+        for layer in self.layers:
+            if id(layer.weight) in gone:
+                del self._masks[layer.name]
+        self.layers = [layer for layer in self.layers if layer.name in self._masks]
 
 
 def _out_first(layer: Layer, values: Tensor) -> Tensor:

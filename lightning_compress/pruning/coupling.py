@@ -1,0 +1,548 @@
+"""Which channels go together: the groups that can be removed from a model, found by tracing one forward on a copy.
+
+torch-pruning (Fang 2023, arXiv:2301.12900) traces the dependencies; here they become sets of channels, *atoms*, that
+are kept or removed as one, and positions along the axes of named tensors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning import ops
+
+from lightning_compress.layers import EMBEDDING, PRUNABLE, find_layers, matches
+
+__all__ = ["Attention", "Coupling", "Entry", "Group", "Place", "couple", "entries", "plain_name", "tracing"]
+
+Forward = Callable[[nn.Module], Any]
+
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "nheads", "num_head", "h")
+_SPLIT = {"q", "k", "v", "query", "key", "value", "wq", "wk", "wv"}
+_FUSED = {"qkv": 3, "to_qkv": 3, "in_proj": 3, "c_attn": 3, "query_key_value": 3, "wqkv": 3, "kv": 2, "to_kv": 2}
+_ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a module's channels lie in one of its tensors.
+
+    Args:
+        key: The tensor's name in the module.
+        axis: The axis.
+        offsets: Channel i lies at i plus each of these.
+        modulo: Channel i lies at i modulo this, in every group of a grouped convolution.
+    """
+
+    key: str
+    axis: int
+    offsets: tuple[int, ...] = (0,)
+    modulo: int = 0
+
+    def positions(self, channels: Tensor) -> Tensor:
+        """Positions of channels along the axis, one row an offset."""
+        channels = channels % self.modulo if self.modulo else channels
+        return torch.stack([channels + offset for offset in self.offsets])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Channels of one side of a module, and the root channel that each belongs to.
+
+    Args:
+        module: The module's name, or a raw parameter's.
+        side: ``"out"`` or ``"in"``; ``"out"`` where both are the same.
+        channels: Channels of the module.
+        roots: For each of them a channel of the group's root.
+        axis: Axis of a raw parameter.
+    """
+
+    module: str
+    side: str
+    channels: Tensor
+    roots: Tensor
+    axis: int = 0
+
+
+@dataclass
+class Attention:
+    """An attention whose heads are removed as a whole.
+
+    Args:
+        name: The module that knows the number of heads.
+        layers: Its linear layers that make queries, keys and values, with how many of these each makes.
+        num_heads: How many heads there are.
+        head_dim: Channels a head.
+        attributes: Its attributes that hold the number of heads.
+        sizes: Its attributes that hold the channels of all heads together.
+    """
+
+    name: str
+    layers: dict[str, int]
+    num_heads: int
+    head_dim: int
+    attributes: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+
+
+@dataclass
+class Group:
+    """Channels of layers that are coupled, in atoms that are removed as one.
+
+    Args:
+        name: The first of the layers.
+        layers: All layers whose outputs are among the channels.
+        places: Where the channels are found.
+        atoms: For each channel of the root the number of its atom.
+        attentions: The attentions whose heads the atoms are.
+        why: Why they cannot be removed.
+    """
+
+    name: str
+    layers: list[str]
+    places: list[Place]
+    atoms: Tensor
+    attentions: list[Attention] = field(default_factory=list)
+    why: str = ""
+
+    @property
+    def sizes(self) -> Tensor:
+        """Root channels of every atom."""
+        return torch.bincount(self.atoms)
+
+
+@dataclass
+class Coupling:
+    """The groups of a model.
+
+    Args:
+        groups: Those that may be removed.
+        skipped: Name of every layer left alone, with the reason.
+    """
+
+    groups: list[Group]
+    skipped: dict[str, str]
+
+
+def plain_name(name: str) -> str:
+    """A name free of ``torch.compile``'s prefix."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Run a copy eagerly, without fused kernels that skip modules, and leave the global random state as it is."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def couple(
+    model: nn.Module,
+    forward: Forward,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    num_heads: Mapping[str, int] | None = None,
+    skipped: Mapping[str, str] | None = None,
+) -> Coupling:
+    """Find the groups of channels that can be removed.
+
+    Args:
+        model: A copy of the model, which is spoiled; its parameters say what is frozen.
+        forward: Calls the model as training does and gives its outputs.
+        include: Name patterns of the layers whose output channels may go; empty for all.
+        exclude: Name patterns of layers that keep their output channels.
+        num_heads: Heads by the name pattern of an attention, where they cannot be found in its attributes.
+        skipped: What was left alone before, with the reason; it stays so.
+
+    Raises:
+        ValueError: If a pattern matches nothing.
+    """
+    layers, reasons = find_layers(model, (*PRUNABLE, *EMBEDDING), (), ())
+    names = [_module_of(layer.name, layer.parameter) for layer in layers]
+    names = list(dict.fromkeys([*names, *reasons]))
+    for key, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(matches(name, [pattern]) for name in names):
+                raise ValueError(
+                    f"{key}={pattern!r} matches no layer. The layers are: {', '.join(names) or 'none'}. "
+                    "Give a name, a prefix of a name, or a glob such as 'encoder.*'."
+                )
+    modules = dict(model.named_modules())
+    attentions = _find_attentions(modules, num_heads or {})
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
+    for p in model.parameters():
+        p.requires_grad_(p.is_floating_point())
+    reasons = {name: reason for name, reason in reasons.items() if "taken only when" not in reason}
+    with tracing(), torch.enable_grad():
+        try:
+            graph, outputs = _trace(model, forward)
+        except Exception as error:
+            return Coupling([], {name: _reason(error, "be traced") for name in names} | reasons)
+        found = list(_groups(graph, modules, attentions))
+    groups: list[Group] = []
+    for group in found:
+        why = _refuse(group, modules, frozen, outputs, include, exclude)
+        why = why or next(
+            (skipped[name] for name in map(plain_name, group.layers) if skipped and name in skipped), None
+        )
+        if why:
+            reasons |= dict.fromkeys(map(plain_name, group.layers), why)
+        else:
+            groups.append(group)
+    groups = _without_torn_ties(model, modules, groups, reasons)
+    plain = {plain_name(name): module for name, module in modules.items()}
+    reached = {plain_name(name) for group in found for name in group.layers}
+    for name in names:
+        if name not in reached and name not in reasons:
+            module = plain.get(name)
+            kind = type(module).__name__
+            reasons[name] = f"{kind} is left whole" if isinstance(module, _RECURRENT) else "not reached by forward"
+    for module_name, module in modules.items():  # part of their attention
+        if isinstance(module, nn.MultiheadAttention):
+            reasons.pop(plain_name(f"{module_name}.out_proj".lstrip(".")), None)
+    return Coupling(groups, reasons | dict(skipped or {}))
+
+
+def entries(module: nn.Module, side: str) -> list[Entry]:
+    """The tensors of a module that one side's channels lie in."""
+    found: list[Entry]
+    if isinstance(module, nn.modules.conv._ConvNd):
+        groups, per_group = module.groups, (module.in_channels // module.groups, module.out_channels // module.groups)
+        first, second = ("in", "out") if module.transposed else ("out", "in")
+        if groups > 1 and groups == module.out_channels == module.in_channels:
+            found = [Entry("weight", 0), Entry("bias", 0)]
+        elif side == first:
+            found = [Entry("weight", 0)]
+        else:
+            found = [Entry("weight", 1, modulo=per_group[second == "out"] if groups > 1 else 0)]
+        if side == "out" and found[-1].key != "bias":
+            found.append(Entry("bias", 0))
+    elif isinstance(module, nn.Linear):
+        found = [Entry("weight", 0), Entry("bias", 0)] if side == "out" else [Entry("weight", 1)]
+    elif isinstance(module, nn.Embedding):
+        found = [Entry("weight", 1)]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        last = len(module.normalized_shape) - 1
+        found = [Entry("weight", last), Entry("bias", last)]
+    elif isinstance(module, nn.MultiheadAttention):
+        thrice = (0, module.embed_dim, 2 * module.embed_dim)
+        found = [Entry("in_proj_weight", 0, thrice), Entry("in_proj_weight", 1), Entry("in_proj_bias", 0, thrice)]
+        found += [Entry("bias_k", 2), Entry("bias_v", 2)]
+        found += [Entry("out_proj.weight", 0), Entry("out_proj.weight", 1), Entry("out_proj.bias", 0)]
+    else:  # batch, group and instance norms, PReLU
+        found = [Entry(key, 0) for key in ("weight", "bias", "running_mean", "running_var")]
+    return [entry for entry in found if tensor_of(module, entry.key) is not None]
+
+
+def tensor_of(module: nn.Module, key: str) -> Tensor | None:
+    """A stored parameter or buffer of a module, whatever the module shows under that name."""
+    *path, last = key.split(".")
+    for part in path:
+        module = module._modules[part]  # type: ignore[assignment]
+    found = module._parameters.get(last)
+    return module._buffers.get(last) if found is None else found
+
+
+def _module_of(name: str, parameter: str) -> str:
+    return name if parameter == "weight" else name.removesuffix(parameter).rstrip(".")
+
+
+def _find_attentions(modules: Mapping[str, nn.Module], num_heads: Mapping[str, int]) -> dict[str, Attention]:
+    """Attentions by the name of each of their layers."""
+    found: dict[str, Attention] = {}
+    for pattern in num_heads:
+        if not any(matches(plain_name(name), [pattern]) for name in modules):
+            raise ValueError(
+                f"num_heads={pattern!r} matches no module. Give the name of an attention or a glob such as '*.attn'."
+            )
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention):
+            continue
+        given = next((num for pattern, num in num_heads.items() if matches(plain_name(name), [pattern])), None)
+        ints = {k: v for k, v in vars(module).items() if isinstance(v, int) and not isinstance(v, bool)}
+        keys = [key for key in _HEADS if ints.get(key, 0) > 0]
+        heads = given or (ints[keys[0]] if keys else 0)
+        makes: dict[str, int] = {}
+        for key, child in module.named_children():
+            plain = key.lower()
+            stem = plain.removesuffix("_proj").removesuffix("_linear").removeprefix("to_").removeprefix("w_")
+            times = _FUSED.get(plain) or _FUSED.get(stem) or (1 if plain in _SPLIT or stem in _SPLIT else 0)
+            if isinstance(child, nn.Linear) and times and heads and child.out_features % (times * heads) == 0:
+                makes[f"{name}.{key}".lstrip(".")] = times
+        if not makes:
+            continue
+        linears: list[Any] = [modules[key] for key in makes]
+        sizes = {linear.out_features // times for linear, times in zip(linears, makes.values(), strict=True)}
+        if len(sizes) == 1:
+            (size,) = sizes
+            counts = tuple(key for key, value in ints.items() if value == heads and (key in _HEADS or given))
+            inner = tuple(key for key, value in ints.items() if value == size and key not in counts)
+            attention = Attention(name, makes, heads, size // heads, counts, inner)
+            found |= dict.fromkeys(makes, attention)
+    return found
+
+
+def _trace(model: nn.Module, forward: Forward) -> tuple[tp.DependencyGraph, set[str]]:
+    """The dependency graph, and the names of the layers whose outputs leave the model."""
+    produced: dict[Any, str] = {}
+
+    def remember(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            for x in torch.utils._pytree.tree_leaves(output):
+                if isinstance(x, Tensor) and x.grad_fn is not None:
+                    produced[x.grad_fn] = name
+
+        return hook
+
+    kinds = (*_ROOTS, *_RECURRENT)
+    handles = [m.register_forward_hook(remember(n)) for n, m in model.named_modules() if isinstance(m, kinds)]
+    results: list[Tensor] = []
+
+    def run(model: nn.Module, _: Any) -> list[Tensor]:
+        leaves = torch.utils._pytree.tree_leaves(forward(model))
+        results.extend(x for x in leaves if isinstance(x, Tensor) and x.grad_fn is not None)
+        return list(results)
+
+    graph = tp.DependencyGraph()
+    try:
+        graph.build_dependency(model, None, forward_fn=run, verbose=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    outputs: set[str] = set()
+    stack, seen = [x.grad_fn for x in results], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in produced:
+            outputs.add(produced[node])
+        else:
+            stack.extend(after for after, _ in node.next_functions)
+    return graph, outputs
+
+
+def _groups(graph: Any, modules: Mapping[str, nn.Module], attentions: Mapping[str, Attention]) -> Iterator[Group]:
+    names = {id(module): name for name, module in modules.items()}
+    done: set[str] = set()
+    for root in list(graph.module2node):
+        name = names.get(id(root), "")
+        if not isinstance(root, _ROOTS) or name in done or id(root) not in names:
+            continue
+        if isinstance(root, nn.Linear) and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+            continue
+        pruner = graph.get_pruner_of_module(root)
+        num = int(pruner.get_out_channels(root))
+        try:
+            places = list(_reach(graph, root, pruner.prune_out_channels, num, names))
+        except Exception as error:  # torch-pruning's mappings of views that it does not know
+            yield Group(name, [name], [], torch.zeros(num, dtype=torch.int64), why=_reason(error, "be followed"))
+            continue
+        outs = [p.module for p in places if p.side == "out" and isinstance(modules.get(p.module), _ROOTS)]
+        done.update(outs)
+        order = {key: i for i, key in enumerate(modules)}
+        yield _atomize(name, num, sorted(set(outs), key=order.__getitem__), places, modules, attentions)
+
+
+def _reach(graph: Any, root: nn.Module, function: Any, num: int, names: Mapping[int, str]) -> Iterator[Place]:
+    """All channels that follow when channels of the root go, each with every root channel that it follows."""
+    start = [tp._helpers._HybridIndex(idx=i, root_idx=i) for i in range(num)]
+    if isinstance(root, nn.modules.conv._ConvNd) and ops.module2type(root) == ops.OPTYPE.DEPTHWISE_CONV:
+        function = tp.pruner.function.PrunerBox[ops.OPTYPE.DEPTHWISE_CONV].prune_out_channels
+    pairs: dict[tuple[Any, Any], dict[Any, None]] = defaultdict(dict)
+    pairs[graph.module2node[root], function] = dict.fromkeys(start)
+    stack = [(graph.module2node[root], function, start)]
+    while stack:
+        node, handler, indices = stack.pop()
+        for dep in node.dependencies:
+            if not dep.is_triggered_by(handler):
+                continue
+            new = indices
+            for mapping in dep.index_mapping:
+                new = mapping(new) if mapping is not None else new
+            known = pairs[dep.target, dep.handler]
+            new = [index for index in new if index not in known]
+            if new:
+                known.update(dict.fromkeys(new))
+                stack.append((dep.target, dep.handler, new))
+    for (node, handler), found in pairs.items():
+        if not found:
+            continue
+        channels = torch.tensor([index.idx for index in found])
+        roots = torch.tensor([index.root_idx for index in found])
+        side = "out" if graph.is_out_channel_pruning_fn(handler) else "in"
+        if isinstance(node.module, nn.Parameter):
+            yield Place(graph._param_to_name[node.module], "raw", channels, roots, node.pruning_dim)
+        elif id(node.module) in names:
+            yield Place(names[id(node.module)], side, channels, roots)
+
+
+def _atomize(
+    name: str,
+    num: int,
+    layers: list[str],
+    places: list[Place],
+    modules: Mapping[str, nn.Module],
+    attentions: Mapping[str, Attention],
+) -> Group:
+    """Join the root channels that a place, a grouped convolution or a head holds together."""
+    parent = list(range(num))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    def join(keys: Tensor, roots: Tensor) -> None:
+        first: dict[int, int] = {}
+        for key, root in zip(keys.tolist(), roots.tolist(), strict=True):
+            a, b = find(first.setdefault(key, root)), find(root)
+            parent[max(a, b)] = min(a, b)
+
+    involved: dict[str, Attention] = {}
+    for place in places:
+        join(place.channels, place.roots)
+        module = modules.get(place.module)
+        if place.module == name and place.side == "out":
+            join(torch.cat([place.channels, torch.arange(num)]), torch.cat([place.roots, torch.arange(num)]))
+        groups = 1
+        if (
+            isinstance(module, nn.modules.conv._ConvNd)
+            and not module.groups == module.in_channels == module.out_channels
+        ):
+            groups, size = module.groups, module.out_channels if place.side == "out" else module.in_channels
+        elif isinstance(module, nn.GroupNorm):
+            groups, size = module.num_groups, module.num_channels
+        if groups > 1:
+            join(place.channels % (size // groups), place.roots)
+        if isinstance(module, nn.MultiheadAttention):
+            join(place.channels // module.head_dim, place.roots)
+        if place.side == "out" and place.module in attentions:
+            attention = attentions[place.module]
+            join(place.channels // attention.head_dim % attention.num_heads, place.roots)
+            involved[attention.name] = attention
+    atoms = torch.tensor([find(i) for i in range(num)]).unique(return_inverse=True)[1]
+    return Group(layers[0], layers, places, atoms, list(involved.values()))
+
+
+def _reason(error: Exception, what: str) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"its channels cannot {what}: {type(error).__name__}: {lines[0]}"
+
+
+def _grouped(module: nn.Module | None, side: str) -> tuple[int, int]:
+    """In how many groups of channels a module computes, and how many channels these are together."""
+    if isinstance(module, nn.modules.conv._ConvNd) and not module.groups == module.in_channels == module.out_channels:
+        return module.groups, module.out_channels if side == "out" else module.in_channels
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups, module.num_channels
+    return 1, 0
+
+
+def _refuse(
+    group: Group,
+    modules: Mapping[str, nn.Module],
+    frozen: set[int],
+    outputs: set[str],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> str | None:
+    """Why a group is left alone."""
+    plain = [plain_name(name) for name in group.layers]
+    named = any(matches(name, include) for name in plain)
+    if leaving := [name for name in group.layers if name in outputs]:
+        return (
+            "an output layer" if len(group.layers) == 1 else f"coupled with the output layer {plain_name(leaving[0])}"
+        )
+    if group.why:
+        return group.why
+    if any(matches(name, exclude) for name in plain):
+        return "excluded by name"
+    if include and not named:
+        return "not included by name"
+    for place in group.places:
+        module = modules.get(place.module)
+        owner = modules.get(place.module.rpartition(".")[0]) if place.side == "raw" else module
+        if isinstance(owner, _RECURRENT):
+            return f"leads to {plain_name(place.module)}, a recurrent layer, which is left whole"
+        groups, size = _grouped(module, place.side)
+        if groups > 1 and len(place.channels.unique()) < size:
+            return f"{plain_name(place.module)} computes in groups, of which these are not all channels"
+        tensors = []
+        if module is not None:
+            tensors = [tensor_of(module, entry.key) for entry in entries(module, place.side)]
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module._parameters.get("weight") is None:
+                return f"the weight of {plain_name(place.module)} is parametrized or computed by other code"
+            if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
+                return f"keys and values of {plain_name(place.module)} have sizes of their own"
+        if any(positions.max() >= tensor.shape[axis] for tensor, axis, positions in _found(place, modules)):
+            return f"its channels are rearranged on the way to {plain_name(place.module)}"
+        if not named and any(id(tensor) in frozen for tensor in tensors):
+            return f"{plain_name(place.module)} is frozen (requires_grad=False); include the layer by name to take it"
+    if int(group.atoms.max()) == 0:
+        return "its channels all go together"
+    return None
+
+
+def _found(place: Place, modules: Mapping[str, nn.Module]) -> Iterator[tuple[Tensor, int, Tensor]]:
+    module = modules.get(place.module)
+    if module is not None:
+        for entry in entries(module, place.side):
+            tensor = tensor_of(module, entry.key)
+            assert tensor is not None
+            yield tensor, entry.axis, entry.positions(place.channels)
+
+
+def _without_torn_ties(
+    model: nn.Module, modules: Mapping[str, nn.Module], groups: list[Group], reasons: dict[str, str]
+) -> list[Group]:
+    """Leave groups alone in which the copies of one shared weight would lose different channels."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owners[id(p)].append(name)
+    tied = {name: names for names in owners.values() if len(names) > 1 for name in names}
+    touched: dict[str, set[tuple[int, int, int, int]]] = defaultdict(set)
+    for number, group in enumerate(groups):
+        for place in group.places:
+            for name, axis, positions, roots in located(place, modules):
+                if name in tied:
+                    atoms = group.atoms[roots].expand_as(positions)
+                    pairs = zip(positions.flatten().tolist(), atoms.flatten().tolist(), strict=True)
+                    touched[name].update((axis, position, number, atom) for position, atom in pairs)
+    torn: dict[int, str] = {}
+    for name, names in tied.items():
+        for other in names:
+            if touched[name] != touched[other]:
+                pair = f"{plain_name(name)} and {plain_name(other)}"
+                torn |= {number: pair for _, _, number, _ in touched[name] | touched[other]}
+    for number, pair in torn.items():
+        reasons |= dict.fromkeys(
+            map(plain_name, groups[number].layers), f"{pair} share one weight and would lose different channels"
+        )
+    return [group for number, group in enumerate(groups) if number not in torn]
+
+
+def located(place: Place, modules: Mapping[str, nn.Module]) -> Iterable[tuple[str, int, Tensor, Tensor]]:
+    """Names of the tensors, axes, positions (offsets by channels) and root channels of a place."""
+    if place.side == "raw":
+        yield place.module, place.axis, place.channels[None], place.roots
+        return
+    for entry in entries(modules[place.module], place.side):
+        yield f"{place.module}.{entry.key}".lstrip("."), entry.axis, entry.positions(place.channels), place.roots
