@@ -103,7 +103,7 @@ def _load(task: str, folder: Path) -> Data:
     return TASKS[task].load(folder)
 
 
-def _trained(job: Job, data: Data) -> nn.Module:
+def trained(job: Job, data: Data) -> nn.Module:
     """The dense model of a task and seed, from its file where there is one."""
     task = TASKS[job.task]
     path = job.folder / f"{task.name}-{job.seed}{'-cut' if job.cut else ''}.pt"
@@ -140,7 +140,7 @@ def do(job: Job) -> Run:
     data, example = data.cut(job.seed) if job.cut else data, data.x_train[:1]
     try:
         if job.method == DENSE:
-            model = _trained(job, data)
+            model = trained(job, data)
         elif job.method == SMALL:
             torch.manual_seed(job.seed)
             model = _small(task, job.target, example)
@@ -149,7 +149,7 @@ def do(job: Job) -> Run:
         else:
             seed = job.seed + 1000  # other batches than the dense training's
             budget = Budget(task, data, seed, task.compress_epochs, task.compress_rate * job.factor)
-            model = METHODS[job.method](_trained(job, data), budget, job.target)
+            model = METHODS[job.method](trained(job, data), budget, job.target)
         result = accuracy(model, data)
         reached = _reached(model, task, job.target, example)
     except Exception as error:  # a method that breaks is a row of the table, not the end of it
@@ -167,7 +167,8 @@ def _reached(model: nn.Module, task: Task, target: float, example: torch.Tensor)
     return 1 - left / sum(w.numel() for w in weights_of(whole))
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """One thread, no warnings."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     warnings.simplefilter("ignore")
@@ -182,11 +183,11 @@ Mapper = Callable[[str, Iterable[Job]], list[Run]]
 def _pool(workers: int) -> Iterator[Mapper]:
     """Runs jobs in processes."""
     if workers == 1:
-        _quiet()
+        quiet()
         yield lambda name, jobs: [do(job) for job in track(list(jobs), name)]
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=quiet) as pool:
 
         def run_all(name: str, jobs: Iterable[Job]) -> list[Run]:
             todo = list(jobs)
