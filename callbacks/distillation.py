@@ -381,8 +381,8 @@ class KnowledgeDistillation(pl.Callback):
         except Exception as error:
             raise ValueError(
                 f"KnowledgeDistillation.teacher fails on the inputs of {self.outputs or type(pl_module).__name__}: "
-                f"{type(error).__name__}: {error}. Accepted is a module that takes the same inputs; name the module that "
-                "it stands for with outputs=."
+                f"{type(error).__name__}: {error}. Accepted is a module that takes the same inputs; name the module "
+                "that it stands for with outputs=."
             ) from error
         if student is not None:
             self._fitting(student, teacher)

@@ -1,0 +1,345 @@
+"""Every LightningModule of the zoo with a teacher; conftest prints the table."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning_compress.callbacks import Export, GradualPruning, KnowledgeDistillation, QuantizationAwareTraining
+from torch import Tensor
+
+import lightning_compress
+from lightning_compress.analysis.inspect import sparsity
+from lightning_compress.phase import Phase
+from lightning_compress.quantization.prepare import prepared
+
+from ..harness import callback_of, differences, snapshot
+from ..zoo import MODULES
+from .distilled import (
+    BATCHES,
+    BEGIN,
+    BY_HAND,
+    FEATURES,
+    NUM_BATCHES,
+    SAVED,
+    TAUGHT,
+    GANByHand,
+    ManualBoringByHand,
+    main_output,
+    make_module,
+    make_trainer,
+    save,
+    teacher_of,
+)
+
+each_module = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MODULES]
+)
+each_automatic = pytest.mark.parametrize("name", [name for name in MODULES if name not in BY_HAND])
+NOT_CAPTURED = ("branch",)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One whole run a module, with its checkpoints, trained once and only read."""
+    made: dict[str, tuple[pl.Trainer, pl.LightningModule, Path]] = {}
+
+    def run(name: str) -> tuple[pl.Trainer, pl.LightningModule, Path]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name.replace("+", "-"))
+            module, trainer = make_module(name), make_trainer(folder, teacher_of(name), save(folder))
+            trainer.fit(module)
+            made[name] = trainer, module, folder
+        return made[name]
+
+    return run
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@each_module
+def test_distil_inert(name: str, runs: Any, tmp_path: Path) -> None:
+    """Until compression begins the run is bit for bit the one without a teacher; then it is another."""
+    _, taught, folder = runs(name)
+    plain = make_module(name)
+    make_trainer(tmp_path, teacher_of(name, phase=Phase(0.875, 1)), save(tmp_path)).fit(plain)
+    none = MODULES[name]()
+    none.load_state_dict(make_module(name).state_dict())
+    make_trainer(tmp_path / "none", save(tmp_path / "none")).fit(none)
+    for batches in (1, BEGIN):
+        assert not differences(weights(folder / f"{batches}.ckpt"), weights(tmp_path / f"none/{batches}.ckpt"))
+    assert not differences(weights(tmp_path / f"{NUM_BATCHES - 1}.ckpt"), weights(tmp_path / "none/7.ckpt"))
+    assert differences(taught.state_dict(), none.state_dict())
+    assert "training_step" not in taught.__dict__
+
+
+class ByHand(pl.Callback):
+    """Computes the gradient of every step a second time, on a copy, from the formula."""
+
+    def __init__(self, name: str, accumulate: int = 1) -> None:
+        self.name, self.accumulate = name, accumulate
+        self.teacher: Any = None
+        self.found: list[tuple[int, list[Tensor], list[Tensor]]] = []
+        self.expected: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.current_epoch * BATCHES + batch_idx
+        student, seen, features = copy.deepcopy(pl_module), [], []
+        student._metric_attributes = None
+        forward = type(student).forward
+        student.forward = lambda *args: (seen.append((args, out := forward(student, *args))), out)[1]
+        handles = []
+        for feature in FEATURES.get(self.name, ()):
+            module = student.get_submodule(feature)
+            handles.append(module.register_forward_hook(lambda m, a, out: features.append(first(out))))
+        torch.manual_seed(step)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = student.training_step(batch, batch_idx)
+        loss = loss["loss"] if isinstance(loss, dict) else loss
+        if self.teacher is not None:
+            (args, out), answers = seen[0], []
+            for feature in FEATURES.get(self.name, ()):
+                module = self.teacher.get_submodule(feature)
+                handles.append(module.register_forward_hook(lambda m, a, out: answers.append(first(out))))
+            with torch.no_grad():
+                answer = main_output(self.teacher(*args))
+            p, q = (answer / 2).softmax(-1), (main_output(out) / 2).softmax(-1)
+            loss = 0.1 * loss + 0.9 * 4 * (p * (p.log() - q.log())).sum(-1).mean()
+            for weight in FEATURES.get(self.name, {}).values():
+                pairs = list(zip(features, answers, strict=True))
+                loss = loss + weight * sum(((s - t) ** 2).mean() for s, t in pairs) / len(pairs)
+            for handle in handles:
+                handle.remove()
+        (loss / self.accumulate).backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in student.parameters()]
+        self.expected = [a + b for a, b in zip(self.expected, grads, strict=True)] if self.expected else grads
+        torch.manual_seed(step)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch * BATCHES + batch_idx + 1 == BEGIN:
+            self.teacher = copy.deepcopy(pl_module).eval()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in pl_module.parameters()]
+        self.found.append((trainer.global_step, grads, self.expected))
+        self.expected = []
+
+
+def first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def assert_gradients_of_the_formula(name: str, folder: Path, accumulate: int) -> None:
+    trainer = make_trainer(
+        folder, teacher_of(name), watch := ByHand(name, accumulate), accumulate_grad_batches=accumulate
+    )
+    trainer.fit(make_module(name))
+    assert len(watch.found) == NUM_BATCHES // accumulate
+    for step, grads, expected in watch.found:
+        for a, b in zip(grads, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, s=step: f"step {s}: {m}")
+
+
+@each_automatic
+def test_distil_gradient(name: str, tmp_path: Path) -> None:
+    """The gradient is that of the formula, written a second time without the callback."""
+    assert_gradients_of_the_formula(name, tmp_path, 1)
+
+
+@each_automatic
+def test_distil_accumulate(name: str, tmp_path: Path) -> None:
+    """So is the accumulated one."""
+    assert_gradients_of_the_formula(name, tmp_path, 2)
+
+
+@each_module
+def test_distil_resume(name: str, runs: Any, tmp_path: Path) -> None:
+    """Resumed before, at, inside and after the pruning, a run ends bit-identically, the teacher too."""
+    trainer, module, folder = runs(name)
+    expected = snapshot(trainer, module)
+    assert expected["callbacks"]["KnowledgeDistillation"]["teacher"]
+    for batches in SAVED:
+        again, trainer_again = make_module(name), make_trainer(tmp_path, teacher_of(name))
+        trainer_again.fit(again, ckpt_path=folder / f"{batches}.ckpt", weights_only=True)
+        assert not differences(expected, snapshot(trainer_again, again)), f"resumed after {batches} batches"
+
+
+@each_module
+def test_distil_bf16(name: str, tmp_path: Path) -> None:
+    """Mixed precision."""
+    module = make_module(name)
+    trainer = make_trainer(tmp_path, distil := teacher_of(name), precision="bf16-mixed")
+    trainer.fit(module)
+    assert 0 < trainer.callback_metrics["compress/distillation_loss"] < torch.inf
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    assert not distil._warned
+
+
+@each_module
+def test_distil_ema(name: str, tmp_path: Path) -> None:
+    """Beside averaged weights, resumed too."""
+
+    def train(folder: Path, path: Path | None = None) -> dict[str, Any]:
+        module = make_module(name)
+        trainer = make_trainer(folder, EMAWeightAveraging(decay=0.8), teacher_of(name), save(folder))
+        trainer.fit(module, ckpt_path=path, weights_only=True)
+        return snapshot(trainer, module)
+
+    assert not differences(train(tmp_path), train(tmp_path / "again", tmp_path / "5.ckpt"))
+
+
+@each_module
+def test_distil_compile(name: str, tmp_path: Path) -> None:
+    """An inner part under torch.compile; the result is that of the eager run."""
+    torch.compiler.reset()
+    module = make_module(name)
+    module.configure_model()
+    parent, _, key = module.inner.rpartition(".")
+    owner = module.get_submodule(parent)
+    setattr(owner, key, torch.compile(getattr(owner, key), backend="aot_eager"))
+    distil = KnowledgeDistillation(loss="mse" if name == "gan" else "kl", by_hand=name in BY_HAND)
+    trainer = make_trainer(tmp_path, distil, max_epochs=1)
+    trainer.fit(module)
+    assert trainer.callback_metrics["compress/distillation_loss"] > 0
+
+
+@each_module
+def test_distil_copy(name: str, runs: Any, tmp_path: Path) -> None:
+    """Copies made inside a step and after the fit share nothing and ask no teacher."""
+    copies: list[tuple[pl.LightningModule, Any]] = []
+
+    class Copy(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            if trainer.current_epoch == 1 and not copies:
+                copies.append((pl_module, copy.deepcopy(pl_module)))
+                if name != "foreign":  # torch itself pickles no parametrized module
+                    copies.append((pl_module, pickle.loads(pickle.dumps(pl_module))))
+
+    module = make_module(name)
+    make_trainer(tmp_path, teacher_of(name), Copy()).fit(module)
+    copies.append((module, copy.deepcopy(module)))
+    assert len(copies) >= 2
+    for original, copied in copies:
+        step = copied.training_step
+        assert step.__self__ is copied
+        assert step.__func__ is type(copied).training_step
+        assert copied.state_dict().keys() == original.state_dict().keys()
+        trainer = make_trainer(tmp_path, prune=False)
+        if name not in BY_HAND:
+            trainer.fit(copied)
+            assert "compress/distillation_loss" not in trainer.callback_metrics
+
+
+@each_module
+def test_distil_combined(name: str, tmp_path: Path) -> None:
+    """With pruning and quantization: both are reached, the teacher stays in float, the checkpoint tests and loads."""
+    quantization = QuantizationAwareTraining(calibrate=Phase(0.5, 0.75), phase=Phase(0.75, 1.0))
+
+    def make(*extra: pl.Callback) -> pl.Trainer:
+        pruning = GradualPruning(0.8, phase=Phase(BEGIN / NUM_BATCHES, 0.5), every=1)
+        return make_trainer(tmp_path, pruning, copy.deepcopy(quantization), teacher_of(name), *extra, prune=False)
+
+    module, trainer = make_module(name), make(save(tmp_path))
+    trainer.fit(module)
+    assert sparsity(callback_of(trainer, GradualPruning).masks.layers) >= 0.8
+    assert prepared(module).enabled
+    kept = callback_of(trainer, KnowledgeDistillation)
+    assert not differences(kept.state_dict()["teacher"], weights(tmp_path / f"{BEGIN}.ckpt"))
+    teacher = kept._teacher
+    assert prepared(teacher) is None or not prepared(teacher).enabled
+    path = tmp_path / f"{NUM_BATCHES}.ckpt"
+    found = make().test(make_module(name), ckpt_path=path, verbose=False)
+    assert found == make().test(copy.deepcopy(module), verbose=False)
+    loaded = lightning_compress.load_from_checkpoint(TAUGHT[name], path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
+    assert prepared(loaded).enabled
+
+
+@pytest.mark.parametrize("name", ["conv+bn+residual", "mlp", "lstm", "dict"])
+def test_distil_export(name: str, tmp_path: Path) -> None:
+    """The file is the student's, with nothing of the teacher in it."""
+    quantization = QuantizationAwareTraining(calibrate=Phase(0.75, 0.875), phase=Phase(0.875, 1.0))
+    trainer = make_trainer(tmp_path, quantization, teacher_of(name), export := Export(["onnx"]), limit_val_batches=2)
+    trainer.fit(make_module(name))
+    assert not export.failures
+    assert export.artifacts[0].agreement >= 0.99
+
+
+@pytest.mark.parametrize("name", list(BY_HAND))
+def test_distil_refused(name: str, tmp_path: Path) -> None:
+    """Where Lightning knows no loss, that is said before training, with the way out."""
+    with pytest.raises(ValueError, match=r"by_hand=True.*loss = callback.loss\(loss, outputs, \*inputs\)"):
+        make_trainer(tmp_path, KnowledgeDistillation()).fit(MODULES[name]())
+
+
+class Apart(pl.LightningModule):
+    """A teacher of its own, without any callback: what those who ask by hand must equal bit for bit."""
+
+    teacher: Any = None
+    kind = "kl"
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.teacher is None and self.trainer.fit_loop.epoch_loop.total_batch_idx == BEGIN:
+            object.__setattr__(self, "teacher", copy.deepcopy(self).eval().requires_grad_(False))
+
+    def extended(self, loss: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
+        if self.teacher is None:
+            return loss
+        answer = self.teacher(inputs)
+        if self.kind == "mse":
+            return (1 - 0.9) * loss + 0.9 * F.mse_loss(outputs, answer)
+        p, q = F.log_softmax(answer / 2, -1), F.log_softmax(outputs / 2, -1)
+        return (1 - 0.9) * loss + 0.9 * (4 * (p.exp() * (p - q)).sum(-1).mean())
+
+
+class ManualBoringApart(Apart, ManualBoringByHand):
+    pass
+
+
+class GANApart(Apart, GANByHand):
+    kind = "mse"
+
+
+@pytest.mark.parametrize("name", list(BY_HAND))
+def test_distil_by_hand(name: str, tmp_path: Path) -> None:
+    """The loss that is asked for by hand trains as one that is written by hand."""
+    taught = make_module(name)
+    make_trainer(tmp_path, teacher_of(name, phase=Phase(BEGIN / NUM_BATCHES, 1.0)), prune=False).fit(taught)
+    torch.manual_seed(0)
+    apart = {"gan": GANApart, "manual-boring": ManualBoringApart}[name]()
+    make_trainer(tmp_path, prune=False).fit(apart)
+    assert apart.teacher is not None
+    for a, b in zip(taught.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.xdist_group("ddp")
+@pytest.mark.parametrize("name", list(MODULES))
+def test_distil_ddp(name: str, ddp: dict[str, Any]) -> None:
+    """Two processes are taught alike, by the same teacher."""
+    assert ddp[name] == "ok"
+
+
+@pytest.fixture(scope="session")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All modules, one after the other, in one group of two processes."""
+    found = tmp_path_factory.mktemp("ddp") / "found.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += ["-m", "tests.behaviour.ddp_distillation", str(found)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert found.exists(), done.stderr[-3000:]
+    return json.loads(found.read_text())
