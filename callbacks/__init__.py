@@ -7,14 +7,17 @@ from .finetuning import FineTuning
 from .pruning import GradualPruning
 from .quantization import QuantizationAwareTraining
 from .report import CompressionReport
+from .structured import ChannelPruning, LayerPruning
 
 __all__ = [
     "SET",
+    "ChannelPruning",
     "CompressionReport",
     "Export",
     "FineTuning",
     "GradualPruning",
     "KnowledgeDistillation",
+    "LayerPruning",
     "QuantizationAwareTraining",
     "RigL",
 ]

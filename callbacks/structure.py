@@ -1,4 +1,4 @@
-"""What cannot be loaded is refused in words, before Lightning loads it."""
+"""A checkpoint of another shape is followed; what cannot be loaded is refused in words, before Lightning loads it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
 
-from lightning_compress.checkpoint import check_structure
+from lightning_compress.checkpoint import check_structure, follow_structure
 
-__all__ = ["check_strategy", "check_structure_on_load"]
+from .clock import all_callbacks
+
+__all__ = ["averages", "check_strategy", "check_structure_on_load"]
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
@@ -25,8 +28,14 @@ def check_strategy(trainer: pl.Trainer) -> None:
         )
 
 
+def averages(trainer: pl.Trainer) -> list[Any]:
+    """The averaged copies of the module that callbacks of Lightning keep."""
+    found = [c._average_model for c in all_callbacks(trainer) if isinstance(c, WeightAveraging)]
+    return [average.module for average in found if average is not None]
+
+
 def check_structure_on_load(pl_module: pl.LightningModule) -> None:
-    """Let the module compare a checkpoint with itself before it loads; once, however often this is called.
+    """Let the module take a checkpoint's structure and compare itself with it before it loads; once.
 
     The module's own hook is the only one that runs before its weights are loaded.
     """
@@ -36,4 +45,7 @@ def check_structure_on_load(pl_module: pl.LightningModule) -> None:
 
 def _load_checked(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
     type(pl_module).on_load_checkpoint(pl_module, checkpoint)
+    trainer = pl_module._trainer
+    for model in (pl_module, *(averages(trainer) if trainer is not None else ())):
+        follow_structure(model, checkpoint)
     check_structure(pl_module, checkpoint["state_dict"], strict=pl_module.strict_loading)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 
+from lightning_compress.pruning.surgery import restore_structure, structure_of
 from lightning_compress.quantization.prepare import prepare
 from lightning_compress.quantization.schemes import Scheme
 
-__all__ = ["check_structure", "load_from_checkpoint"]
+__all__ = ["check_structure", "follow_structure", "load_from_checkpoint"]
 
 T = TypeVar("T")
 
@@ -33,7 +37,8 @@ def load_from_checkpoint(module_class: type[T], path: str | Path, *, scheme: Sch
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={str(path)!r}: there is no such checkpoint. Give the path of a .ckpt file.")
-    model = module_class.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
+    with _following(module_class):
+        model = module_class.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     for key, state in checkpoint.get("callbacks", {}).items():
         if key.startswith("QuantizationAwareTraining") and "quantization" in state:
@@ -41,6 +46,20 @@ def load_from_checkpoint(module_class: type[T], path: str | Path, *, scheme: Sch
             quantization = prepare(model, scheme or Scheme.from_state(state["scheme"]))
             quantization.load_state_dict(model, state)
     return model
+
+
+def follow_structure(model: torch.nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Bring a model to the shapes of a checkpoint whose callbacks removed channels or blocks, or to the dense ones.
+
+    Args:
+        model: The model that is to load its weights.
+        checkpoint: A whole checkpoint of a Trainer.
+    """
+    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+    found = [state["structure"] for state in states if state.get("structure")]
+    structure: dict[str, Any] = found[0] if found else {}
+    if structure or structure_of(model)["shapes"] or structure_of(model)["removed"]:
+        restore_structure(model, structure, checkpoint["state_dict"])
 
 
 def check_structure(model: torch.nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
@@ -66,3 +85,16 @@ def check_structure(model: torch.nn.Module, state_dict: dict[str, Any], strict: 
             f"The checkpoint is of another structure: {'; '.join(wrong[:5])}{more}. "
             "Build the model with the arguments it was trained with, or give another checkpoint."
         )
+
+
+@contextmanager
+def _following(module_class: Any) -> Iterator[None]:
+    """Let modules of a class take a checkpoint's structure before its weights: their own hook is the only place."""
+    own = module_class.on_load_checkpoint
+
+    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        own(self, checkpoint)
+        follow_structure(self, checkpoint)
+
+    with patch.object(module_class, "on_load_checkpoint", on_load_checkpoint):
+        yield

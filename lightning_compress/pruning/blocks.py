@@ -14,7 +14,7 @@ from lightning_compress.layers import matches
 from lightning_compress.pruning.coupling import Forward, plain_name, tracing
 from lightning_compress.pruning.surgery import Record, apply_record
 
-__all__ = ["find_blocks", "record_blocks", "score_block"]
+__all__ = ["choose_blocks", "find_blocks", "record_blocks", "score_block"]
 
 
 def find_blocks(
@@ -41,7 +41,7 @@ def find_blocks(
         for pattern in patterns:
             if not any(matches(name, [pattern]) for name in names.values()):
                 raise ValueError(
-                    f"{key}={pattern!r} matches no module. Give a name, a prefix of a name, or a glob such as 'blocks.*'."
+                    f"{key}={pattern!r} matches no module. Give a name, a prefix, or a glob such as 'blocks.*'."
                 )
     same, calls, outputs = _watch(model, forward)
     frozen = {id(p) for p in model.parameters() if not p.requires_grad}
@@ -60,9 +60,10 @@ def find_blocks(
             skipped[plain] = "frozen (requires_grad=False); include it by name to take it"
         else:
             found.append(name)
-    outermost = [n for n in found if include or not any(n.startswith(other + ".") for other in found if other != n)]
+    if not include:
+        found = _outermost(model, found)
     proven = []
-    for name in outermost:
+    for name in found:
         why = _why(model, forward, [name], outputs)
         if why is None:
             proven.append(name)
@@ -84,9 +85,49 @@ def score_block(model: nn.Module, name: str, scores: Mapping[str, Tensor]) -> fl
     return float(sum(score.sum() for score in inside)) / num if num else 0.0
 
 
+def choose_blocks(
+    model: nn.Module, forward: Forward, names: Sequence[str], scores: Mapping[str, float], num: int
+) -> list[str]:
+    """The blocks with the lowest scores without which, all together, the model runs; fewer where there are not as many.
+
+    Args:
+        model: The model; it is copied.
+        forward: Calls a model and gives its outputs.
+        names: The blocks.
+        scores: A score for each.
+        num: How many to remove.
+    """
+    outputs = _watch(model, forward)[2]
+    chosen: list[str] = []
+    for name in sorted(names, key=lambda name: scores[name]):
+        if len(chosen) < num and _why(model, forward, [*chosen, name], outputs) is None:
+            chosen.append(name)
+    return chosen
+
+
 def record_blocks(names: Sequence[str]) -> Record:
     """The record that removes blocks."""
     return {"kept": {}, "attributes": {}, "removed": list(names)}
+
+
+def _outermost(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Without what lies inside another block, and without what only holds blocks or the whole model."""
+    num_parameters = len(list(model.parameters()))
+
+    def holds_blocks(name: str) -> bool:
+        lists = [
+            n for n, m in model.get_submodule(name).named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)
+        ]
+        inner = [f"{name}.{n}".rstrip(".") for n in lists]
+        blocks = [n for n in names if next(model.get_submodule(n).children(), None) is not None]
+        return any(sum(n.rpartition(".")[0] == holder for n in blocks) > 1 for holder in inner)
+
+    kept: list[str] = []
+    for name in names:
+        whole = len(list(model.get_submodule(name).parameters())) == num_parameters and num_parameters > 2
+        if not (whole or holds_blocks(name) or any(name.startswith(other + ".") for other in kept)):
+            kept.append(name)
+    return kept
 
 
 def _is_glob_match(name: str, pattern: str) -> bool:
@@ -95,7 +136,7 @@ def _is_glob_match(name: str, pattern: str) -> bool:
 
 
 def _watch(model: nn.Module, forward: Forward) -> tuple[list[str], Counter[str], list[Tensor]]:
-    """Modules with parameters that gave a tensor of the shape they read; calls of every module; the outputs."""
+    """Modules with weights that gave a tensor of the shape they read; calls of every module; the outputs."""
     watched = copy.deepcopy(model).eval()
     calls: Counter[str] = Counter()
     begun: list[str] = []
@@ -117,7 +158,11 @@ def _watch(model: nn.Module, forward: Forward) -> tuple[list[str], Counter[str],
         return hook
 
     for name, module in watched.named_modules():
-        if name and any(True for _ in module.parameters()) and not isinstance(module, torch._dynamo.OptimizedModule):
+        if (
+            name
+            and any(p.dim() > 1 for p in module.parameters())
+            and not isinstance(module, torch._dynamo.OptimizedModule)
+        ):
             module.register_forward_pre_hook(before(name))
             module.register_forward_hook(after(name))
     with tracing(), torch.no_grad():

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,11 +17,10 @@ from lightning_compress.pruning.coupling import Attention, Coupling, Forward, Gr
 from lightning_compress.pruning.surgery import Record, apply_record, tensors_by_name
 
 __all__ = ["Drops", "Limits", "choose", "num_channels", "num_parameters", "prove", "prove_groups", "record_of"]
-__all__ += ["score_groups", "search"]
+__all__ += ["plan", "score_groups", "search"]
 
 Drops = dict[str, Tensor]
 """For every group, by name, which of its atoms go."""
-Measure = Callable[[nn.Module], float]
 
 
 def score_groups(groups: Sequence[Group], model: nn.Module, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -129,6 +129,47 @@ def search(
         else:
             low = middle
     return drops, True
+
+
+def plan(
+    model: nn.Module,
+    forward: Forward,
+    coupling: Coupling,
+    scores: Mapping[str, Tensor],
+    limits: Limits,
+    reached: Callable[[Drops, Record], bool],
+) -> tuple[Record, Drops, bool]:
+    """The record that reaches a target, proven; groups that fail are left alone and named in ``coupling.skipped``.
+
+    Args:
+        model: The model, in float32.
+        forward: Calls a model and gives its outputs.
+        coupling: Its groups.
+        scores: A criterion's scores by the name of the weight's tensor.
+        limits: How far the groups may shrink.
+        reached: Whether enough would be removed.
+
+    Returns:
+        The record, what it drops, and whether that reaches the target.
+    """
+    groups = coupling.groups
+    values = score_groups(groups, model, scores)
+    while True:
+        drops, enough = search(groups, values, limits, partial(_reached, model, groups, reached))
+        record = record_of(model, groups, drops)
+        if not record["kept"] or prove(model, forward, record) is None:
+            return record, drops, enough
+        alone = {group.name: prove(model, forward, record_of(model, [group], drops)) for group in groups}
+        if not any(alone.values()):
+            alone[groups[-1].name] = "it cannot shrink together with the others"
+        for group in groups:
+            if (why := alone[group.name]) is not None:
+                coupling.skipped.update(dict.fromkeys(map(plain_name, group.layers), why))
+        coupling.groups[:] = groups = [group for group in groups if alone[group.name] is None]
+
+
+def _reached(model: nn.Module, groups: Sequence[Group], reached: Callable[[Drops, Record], bool], drops: Drops) -> bool:
+    return reached(drops, record_of(model, groups, drops))
 
 
 def num_channels(groups: Sequence[Group], drops: Drops) -> int:
