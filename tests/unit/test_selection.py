@@ -5,11 +5,12 @@ from __future__ import annotations
 from fractions import Fraction
 from math import ceil, inf, nan
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_compress.pruning.selection import keep_highest, num_dropped
+from lightning_compress.pruning.selection import CHUNK, find_cut, keep_highest, num_dropped
 
 from .helpers import noise
 
@@ -86,3 +87,27 @@ def test_a_nan_is_an_error(position: int, sparsity: float) -> None:
 def test_the_number_dropped_is_the_exact_share_rounded_up(num: int) -> None:
     for percent in range(101):
         assert num_dropped(percent / 100, num) == ceil(Fraction(percent, 100) * num)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1e-5, 0.3, 0.8, 0.99, 1.0])
+@pytest.mark.parametrize("digits", [0, 2, 9], ids=["few values", "many ties", "distinct"])
+def test_more_scores_than_are_looked_at_together(digits: int, sparsity: float) -> None:
+    sizes = [2 * CHUNK + 3, 1, 7, 8, 9, 63, 65, 1001, CHUNK - 1]
+    assert_like_sort([noise(size, seed=i).abs().round(decimals=digits) for i, size in enumerate(sizes)], sparsity)
+
+
+@pytest.mark.parametrize("position", [0, 5, CHUNK - 1, CHUNK, 2 * CHUNK + 2])
+def test_one_nan_among_many_is_an_error(position: int) -> None:
+    scores = noise(2 * CHUNK + 3)
+    scores[position] = nan
+    with pytest.raises(ValueError, match="NaN"):
+        keep_highest([scores], 0.8)
+
+
+@pytest.mark.parametrize("value", [-5.0, 0.0, 1e9])
+@pytest.mark.parametrize("k", [1, 700, 4999, 5000])
+def test_a_sample_that_misleads_costs_time_and_not_exactness(k: int, value: float) -> None:
+    scores = noise(5000).numpy()
+    cut = find_cut(lambda: iter([scores[:3000], scores[3000:]]), 5000, k, lambda: np.full(50, value, np.float32))
+    assert cut.value == np.sort(scores)[k - 1]
+    assert (cut.num_ties, cut.num_equal) == (1, 1)
