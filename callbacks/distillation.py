@@ -25,6 +25,7 @@ from lightning_compress.distillation import (
     visible_modules,
 )
 from lightning_compress.phase import Clock, Phase, check_phases
+from lightning_compress.pruning.surgery import restore_structure, structure_of
 from lightning_compress.quantization.convert import to_float
 
 from .clock import first_begin, phases_of, read_clock
@@ -169,7 +170,7 @@ class KnowledgeDistillation(pl.Callback):
         if self._teacher is None:
             self._teacher = self._make_teacher(pl_module)
         if self._state is not None:
-            self._teacher.load_state_dict(self._state["teacher"])
+            _take(self._teacher, self._state["teacher_structure"], self._state["teacher"])
             self._begun, self._state = True, None
         self._teacher.to(pl_module.device)
         for name in self.features:
@@ -222,7 +223,7 @@ class KnowledgeDistillation(pl.Callback):
             return self._state
         if self.teacher != "self" or not self._begun or self._teacher is None:
             return {}
-        return {"teacher": dict(self._teacher.state_dict())}
+        return {"teacher": dict(self._teacher.state_dict()), "teacher_structure": structure_of(self._teacher)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where a checkpoint was written."""
@@ -267,7 +268,7 @@ class KnowledgeDistillation(pl.Callback):
         if self.teacher != "self" or self._begun:
             return
         assert self._teacher is not None
-        self._teacher.load_state_dict(pl_module.state_dict())
+        _take(self._teacher, structure_of(pl_module), pl_module.state_dict())
         if trainer.world_size > 1:  # statistics of batch norms differ between ranks
             buffers = {name: value.cpu() for name, value in self._teacher.named_buffers()}
             for name, value in trainer.strategy.broadcast(buffers).items():
@@ -457,6 +458,12 @@ def _choose(pl_module: pl.LightningModule, calls: list[Call]) -> str:
             "makes the logits: KnowledgeDistillation(outputs=...)."
         )
     return next(iter(names))
+
+
+def _take(teacher: nn.Module, structure: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    """Give a copy of the model weights from when it had another structure, or the same."""
+    restore_structure(teacher, structure, weights)
+    teacher.load_state_dict(weights)
 
 
 def _load(teacher: pl.LightningModule, path: Path) -> None:

@@ -25,7 +25,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for outcome in ("passed", "failed", "skipped", "error"):
         for report in terminalreporter.stats.get(outcome, []):
-            found = re.search(r"behaviour/test_matrix\.py::test_(\w+)\[(.+?)\]", getattr(report, "nodeid", ""))
+            found = re.search(
+                r"behaviour/test_(?:matrix|distillation)\.py::test_(\w+)\[(.+?)\]", getattr(report, "nodeid", "")
+            )
             if found and (outcome != "passed" or report.when == "call"):
                 name = re.sub(r"^(True|False)-|-(True|False)$", "", found[2])
                 cell = cells[name].get(found[1], "passed")
@@ -34,10 +36,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         return
     properties = list(dict.fromkeys(key for row in cells.values() for key in row))
     terminalreporter.section("behaviour matrix")
-    terminalreporter.line(f"{'module':18}" + "".join(f"{key:>11}" for key in properties))
+    widths = {key: max(11, len(key) + 2) for key in properties}
+    terminalreporter.line(f"{'module':18}" + "".join(f"{key:>{widths[key]}}" for key in properties))
     for name, row in cells.items():
-        marks = (({"passed": "ok"}.get(row[key], row[key]) if key in row else "-") for key in properties)
-        terminalreporter.line(f"{name:18}" + "".join(f"{mark:>11}" for mark in marks))
+        marks = {key: {"passed": "ok"}.get(row[key], row[key]) if key in row else "-" for key in properties}
+        terminalreporter.line(f"{name:18}" + "".join(f"{marks[key]:>{widths[key]}}" for key in properties))
 
 
 def pytest_configure(config: Any) -> None:
