@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_compress.callbacks import GradualPruning
+from lightning_compress.callbacks import GradualPruning, KnowledgeDistillation
 from torch import nn
 
 from experiments.baselines import Budget, fit
@@ -15,8 +15,9 @@ __all__ = ["OURS", "STRUCTURED_OURS"]
 
 
 def pruned(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
-    """Layer-adaptive magnitudes."""
-    return fit(model, budget, [GradualPruning(sparsity, LAMP(), phase=Phase(0.0, 0.5), every=10)])
+    """Layer-adaptive magnitudes, taught by the model as it was."""
+    prune = GradualPruning(sparsity, LAMP(), phase=Phase(0.0, 0.5), every=10)
+    return fit(model, budget, [prune, KnowledgeDistillation(temperature=4.0)])
 
 
 OURS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {"ours": pruned}
