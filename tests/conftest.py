@@ -9,6 +9,12 @@ from typing import Any
 
 import pytest
 
+from .zoo import MODULES
+
+_METHOD = re.compile(
+    r"(?:(?P<method>distil|channels|layers)_)?(?P<property>\w+) (?:(?P<variant>rigl|n:m)-)?(?P<module>.+)"
+)
+
 
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -21,26 +27,27 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print modules x properties, with what became of each."""
-    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    """Print modules x properties for every method, with what became of each."""
+    tables: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for outcome in ("passed", "failed", "skipped", "error"):
         for report in terminalreporter.stats.get(outcome, []):
-            found = re.search(
-                r"behaviour/test_(?:matrix|distillation)\.py::test_(\w+)\[(.+?)\]", getattr(report, "nodeid", "")
-            )
-            if found and (outcome != "passed" or report.when == "call"):
-                name = re.sub(r"^(True|False)-|-(True|False)$", "", found[2])
-                cell = cells[name].get(found[1], "passed")
-                cells[name][found[1]] = outcome if cell == "passed" else cell
-    if not cells:
-        return
-    properties = list(dict.fromkeys(key for row in cells.values() for key in row))
-    terminalreporter.section("behaviour matrix")
-    widths = {key: max(11, len(key) + 2) for key in properties}
-    terminalreporter.line(f"{'module':18}" + "".join(f"{key:>{widths[key]}}" for key in properties))
-    for name, row in cells.items():
-        marks = {key: {"passed": "ok"}.get(row[key], row[key]) if key in row else "-" for key in properties}
-        terminalreporter.line(f"{name:18}" + "".join(f"{marks[key]:>{widths[key]}}" for key in properties))
+            test = re.search(r"behaviour/test_(?:\w+)\.py::test_(\w+)\[(.+)\]$", getattr(report, "nodeid", ""))
+            if test and (outcome != "passed" or report.when == "call"):
+                found = _METHOD.match(f"{test[1]} {test[2]}")
+                name = re.sub(r"^(True|False)-|-(True|False)$", "", found["module"]) if found else ""
+                if found and name in MODULES:
+                    method = found["method"] or found["variant"] or "magnitude + int8"
+                    row = tables[method][name]
+                    known = row.get(found["property"], "passed")
+                    row[found["property"]] = outcome if known == "passed" else known
+    for method, rows in tables.items():
+        properties = list(dict.fromkeys(key for row in rows.values() for key in row))
+        widths = {key: max(8, len(key) + 2) for key in properties}
+        terminalreporter.section(f"behaviour matrix: {method}")
+        terminalreporter.line(f"{'module':18}" + "".join(f"{key:>{widths[key]}}" for key in properties))
+        for name, row in rows.items():
+            marks = {key: {"passed": "ok"}.get(row[key], row[key]) if key in row else "-" for key in properties}
+            terminalreporter.line(f"{name:18}" + "".join(f"{marks[key]:>{widths[key]}}" for key in properties))
 
 
 def pytest_configure(config: Any) -> None:

@@ -1,6 +1,6 @@
 """Every criterion, pattern, scope and schedule of ours on one task, for the method cards: what each is worth.
 
-All start from the same trained model a seed and take the same steps on the same batches at the same learning rate (twice
+All start from the same trained model a seed and take the same steps on the same batches at the same rate (twice
 the task's, not tuned by method); accuracy of the test part after the last epoch. Masks grow along a cubic over the
 first half, if the row does not say otherwise. Structured patterns stand at half the weights, all others at 95 %.
 """
