@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_compress.checkpoint import check_structure
+from lightning_compress.checkpoint import check_structure, follow_structure
 from lightning_compress.deploy.forward import Inputs, record_inputs
 from lightning_compress.distillation import (
     Call,
@@ -165,14 +165,17 @@ class KnowledgeDistillation(pl.Callback):
         if self._of is not pl_module:
             self._teacher, self._begun, self._chosen, self._warned = None, False, self.outputs or None, set()
         self._of = pl_module
-        _check_names(pl_module, "outputs", [self.outputs] if self.outputs else [])
-        _check_names(pl_module, "features", list(self.features))
         if self._teacher is None:
             self._teacher = self._make_teacher(pl_module)
         if self._state is not None:
             _take(self._teacher, self._state["teacher_structure"], self._state["teacher"])
             self._begun, self._state = True, None
         self._teacher.to(pl_module.device)
+        known = visible_modules(pl_module)
+        _check_names("outputs", [self.outputs], known)
+        if not isinstance(self.teacher, nn.Module):  # its copy also has the blocks that are gone by now
+            known |= visible_modules(self._teacher)
+        _check_names("features", list(self.features), known)
         for name in self.features:
             self._place(name)
         self._try(trainer, pl_module)
@@ -286,7 +289,7 @@ class KnowledgeDistillation(pl.Callback):
         """What a training step returns, with the teacher's share in the loss."""
         modules = visible_modules(pl_module)
         watched = {n: m for n, m in modules.items() if n == self._chosen or self._chosen is None}
-        with record_calls(watched, {name: modules[name] for name in self.features}) as calls:
+        with record_calls(watched, {n: modules[n] for n in self.features if n in modules}) as calls:
             returned = step(*args, **kwargs)
         if returned is None:
             return None
@@ -430,13 +433,12 @@ def _weights(features: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
     return weights
 
 
-def _check_names(pl_module: pl.LightningModule, field: str, names: list[str]) -> None:
-    visible = visible_modules(pl_module)
+def _check_names(field: str, names: list[str], known: Mapping[str, nn.Module]) -> None:
     for name in names:
-        if name not in visible:
+        if name not in known:
             raise ValueError(
-                f"KnowledgeDistillation.{field}={name!r} names no module, or one inside a compiled one, where none "
-                f"is seen. The modules are: {', '.join(n for n in visible if n)}."
+                f"KnowledgeDistillation.{field}={name!r} names no module, or one inside a compiled one, where none is "
+                f"seen. The modules are: {', '.join(n for n in known if n)}."
             )
 
 
@@ -469,11 +471,13 @@ def _take(teacher: nn.Module, structure: Mapping[str, Any], weights: Mapping[str
 def _load(teacher: pl.LightningModule, path: Path) -> None:
     """Give a copy of the model the weights of a checkpoint."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        follow_structure(teacher, checkpoint)
     except Exception as error:
         raise ValueError(
             f"KnowledgeDistillation.teacher={str(path)!r} cannot be read: {type(error).__name__}: {error}. Accepted is "
             "a .ckpt file that Lightning wrote, with plain values."
         ) from error
+    weights = checkpoint["state_dict"]
     check_structure(teacher, weights, strict=teacher.strict_loading)
     teacher.load_state_dict(weights, strict=teacher.strict_loading)

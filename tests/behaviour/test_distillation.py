@@ -16,7 +16,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning_compress.callbacks import Export, GradualPruning, KnowledgeDistillation, QuantizationAwareTraining
+from lightning_compress.callbacks import (
+    ChannelPruning,
+    Export,
+    GradualPruning,
+    KnowledgeDistillation,
+    LayerPruning,
+    QuantizationAwareTraining,
+)
 from torch import Tensor
 
 import lightning_compress
@@ -267,6 +274,44 @@ def test_distil_combined(name: str, tmp_path: Path) -> None:
     loaded = lightning_compress.load_from_checkpoint(TAUGHT[name], path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
     assert prepared(loaded).enabled
+
+
+@pytest.mark.parametrize("name", ["conv+bn+residual", "mlp", "dict", "frozen"])
+def test_distil_shrink(name: str, tmp_path: Path) -> None:
+    """The wide model teaches the one whose channels are gone, in a resumed run too; a shrunk checkpoint can teach."""
+
+    def make(folder: Path, *extra: pl.Callback, teacher: Any = "self") -> pl.Trainer:
+        channels = ChannelPruning(0.5, phase=Phase(BEGIN / NUM_BATCHES, 0.75), steps=2)
+        distil = KnowledgeDistillation(teacher, features=["net.0"])
+        return make_trainer(folder, channels, distil, *extra, prune=False, limit_val_batches=1)
+
+    module, trainer = make_module(name), make(tmp_path, save(tmp_path))
+    with pytest.warns(UserWarning, match=r"net\.0 has another shape"):
+        trainer.fit(module)
+    teacher = callback_of(trainer, KnowledgeDistillation).state_dict()["teacher"]
+    assert not differences(teacher, weights(tmp_path / f"{BEGIN}.ckpt"))
+    assert sum(x.numel() for x in teacher.values()) > sum(x.numel() for x in module.state_dict().values())
+    expected = snapshot(trainer, module)
+    for batches in (*SAVED, NUM_BATCHES):
+        again, trainer_again = make_module(name), make(tmp_path / "again")
+        trainer_again.fit(again, ckpt_path=tmp_path / f"{batches}.ckpt", weights_only=True)
+        assert not differences(expected, snapshot(trainer_again, again)), f"resumed after {batches} batches"
+    make(tmp_path / "small", teacher=tmp_path / f"{NUM_BATCHES}.ckpt").fit(make_module(name))
+
+
+def test_features_of_a_removed_block_are_left_out(tmp_path: Path) -> None:
+    def make(*extra: pl.Callback) -> pl.Trainer:
+        layers = LayerPruning(1, phase=Phase(BEGIN / NUM_BATCHES, 0.5))
+        distil = KnowledgeDistillation(features=["net.1.conv1", "net.1"])
+        return make_trainer(tmp_path, layers, distil, *extra, prune=False, limit_val_batches=1)
+
+    module, trainer = make_module("conv+bn+residual"), make(save(tmp_path))
+    with pytest.warns(UserWarning, match=r"net\.1\.conv1 has another shape than in the teacher, or none"):
+        trainer.fit(module)
+    for batches in (BEGIN, 5, 7):
+        again = make_module("conv+bn+residual")
+        make().fit(again, ckpt_path=tmp_path / f"{batches}.ckpt", weights_only=True)
+        assert not differences(module.state_dict(), again.state_dict())
 
 
 @pytest.mark.parametrize("name", ["conv+bn+residual", "mlp", "lstm", "dict"])
