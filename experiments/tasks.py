@@ -266,6 +266,10 @@ class TaskData(pl.LightningDataModule):
         """Shuffled, augmented batches."""
         return Batches(self.data.x_train, self.data.y_train, self.task.batch_size, self.seed, self.task.augment)
 
+    def val_dataloader(self) -> Any:
+        """A few training examples, for callbacks that watch a validation step; nothing is chosen by them."""
+        return Batches(self.data.x_train[:8], self.data.y_train[:8], 8, self.seed)
+
 
 class Classifier(pl.LightningModule):
     """Cross-entropy by SGD with Nesterov momentum and a cosine to zero over the steps of the run.
@@ -287,6 +291,10 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy of a batch of (inputs, classes)."""
         return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The same, unlogged."""
+        F.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
         """SGD with a cosine a step."""

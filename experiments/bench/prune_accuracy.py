@@ -168,6 +168,7 @@ def _reached(model: nn.Module, task: Task, target: float, example: torch.Tensor)
 
 
 def quiet() -> None:
+    """One thread, no denormals, no chatter."""
     """One thread, no warnings."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
