@@ -211,7 +211,7 @@ def test_distil_ema(name: str, tmp_path: Path) -> None:
 
 @each_module
 def test_distil_compile(name: str, tmp_path: Path) -> None:
-    """An inner part under torch.compile; the result is that of the eager run."""
+    """An inner part under torch.compile."""
     torch.compiler.reset()
     module = make_module(name)
     module.configure_model()

@@ -82,11 +82,13 @@ def test_the_version_is_that_of_the_distribution() -> None:
 
 def test_the_callbacks_are_exactly_these() -> None:
     expected = [
+        "ChannelPruning",
         "CompressionReport",
         "Export",
         "FineTuning",
         "GradualPruning",
         "KnowledgeDistillation",
+        "LayerPruning",
         "QuantizationAwareTraining",
         "RigL",
         "SET",
