@@ -163,8 +163,9 @@ def _watch(model: nn.Module, forward: Forward) -> tuple[list[str], Counter[str],
             and any(p.dim() > 1 for p in module.parameters())
             and not isinstance(module, torch._dynamo.OptimizedModule)
         ):
-            module.register_forward_pre_hook(before(name))
-            module.register_forward_hook(after(name))
+            whole = name.removesuffix("._orig_mod")  # compiled code keeps what it was made of
+            module.register_forward_pre_hook(before(whole))
+            module.register_forward_hook(after(whole))
     with tracing(), torch.no_grad():
         outputs = [x for x in torch.utils._pytree.tree_leaves(forward(watched)) if isinstance(x, Tensor)]
     order = list(dict.fromkeys(begun))

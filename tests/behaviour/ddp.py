@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,18 +39,23 @@ def train(name: str, folder: Path) -> str:
     return "ok" if quantization.enabled else "not quantized"
 
 
+def write(path: Path, names: list[str], train: Callable[[str], str]) -> None:
+    """Run all names, and write what each came to."""
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            found[name] = train(name)
+        except Exception:
+            found[name] = traceback.format_exc()[-2000:]
+            break  # the other process may be elsewhere by now
+    if torch.distributed.get_rank() == 0 or any(v != "ok" for v in found.values()):
+        path.write_text(json.dumps({**dict.fromkeys(names, "not reached"), **found}))
+
+
 def main(path: Path) -> None:
     """All modules."""
-    found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in MODULES:
-            try:
-                found[name] = train(name, Path(folder))
-            except Exception:
-                found[name] = traceback.format_exc()[-2000:]
-                break  # the other process may be elsewhere by now
-    if torch.distributed.get_rank() == 0 or any(v != "ok" for v in found.values()):
-        path.write_text(json.dumps({**dict.fromkeys(MODULES, "not reached"), **found}))
+        write(path, list(MODULES), lambda name: train(name, Path(folder)))
 
 
 if __name__ == "__main__":
