@@ -117,12 +117,14 @@ def restore_structure(model: nn.Module, structure: Mapping[str, Any], state_dict
             setattr(module, key, _plain(wanted.get(name, {}).get(key, value)))
     changes.attributes = {name: dict(values) for name, values in wanted.items() if name in modules}
     tensors, shapes = tensors_by_name(model), structure.get("shapes", {})
-    for name in {*changes.shapes, *shapes} & tensors.keys():
-        dense_shape = changes.shapes.get(name, list(tensors[name].shape))
-        if name in state_dict and dense_shape == shapes.get(name, dense_shape):
+    named = {**changes.shapes, **shapes}.keys() & tensors.keys()
+    dense_shapes = {name: changes.shapes.get(name, list(tensors[name].shape)) for name in sorted(named)}
+    changes.shapes = {}
+    for name, dense_shape in dense_shapes.items():
+        if name in state_dict and dense_shape == list(shapes.get(name, dense_shape)):
             _resize(tensors[name], state_dict[name].shape)
+        if name in shapes:
             changes.shapes[name] = dense_shape
-    changes.shapes = {name: shape for name, shape in changes.shapes.items() if name in shapes}
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -164,9 +166,10 @@ def _changes(model: nn.Module) -> _Changes:
 def _shrink(model: nn.Module, record: Record) -> None:
     changes, modules, tensors = _changes(model), dict(model.named_modules()), tensors_by_name(model)
     done: set[int] = set()
+    for name in record["kept"]:
+        changes.shapes.setdefault(name, list(tensors[name].shape))
     for name, axes in record["kept"].items():
         tensor = tensors[name]
-        changes.shapes.setdefault(name, list(tensor.shape))
         if id(tensor) not in done:
             done.add(id(tensor))
             _select(tensor, axes)

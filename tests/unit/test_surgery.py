@@ -1,0 +1,398 @@
+"""Channels and blocks removed from many kinds of network, against independent code."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from lightning_compress.layers import find_layers
+from lightning_compress.pruning import Element, Magnitude, Masks
+from lightning_compress.pruning.blocks import choose_blocks, find_blocks, record_blocks, score_block
+from lightning_compress.pruning.coupling import Coupling, couple
+from lightning_compress.pruning.plan import (
+    Limits,
+    choose,
+    num_channels,
+    num_parameters,
+    plan,
+    prove,
+    prove_groups,
+    record_of,
+    score_groups,
+    search,
+)
+from lightning_compress.pruning.surgery import (
+    Record,
+    apply_record,
+    check_optimizer,
+    restore_structure,
+    structure_of,
+    tensors_by_name,
+)
+
+from .nets import IMAGES, NETS, ROWS, Concat, Detached, Raw, Recurrent, Shuffle, inputs_for
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    make, shape = NETS[name]
+    torch.manual_seed(0)
+    return make().eval(), inputs_for(shape)
+
+
+def scores_of(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().abs() for n, p in model.named_parameters(remove_duplicate=False) if p.dim() > 1}
+
+
+def groups_of(model: nn.Module, x: Tensor, **options: Any) -> Coupling:
+    coupling = couple(copy.deepcopy(model), lambda m: m(x), **options)
+    return prove_groups(model, lambda m: m(x), coupling, Limits())
+
+
+def planned(model: nn.Module, x: Tensor, share: float = 0.5, **options: Any) -> tuple[Record, Coupling]:
+    coupling = groups_of(model, x, **options)
+    total = sum(int(group.sizes.sum()) for group in coupling.groups)
+    record, _, enough = plan(
+        model,
+        lambda m: m(x),
+        coupling,
+        scores_of(model),
+        Limits(),
+        lambda drops, _: num_channels(coupling.groups, drops) <= (1 - share) * total,
+    )
+    assert enough
+    return record, coupling
+
+
+def mask(model: nn.Module, record: Record) -> dict[str, Tensor]:
+    """Zeros where nothing will be, for a whole training."""
+    masks = {}
+    for name, axes in record["kept"].items():
+        keep = torch.ones_like(tensors_by_name(model)[name])
+        for axis, kept in axes.items():
+            gone = torch.ones(keep.shape[axis], dtype=torch.bool).index_fill_(0, kept, False)
+            keep.index_fill_(axis, gone.nonzero().flatten(), 0.0)
+        masks[name] = keep
+    return masks
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_half_of_the_channels_go_and_all_layers_still_fit(name: str) -> None:
+    model, x = build(name)
+    record, coupling = planned(model, x)
+    small = copy.deepcopy(model)
+    identities = [id(p) for p in small.parameters()]
+    apply_record(small, record)
+    assert identities == [id(p) for p in small.parameters()]
+    assert [n for n, _ in small.named_parameters()] == [n for n, _ in model.named_parameters()]
+    num = sum(p.numel() for p in small.parameters())
+    assert num == num_parameters(model, record) < 0.75 * sum(p.numel() for p in model.parameters())
+    assert small(x).shape == model(x).shape
+    assert all("output layer" in reason for reason in coupling.skipped.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("name", ["resnet", "mobilenet", "concat", "gated"])
+def test_training_goes_on_as_that_of_the_masked_dense_model(name: str, optimizer: str) -> None:
+    """In train mode, with batch norms that learn: 4 dense steps, then 20 of both."""
+    make = {
+        "adam": lambda m: torch.optim.Adam(m.parameters(), 1e-3, amsgrad=True),
+        "sgd": lambda m: torch.optim.SGD(m.parameters(), 1e-2, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    }[optimizer]
+    model, x = build(name)
+    record, _ = planned(model, x)
+    dense, small = model.double().train(), copy.deepcopy(model).double().train()
+    x = x.double() if x.is_floating_point() else x
+    optimizers = {id(m): make(m) for m in (dense, small)}
+    y = torch.arange(4)
+
+    def step(m: nn.Module, masks: dict[str, Tensor]) -> float:
+        optimizers[id(m)].zero_grad()
+        loss = F.cross_entropy(m(x), y)
+        loss.backward()
+        optimizers[id(m)].step()
+        for key, keep in masks.items():
+            tensors_by_name(m)[key].data.mul_(keep)
+        return float(loss)
+
+    for _ in range(4):
+        assert step(dense, {}) == step(small, {})
+    masks = mask(dense, record)
+    for key, keep in masks.items():
+        tensors_by_name(dense)[key].data.mul_(keep)
+    apply_record(small, record, [optimizers[id(small)]])
+    losses = [(step(dense, masks), step(small, {})) for _ in range(20)]
+    assert max(abs(a - b) for a, b in losses) <= 1e-5
+    assert losses[0][0] != losses[-1][0]
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet", "concat", "vit", "bert"])
+def test_the_same_channels_removed_by_torch_pruning_itself_give_the_same_bits(name: str) -> None:
+    """Group by group: ours, computed from the dependency graph, and group.prune()."""
+    model, x = build(name)
+    coupling = groups_of(model, x)
+    for group in coupling.groups:
+        drops = choose([group], {group.name: torch.arange(len(group.sizes)).flip(0).float()}, 0.5, Limits())
+        record = record_of(model, [group], drops)
+        ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+        apply_record(ours, record)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = tp.DependencyGraph().build_dependency(theirs, x)
+        root = theirs.get_submodule(group.layers[0])
+        first = next(p for p in group.places if p.module == group.layers[0] and p.side == "out")
+        gone = first.channels[drops[group.name][group.atoms[first.roots]]].unique().tolist()
+        pruner = graph.get_pruner_of_module(root)
+        graph.get_pruning_group(root, pruner.prune_out_channels, gone).prune()
+        expected = theirs.state_dict()
+        assert expected.keys() == ours.state_dict().keys()
+        for key, value in ours.state_dict().items():
+            assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "rmsprop", "amsgrad", "lion"])
+def test_optimizer_state_is_cut_like_the_weights(kind: str) -> None:
+    class Lion(torch.optim.Optimizer):
+        def __init__(self, params: Any, lr: float = 1e-3) -> None:
+            super().__init__(params, {"lr": lr})
+
+        def step(self) -> None:
+            for p in self.param_groups[0]["params"]:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                m.mul_(0.9).add_(p.grad, alpha=0.1)
+
+    model, x = build("mobilenet")
+    params = list(model.parameters())
+    optimizer = {
+        "sgd": lambda: torch.optim.SGD(params, 0.1, momentum=0.9),
+        "adam": lambda: torch.optim.Adam(params),
+        "adamw": lambda: torch.optim.AdamW(params),
+        "rmsprop": lambda: torch.optim.RMSprop(params, momentum=0.9, centered=True),
+        "amsgrad": lambda: torch.optim.Adam(params, amsgrad=True),
+        "lion": lambda: Lion(params),
+    }[kind]()
+    check_optimizer(optimizer)
+    model(x).square().mean().backward()
+    optimizer.step()
+    record, _ = planned(model, x)
+    names = {id(p): name for name, p in model.named_parameters()}
+    before = {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
+    gradients = {names[id(p)]: p.grad for p in params}
+    apply_record(model, record, [optimizer])
+    cut = 0
+    for p, state in optimizer.state.items():
+        axes = record["kept"].get(names[id(p)], {})
+        for key, value in [*state.items(), ("grad", p.grad)]:
+            expected = gradients[names[id(p)]] if key == "grad" else before[names[id(p)]][key]
+            if isinstance(value, Tensor) and value.dim():
+                for axis, keep in axes.items():
+                    expected = expected[(slice(None),) * axis + (keep,)]
+                    cut += 1
+                assert torch.equal(value, expected)
+                assert value.shape == p.shape
+    assert cut > 10
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+class Shampoo(torch.optim.Optimizer):
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["left"] = torch.eye(p.shape[0])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.Adafactor, Shampoo])
+def test_optimizers_whose_state_has_other_shapes_are_refused(kind: Any) -> None:
+    with pytest.raises(ValueError, match="cannot shrink with its parameters"):
+        check_optimizer(kind(nn.Linear(3, 2).parameters()))
+
+
+UNSAFE: dict[str, tuple[Any, torch.Size, dict[str, str]]] = {
+    "lstm": (lambda: Recurrent(nn.LSTM), torch.Size([2, 2, 12]), {"net": "LSTM is left whole", "b": "net"}),
+    "gru": (lambda: Recurrent(nn.GRU), torch.Size([2, 2, 12]), {"net": "GRU is left whole", "b": ""}),
+    "rnn": (lambda: Recurrent(nn.RNN), torch.Size([2, 2, 12]), {"net": "RNN is left whole", "b": ""}),
+    "concat + grouped": (lambda: Concat(4), IMAGES, {"a": "computes in groups", "b": "computes in groups"}),
+    "pixel shuffle": (Shuffle, IMAGES, {"a": "rearranged on the way to b"}),
+    "raw parameter": (Raw, ROWS, {"raw": "a raw parameter", "a": "forward fails"}),
+    "no_grad and unused": (
+        Detached,
+        ROWS,
+        {"stem": "not reached", "unused": "not reached", "b": "forward fails", "c": "an output layer"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(UNSAFE))
+def test_what_is_not_safe_is_left_alone_with_its_reason(kind: str) -> None:
+    make, shape, expected = UNSAFE[kind]
+    torch.manual_seed(0)
+    model, x = make().eval(), inputs_for(shape)
+    coupling = groups_of(model, x)
+    for name, reason in expected.items():
+        assert reason in coupling.skipped[name], coupling.skipped
+    taken = {layer for group in coupling.groups for layer in group.layers}
+    assert taken.isdisjoint(expected)
+    if coupling.groups:
+        record, _ = planned(model, x)
+        small = copy.deepcopy(model)
+        apply_record(small, record)
+        assert small(x).shape == model(x).shape
+        assert all(small.get_submodule(n).weight.shape[0] for n in taken)
+
+
+def test_frozen_parametrized_and_torn_layers_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3))
+    model[0].requires_grad_(False)
+    nn.utils.parametrizations.weight_norm(model[2])
+    coupling = groups_of(model, inputs_for(ROWS))
+    assert "is frozen" in coupling.skipped["0"]
+    assert "parametrized" in coupling.skipped["2"]
+    assert [group.layers for group in coupling.groups] == [["4"]]
+    torn = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    torn[2].weight = torn[0].weight
+    skipped = groups_of(torn, inputs_for(ROWS)).skipped
+    assert "share one weight" in skipped["0"]
+    assert "share one weight" in skipped["2"]
+
+
+def test_include_and_exclude() -> None:
+    model, x = build("resnet")
+    coupling = groups_of(model, x, include=["1"], exclude=["1.conv1"])
+    assert coupling.skipped["1.conv1"] == "excluded by name"
+    assert coupling.skipped["2.conv1"] == "not included by name"
+    assert [group.layers for group in coupling.groups] == [["0", "1.conv2"]]
+    with pytest.raises(ValueError, match="include='x' matches no layer"):
+        groups_of(model, x, include=["x"])
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "mha"])
+def test_whole_heads_go(name: str) -> None:
+    model, x = build(name)
+    record, _ = planned(model, x, 0.6)
+    small = copy.deepcopy(model)
+    apply_record(small, record)
+    heads = set()
+    for module in small.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            heads.add(module.num_heads)
+            assert module.embed_dim == module.num_heads * 8 == module.in_proj_weight.shape[0] // 3
+        elif hasattr(module, "num_attention_heads"):
+            heads.add(module.num_attention_heads)
+            assert module.all_head_size == module.num_attention_heads * 8 == module.query.out_features
+        elif hasattr(module, "qkv"):
+            heads.add(module.num_heads)
+            assert module.qkv.out_features == 3 * 8 * module.num_heads == 3 * module.proj.in_features
+    assert min(heads) < 4
+
+
+def test_heads_by_name_where_no_attribute_tells() -> None:
+    torch.manual_seed(0)
+    model, x = build("vit")
+    for block in model.blocks:
+        block.attn.count = block.attn.__dict__.pop("num_heads")
+        type(block.attn).num_heads = property(lambda self: self.count)
+    try:
+        assert "blocks.0.attn.qkv" in groups_of(model, x).skipped
+        coupling = groups_of(model, x, num_heads={"blocks.*.attn": 4})
+        assert "blocks.0.attn.qkv" not in coupling.skipped
+    finally:
+        del type(model.blocks[0].attn).num_heads
+
+
+def test_a_proof_fails_where_shapes_alone_would_not_tell() -> None:
+    """Kept indices that are off by one fit everywhere and compute something else."""
+    model, x = build("mobilenet")
+    record, _ = planned(model, x)
+    assert prove(model, lambda m: m(x), record) is None
+    name = next(n for n, axes in record["kept"].items() if 1 in axes)
+    kept = record["kept"][name][1]
+    record["kept"][name][1] = (kept + 1) % tensors_by_name(model)[name].shape[1]
+    assert "something else" in str(prove(model, lambda m: m(x), record))
+
+
+def test_floor_rounding_and_scope() -> None:
+    model, x = build("resnet")
+    coupling = groups_of(model, x)
+    scores = score_groups(coupling.groups, model, scores_of(model))
+    for limits in (Limits(floor=0.5), Limits(round_to=4), Limits(scope="local")):
+        drops, _ = search(coupling.groups, scores, limits, lambda drops: False)
+        for group in coupling.groups:
+            left = int(group.sizes[~drops[group.name]].sum())
+            assert left >= max(1, limits.floor * int(group.sizes.sum()))
+            assert left % limits.round_to == 0
+    drops = choose(coupling.groups, scores, 0.25, Limits(scope="local"))
+    assert {float(drops[group.name].float().mean()) for group in coupling.groups} == {0.25}
+
+
+def test_masks_follow() -> None:
+    model, x = build("resnet")
+    layers, _ = find_layers(model)
+    masks = Masks(layers)
+    masks.update(Magnitude(), Element(), 0.5, "global")
+    record, _ = planned(model, x)
+    apply_record(model, record, masks=[masks])
+    masks.enforce(layers)
+    state = masks.state_dict()
+    assert all(state[layer.name]["shape"] == list(layer.weight.shape) for layer in layers)
+    assert all(bool((layer.weight[masks._masks[layer.name] == 0] == 0).all()) for layer in layers)
+    apply_record(model, record_blocks(["3"]), masks=[masks])
+    masks.enforce(layers)
+    assert not any(name.startswith("3.") for name in masks.state_dict())
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_structure_is_restored_in_both_directions(name: str) -> None:
+    dense, x = build(name)
+    small, middle = copy.deepcopy(dense), copy.deepcopy(dense)
+    apply_record(middle, planned(middle, x, 0.3)[0])
+    apply_record(small, planned(small, x, 0.3)[0])
+    apply_record(small, planned(small, x, 0.3)[0])
+    fresh, _ = build(name)
+    for model in (small, middle, dense, small, dense, middle):
+        structure = torch.utils._pytree.tree_map(lambda v: v, structure_of(model))
+        restore_structure(fresh, structure, model.state_dict())
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(fresh(x), model(x))
+        assert structure_of(fresh) == structure_of(model)
+
+
+def test_blocks() -> None:
+    model, x = build("resnet")
+    names, skipped = find_blocks(model, lambda m: m(x))
+    assert names == ["1", "2.conv2", "3"]
+    assert not skipped
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x).sum().backward()
+    optimizer.step()
+    scores = {name: score_block(model, name, scores_of(model)) for name in names}
+    chosen = choose_blocks(model, lambda m: m(x), names, scores, 1)
+    assert chosen == [min(names, key=lambda name: scores[name])]
+    twin = copy.deepcopy(model)
+    apply_record(model, record_blocks(chosen), [optimizer], copies=[twin])
+    left = {id(p) for p in model.parameters()}
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == left
+    assert {id(p) for p in optimizer.state} == left
+    assert torch.equal(twin(x), model(x))
+    assert structure_of(model)["removed"] == chosen
+    dense, _ = build("resnet")
+    restore_structure(model, {}, dense.state_dict())
+    model.load_state_dict(dense.state_dict())
+    assert torch.equal(model(x), dense(x))
+
+
+def test_blocks_of_transformers_are_layers_and_not_their_parts() -> None:
+    model, x = build("vit")
+    assert find_blocks(model, lambda m: m(x))[0] == ["blocks.0", "blocks.1"]
+    assert find_blocks(model, lambda m: m(x), include=["blocks.*.mlp"])[0] == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert find_blocks(model, lambda m: m(x), exclude=["blocks.0"])[0] == ["blocks.1"]
+    model, x = build("mobilenet")
+    assert find_blocks(model, lambda m: m(x))[0] == ["3", "5"]
