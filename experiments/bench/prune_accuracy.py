@@ -4,7 +4,7 @@ A dense model is trained once a task and seed. From there every method takes the
 learning rate of every method is the best of 1x, 2x and 4x the task's on a sixth of the training part, for each
 operating point (from dense models that never saw that sixth); then it is trained on the whole training part and tested
 once, after the last epoch. Sparsity counts the weights of all linear and convolution layers, first and last included.
-On the curve a method takes the rate of the nearest operating point.
+On the curve a method takes the rate of the nearest operating point, and random pruning everywhere that of magnitude.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ CURVE = (0.8, 0.9, 0.95, 0.98, 0.99)
 ON_CURVE = ("ours", "global magnitude", "random")
 DENSE, MORE, SMALL = "dense", "dense + C", "small dense"
 FEWER_MACS = 4.0
+FLOOR, ITS_RATE_FROM = "random", "global magnitude"
 FAILED = 20.0  # per cent: a network that has collapsed
 
 METHODS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {
@@ -217,7 +218,7 @@ def _row(runs: list[Run], tuned: bool) -> dict[str, Any]:
         "target": target,
         "accuracy": mean(results),
         "sd": stdev(results) if len(results) > 1 else math.nan,
-        "rate": f"{job.factor:g}x" + ("" if tuned else " (nearest)") if job.method in METHODS else "-",
+        "rate": f"{job.factor:g}x" + ("" if tuned else " (untuned)") if job.method in METHODS else "-",
         "reached": mean(run.reached for run in runs) if target != "-" else math.nan,
         "failed": sum(bool(run.failure) for run in runs),
         "seconds": mean(run.seconds for run in runs),
@@ -262,6 +263,7 @@ def run(
             job
             for name in names
             for method in chosen
+            if method != FLOOR or ITS_RATE_FROM not in chosen
             for target in targets(name, method)
             for factor in FACTORS
             for job in jobs(name, method, target, factor, tune_seeds, True)
@@ -269,6 +271,9 @@ def run(
         tuning = run_all("learning rates", todo)
         best = _best_factors(tuning)
         asked = [(name, method, target, best[name, method, target], True) for name, method, target in best]
+        if FLOOR in chosen and ITS_RATE_FROM in chosen:
+            best |= {(n, FLOOR, t): factor for (n, method, t), factor in best.items() if method == ITS_RATE_FROM}
+            asked += [(n, FLOOR, t, best[n, FLOOR, t], False) for n in names for t in points[n]]
         for name in names:
             extra = [t for t in CURVE if t not in points[name]] if curve else []
             asked += [(name, SMALL, target, 1.0, True) for target in sorted([*points[name], *extra])]
