@@ -80,7 +80,7 @@ class RigL(GradualPruning):
             keep_last=keep_last,
             gate_checkpoints=gate_checkpoints,
         )
-        if not 0 < share <= 1:
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
             raise ValueError(f"{type(self).__name__}.share={share!r}: accepted is a share above 0 and up to 1.")
         self.share = share
         self._exchanged: dict[int, int] = {}
@@ -89,6 +89,12 @@ class RigL(GradualPruning):
     def reached(self) -> bool:
         """Whether the model is sparse."""
         return self._last_step >= 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse phases that cannot be; the steps of an earlier fit do not count in this one."""
+        super().on_train_start(trainer, pl_module)
+        begun = self._last_step >= 0
+        self._exchanged = {i: min(step, trainer.global_step) for i, step in self._exchanged.items() if begun}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -84,7 +84,7 @@ class GradualPruning(pl.Callback):
         self.every = every
         self.include = tuple(include)
         self.exclude = tuple(exclude)
-        self.targets = dict(targets or {})
+        self.targets = {} if targets is None else targets
         self.floor = floor
         self.keep_first = keep_first
         self.keep_last = keep_last
@@ -93,9 +93,14 @@ class GradualPruning(pl.Callback):
         for name, kind in (("criterion", Criterion), ("pattern", Pattern), ("phase", Phase)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(
-                    f"GradualPruning.{name}={getattr(self, name)!r}: accepted is a {kind.__name__}, an object of that "
-                    "class and not its name."
+                    f"{type(self).__name__}.{name}={getattr(self, name)!r}: accepted is a {kind.__name__}, an object "
+                    "of that class and not its name."
                 )
+        if not isinstance(self.targets, Mapping):
+            raise TypeError(
+                f"{type(self).__name__}.targets={targets!r}: accepted is a dict of sparsities by name pattern."
+            )
+        self.targets = dict(self.targets)
         self.schedule = self._schedule(sparsity)
         self._check_values()
         self.masks: Masks | None = None
@@ -109,44 +114,46 @@ class GradualPruning(pl.Callback):
         self._handles: list[RemovableHandle] = []
 
     def _schedule(self, sparsity: Any) -> Schedule:
-        most = self.pattern.max_sparsity
+        name, most = type(self).__name__, self.pattern.max_sparsity
         schedule = sparsity if isinstance(sparsity, Schedule) else None
         value = min(0.9, most) if sparsity is None else getattr(schedule, "final", sparsity)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        if not _is_share(value):
             raise ValueError(
-                f"GradualPruning.sparsity={sparsity!r}: accepted is a share in 0..1 (0.9 drops nine weights in ten), "
+                f"{name}.sparsity={sparsity!r}: accepted is a share in 0..1 (0.9 drops nine weights in ten), "
                 "or a Schedule such as Linear(0.9)."
             )
         if value > most:
             raise ValueError(
-                f"GradualPruning.sparsity={sparsity!r}: {self.pattern} drops a share of {most:g} at most. Lower the "
+                f"{name}.sparsity={sparsity!r}: {self.pattern} drops a share of {most:g} at most. Lower the "
                 "sparsity or take another pattern."
             )
         return Cubic(value) if schedule is None else schedule
 
     def _check_values(self) -> None:
+        name = type(self).__name__
         if self.scope not in ("global", "layer", "erk"):
             raise ValueError(
-                f"GradualPruning.scope={self.scope!r}: accepted are 'global' (all layers ranked together), 'layer' and "
-                "'erk'."
+                f"{name}.scope={self.scope!r}: accepted are 'global' (all layers ranked together), 'layer' and 'erk'."
             )
-        if not isinstance(self.every, int) or self.every < 1:
+        if self.scope == "erk" and self.pattern.max_sparsity < 1:
             raise ValueError(
-                f"GradualPruning.every={self.every!r}: accepted is a whole number of optimizer steps from 1."
+                f"{name}.scope='erk': with {self.pattern} no layer can be sparser than another. Accepted are 'global' "
+                "and 'layer'."
             )
-        if not 0 <= self.floor <= 1:
-            raise ValueError(
-                f"GradualPruning.floor={self.floor!r}: accepted is a share in 0..1 of the average density."
-            )
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise ValueError(f"{name}.every={self.every!r}: accepted is a whole number of optimizer steps from 1.")
+        if not _is_share(self.floor):
+            raise ValueError(f"{name}.floor={self.floor!r}: accepted is a share in 0..1 of the average density.")
         for pattern, target in self.targets.items():
-            if not 0 <= target <= self.pattern.max_sparsity:
+            if not _is_share(target) or target > self.pattern.max_sparsity:
                 raise ValueError(
-                    f"GradualPruning.targets[{pattern!r}]={target!r}: accepted is a sparsity in "
+                    f"{name}.targets[{pattern!r}]={target!r}: accepted is a sparsity in "
                     f"0..{self.pattern.max_sparsity:g}."
                 )
-        if self.rewind is not None and not 0 <= self.rewind <= self.phase.begin:
+        number = isinstance(self.rewind, int | float) and not isinstance(self.rewind, bool)
+        if self.rewind is not None and not (number and 0 <= self.rewind <= self.phase.begin):
             raise ValueError(
-                f"GradualPruning.rewind={self.rewind!r}: accepted is a place in 0..{self.phase.begin:g}, before the "
+                f"{name}.rewind={self.rewind!r}: accepted is a place in 0..{self.phase.begin:g}, before the "
                 "phase begins and in its unit."
             )
 
@@ -181,10 +188,11 @@ class GradualPruning(pl.Callback):
         if self._state is not None:
             self.masks = Masks(layers)
             self.masks.load_state_dict(self._state["masks"])
+            self._observation = self._observe(layers, pl_module)
         elif self.masks is None or not self.masks.are_of(layers):  # else a second fit goes on where the first ended
-            self.masks, self._last_step, self._done = Masks(layers), -1, False
+            self.masks, self._last_step, self._done, self._rewound = Masks(layers), -1, False, None
+            self._observation = self._observe(layers, pl_module)
         self.masks.bind(pl_module)
-        self._observation = self._observe(layers, pl_module)
         self._state = None
         for optimizer in trainer.optimizers:
             ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -215,7 +223,7 @@ class GradualPruning(pl.Callback):
             named = [layer.name for layer in layers if matches(layer.name, [pattern])]
             if not named:
                 raise ValueError(
-                    f"GradualPruning.targets[{pattern!r}] matches no layer that is pruned. They are: "
+                    f"{type(self).__name__}.targets[{pattern!r}] matches no layer that is pruned. They are: "
                     f"{', '.join(layer.name for layer in layers) or 'none'}."
                 )
             self._targets |= dict.fromkeys(named, target)
@@ -243,8 +251,9 @@ class GradualPruning(pl.Callback):
         return observation
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse phases that cannot be."""
+        """Refuse phases that cannot be; the steps of an earlier fit do not count in this one."""
         check_run(trainer)
+        self._last_step = min(self._last_step, trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -258,14 +267,14 @@ class GradualPruning(pl.Callback):
         due = first or progress >= 1 or clock.step - self._last_step >= self.every
         if progress >= 0 and due and not self._done:
             self._update(trainer, pl_module, clock)
-        if self._observation is not None and not self._done:
+        if self._observation is not None and not self.reached:
             self._observation.begin_batch()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reach the final sparsity at the very end of the phase."""
-        if self._observation is not None:
+        if self._observation is not None and not self.reached:
             self._observation.end_batch(partial(_mean, trainer) if trainer.world_size > 1 else None)
         clock = read_clock(trainer, batch_idx + 1)
         begun = self._last_step >= 0 or clock.run >= 1
@@ -276,10 +285,18 @@ class GradualPruning(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Observe gradients; keep dropped weights out of a clipped gradient norm."""
-        if self._observation is not None and not self._done:
+        if self._observation is not None and not self.reached:
             self._observation.observe_gradients(optimizer)
         if trainer.gradient_clip_val and self.masks is not None and self._last_step >= 0:
             self.masks.apply_to_gradients()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so where a criterion has waited in vain."""
+        if self._observation is not None and not self._observation.ready and not self.reached:
+            rank_zero_warn(
+                f"{type(self).__name__} pruned nothing: {self.criterion} had seen nothing of the layers when the run "
+                "ended. Let the phase begin some steps after the run, and let an optimizer train the layers."
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop observing, and let checkpoints go."""
@@ -301,7 +318,7 @@ class GradualPruning(pl.Callback):
         """The masks, bit-packed, what was observed, and how far the phase is."""
         state = self._state or {"masks": None, "observed": None}
         if self.masks is not None:
-            observed = None if self._observation is None or self._done else self._observation.state_dict()
+            observed = None if self._observation is None or self.reached else self._observation.state_dict()
             state = {"masks": self.masks.state_dict(), "observed": observed}
         return {**state, "rewound": self._rewound, "last_step": self._last_step, "done": self._done}
 
@@ -322,7 +339,8 @@ class GradualPruning(pl.Callback):
             self._skip_unseen(self._observation)
         progress = min(self.phase.progress(clock), 1.0)
         sparsity, before = self.schedule(progress), self.masks.sparsity
-        share = sparsity / self.schedule.final if self.schedule.final else 0.0
+        final = self.schedule.final
+        share = sparsity / final if final else self.schedule.shape(min(max(progress, 0.0), 1.0))
         self.masks.update(
             self.criterion,
             self.pattern,
@@ -351,6 +369,10 @@ class GradualPruning(pl.Callback):
         if refused:
             left = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
             rank_zero_warn(f"{type(self).__name__} leaves alone {left}")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _check_finite(layers: Sequence[Layer]) -> None:

@@ -185,7 +185,7 @@ class Wanda(Criterion):
 
     def observe(self, layer: Layer, inputs: Tensor, activations: Tensor) -> Tensor:
         """Mean square, one an input channel."""
-        return _by_channel(layer, inputs.square())
+        return _by_channel(layer, inputs.float().square())
 
     def score(self, layer: Layer) -> Tensor:
         """|w| * rms(x)."""
@@ -248,7 +248,8 @@ def _channel_axis(layer: Layer) -> int:
 
 def _by_channel(layer: Layer, values: Tensor) -> Tensor:
     """Mean over all but the channels."""
-    return values.movedim(_channel_axis(layer), -1).flatten(0, -2).float().mean(0)
+    rows = values.movedim(_channel_axis(layer), -1)
+    return rows.reshape(-1, rows.shape[-1]).float().mean(0)
 
 
 def _of_outputs(layer: Layer, values: Tensor | None) -> Tensor:

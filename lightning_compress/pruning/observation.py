@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,10 @@ from lightning_compress.pruning.criteria import Criterion
 
 __all__ = ["Chain", "Observation"]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
-    "hardtanh": F.relu6,
+    "hardtanh": F.hardtanh,
     "leaky_relu": F.leaky_relu,
     "elu": F.elu,
     "gelu": F.gelu,
@@ -40,44 +40,57 @@ class Chain:
     Args:
         norm: Name of the batch norm that reads the layer's output.
         activation: Name of the function that reads the output of the layer or of its batch norm.
+        arguments: What the function is called with besides, such as a slope.
+        options: The same by name.
     """
 
     norm: str = ""
     activation: str = ""
+    arguments: list[Any] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def activate(self, values: Tensor) -> Tensor:
+        """What the activation function makes of values."""
+        return _ACTIVATIONS[self.activation](values, *self.arguments, **self.options) if self.activation else values
 
 
 class _Watcher(TorchFunctionMode):
     """Follows the outputs of the layers through batch norm and activation function while a batch runs."""
 
-    def __init__(self, layers: dict[str, nn.Module], norms: dict[int, str]) -> None:
+    def __init__(self, layers: dict[str, nn.Module], norms: dict[str, nn.Module]) -> None:
         super().__init__()
         self.chains = {name: Chain() for name in layers}
-        self._norms = norms
         self._ends: dict[int, str] = {}
         self._keep: list[Tensor] = []  # tensors stay alive, so that an id stays theirs
-        self._handles = [m.register_forward_hook(partial(self._after, name)) for name, m in layers.items()]
+        self._handles = [m.register_forward_hook(partial(self._after_layer, name)) for name, m in layers.items()]
+        self._handles += [m.register_forward_hook(partial(self._after_norm, name)) for name, m in norms.items()]
 
-    def _after(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._put(name, output)
+    def _after_layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._ends[id(output)] = name
+            self._keep.append(output)
 
-    def _put(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            self._ends[id(value)] = name
-            self._keep.append(value)
+    def _after_norm(self, norm: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        layer = self._ends.get(id(inputs[0])) if inputs else None
+        if layer is not None and self.chains[layer].norm in ("", norm):
+            self.chains[layer].norm = norm
+            self._after_layer(layer, module, inputs, output)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "").rstrip("_")
-        layer = self._ends.get(id(args[0])) if args and isinstance(args[0], Tensor) else None
-        output = func(*args, **(kwargs or {}))
-        if layer is not None and name == "batch_norm":
-            weights = [a for a in (*args[1:], *(kwargs or {}).values()) if isinstance(a, Tensor)]
-            norm = next((self._norms[id(w)] for w in weights if id(w) in self._norms), "")
-            self.chains[layer].norm = self.chains[layer].norm or norm
-            self._put(layer, output)
-        elif layer is not None and name in _ACTIVATIONS:
-            self.chains[layer].activation = self.chains[layer].activation or name
+        kwargs = kwargs or {}
+        values = args[0] if args else kwargs.get("input")
+        layer = self._ends.get(id(values)) if isinstance(values, Tensor) else None
+        output = func(*args, **kwargs)
+        if layer is not None:
+            name, chain = getattr(func, "__name__", "").rstrip("_"), self.chains[layer]
+            if name in _ACTIVATIONS and not chain.activation:
+                chain.activation = name
+                chain.arguments = [v for v in args[1:] if not isinstance(v, bool)]  # all but inplace
+                chain.options = {k: v for k, v in kwargs.items() if k not in ("input", "inplace")}
+            if output is values:
+                self._ends.pop(id(values), None)  # what was the layer's output is now something else
         return output
 
     def __exit__(self, *error: Any) -> None:
@@ -105,14 +118,16 @@ class Observation:
         self._handles: list[RemovableHandle] = []
         self._watcher: _Watcher | None = None
         self._chains: dict[str, Chain] | None = None
+        self._blind = False
         self._modules = modules_by_name(model)
 
     @property
     def ready(self) -> bool:
-        """Whether the criterion has all it needs to score."""
+        """Whether the criterion has all it needs to score, or there is nothing that it could wait for."""
         needs_chains = self.criterion.observes_activations or self.criterion.needs_norm
         observes = self.criterion.observes_activations or self.criterion.observes_gradients
-        return (not needs_chains or self._chains is not None) and (not observes or bool(self.seen))
+        seen = not observes or bool(self.seen) or self._blind or not self.layers
+        return seen and (not needs_chains or self._chains is not None)
 
     def layer(self, layer: Layer) -> Layer:
         """The layer with what was seen of it."""
@@ -129,8 +144,11 @@ class Observation:
         """Why the layer cannot be scored now that batches have been seen; None where it can."""
         if self.criterion.observes_activations and layer.name not in self.seen:
             return "it was never called as a module"
-        if self.criterion.needs_norm and not (self._chains or {}).get(layer.name, Chain()).norm:
-            return "no batch norm follows it"
+        if self.criterion.observes_gradients and layer.name not in self.seen:
+            return "no optimizer took a step with its gradient"
+        norm = self.layer(layer).norm
+        if self.criterion.needs_norm and (norm is None or norm._parameters["weight"] is None):
+            return "no batch norm with a weight follows it"
         return None
 
     def begin_batch(self) -> None:
@@ -138,11 +156,7 @@ class Observation:
         if not (self.criterion.observes_activations or self.criterion.needs_norm):
             return
         if self._chains is None:
-            norms = {
-                id(m.weight): name
-                for name, m in self._modules.items()
-                if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.weight is not None
-            }
+            norms = {k: m for k, m in self._modules.items() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
             self._watcher = _Watcher({name: layer.module for name, layer in self.layers.items()}, norms)
             self._watcher.__enter__()
         elif self.criterion.observes_activations:
@@ -151,19 +165,17 @@ class Observation:
 
     def _hook(self, name: str, layer: Layer) -> None:
         chain = (self._chains or {}).get(name, Chain())
-        function = _ACTIVATIONS.get(chain.activation)
         inputs: list[Tensor] = []
 
         def read(module: nn.Module, args: Any) -> None:
-            if args and module.training:
+            if args:
                 inputs.append(args[0].detach())
 
         @torch.no_grad()
         def observe(module: nn.Module, args: Any, output: Any) -> None:
             if inputs and isinstance(output, Tensor):
-                x, y = inputs.pop(), output.detach()
-                y = y if function is None else function(y)
-                self._batch.setdefault(name, []).append(self.criterion.observe(layer, x, y))
+                found = self.criterion.observe(layer, inputs.pop(), chain.activate(output.detach()))
+                self._batch.setdefault(name, []).append(found)
 
         end = self._modules[chain.norm] if chain.norm else layer.module
         self._handles += [layer.module.register_forward_pre_hook(read), end.register_forward_hook(observe)]
@@ -172,9 +184,12 @@ class Observation:
         """Take the gradients with which an optimizer is about to step."""
         if self.criterion.observes_gradients:
             theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            for name, layer in self.layers.items():
-                if layer.weight.grad is not None and id(layer.weight) in theirs:
-                    found = self.criterion.observe_gradient(layer, layer.weight.grad.detach())
+            gradients = {k: x.weight.grad for k, x in self.layers.items() if id(x.weight) in theirs}
+            known = {name: g.detach() for name, g in gradients.items() if g is not None}
+            finite = [torch.isfinite(g).all() for g in known.values()]
+            if finite and bool(torch.stack(finite).all()):  # else a gradient scaler will skip the step
+                for name, gradient in known.items():
+                    found = self.criterion.observe_gradient(self.layers[name], gradient)
                     self._batch.setdefault(name, []).append(found)
 
     def end_batch(self, average: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -183,14 +198,18 @@ class Observation:
         Args:
             average: Averages a tensor over the processes; None in a single one.
         """
+        hooked, keep = bool(self._handles), self.criterion.memory
         self.cancel()
-        for name, found in self._batch.items():
-            value = torch.stack(found).mean(0) if len(found) > 1 else found[0]
-            if average is not None and not self.criterion.observes_gradients:
-                value = average(value)
-            keep = self.criterion.memory
+        batch = {name: torch.stack(found) for name in self.layers if (found := self._batch.get(name))}
+        means = {name: found.sum(0) if keep == 1 else found.mean(0) for name, found in batch.items()}
+        if average is not None and not self.criterion.observes_gradients:
+            called = average(torch.tensor([float(name in means) for name in self.layers]))
+            everywhere = [name for name, share in zip(self.layers, called.tolist(), strict=True) if share == 1]
+            means = {name: average(means[name]) for name in everywhere}
+        for name, value in means.items():
             self.seen[name] = value + keep * self.seen[name] if name in self.seen else value
             self._weights[name] = 1 + keep * self._weights.get(name, 0.0)
+        self._blind = hooked and not self.seen
         self._batch.clear()
 
     def cancel(self) -> None:
@@ -203,9 +222,13 @@ class Observation:
         self._handles.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages and chains as plain values."""
-        chains = None if self._chains is None else {k: [c.norm, c.activation] for k, c in self._chains.items()}
-        return {"seen": dict(self.seen), "weights": dict(self._weights), "chains": chains}
+        """Averages, chains and what a batch has shown so far, as plain values."""
+        known = self._chains if self._watcher is None else self._watcher.chains
+        chains = (
+            None if known is None else {k: [c.norm, c.activation, c.arguments, c.options] for k, c in known.items()}
+        )
+        batch = {name: list(found) for name, found in self._batch.items()}
+        return {"seen": dict(self.seen), "weights": dict(self._weights), "chains": chains, "batch": batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the averages of a checkpoint."""
@@ -213,3 +236,5 @@ class Observation:
         self.seen = {name: value.to(devices[name]) for name, value in state["seen"].items()}
         self._weights = dict(state["weights"])
         self._chains = None if state["chains"] is None else {k: Chain(*c) for k, c in state["chains"].items()}
+        self._batch = {name: [v.to(devices[name]) for v in found] for name, found in state["batch"].items()}
+        self.end_batch()

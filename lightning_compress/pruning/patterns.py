@@ -69,7 +69,7 @@ class NofM(Pattern):
         axis: Along which axis they are neighbours; 1 is the input, as sparse tensor cores read it.
 
     Raises:
-        ValueError: If not 0 < n < m.
+        ValueError: If not 0 < n < m, or the axis is none.
 
     Example:
         >>> NofM(2, 4).protects(torch.tensor([[1.0, 4.0, 3.0, 2.0]]))
@@ -82,8 +82,12 @@ class NofM(Pattern):
 
     def __post_init__(self) -> None:
         """Refuse what keeps nothing or everything."""
-        if not 0 < self.n < self.m:
-            raise ValueError(f"NofM(n={self.n}, m={self.m}): accepted is 0 < n < m, for instance NofM(2, 4).")
+        whole = all(isinstance(value, int) for value in (self.n, self.m, self.axis))
+        if not whole or not 0 < self.n < self.m or self.axis < 0:
+            raise ValueError(
+                f"NofM(n={self.n!r}, m={self.m!r}, axis={self.axis!r}): accepted are whole numbers 0 < n < m and an axis "
+                "from 0, for instance NofM(2, 4)."
+            )
 
     def reduce(self, scores: Tensor) -> Tensor:
         """The scores themselves."""

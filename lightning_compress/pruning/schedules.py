@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import expm1, floor
+from math import expm1, floor, inf
 
 __all__ = ["Constant", "Cubic", "Exponential", "Linear", "Rounds", "Schedule"]
 
@@ -28,7 +28,7 @@ class Schedule(ABC):
         """Refuse percentages and negative shares."""
         for field in ("final", "initial"):
             value = getattr(self, field)
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
                 raise ValueError(
                     f"{type(self).__name__}.{field}={value!r}: a sparsity is a share in 0..1, for instance 0.9 for "
                     "nine weights in ten dropped."
@@ -105,7 +105,7 @@ class Exponential(Schedule):
     def __post_init__(self) -> None:
         """Refuse a rate that is no decay."""
         super().__post_init__()
-        if not self.rate > 0:
+        if not isinstance(self.rate, int | float) or not 0 < self.rate < inf:
             raise ValueError(f"Exponential.rate={self.rate!r}: accepted is a number above 0, such as 3.0.")
 
     def shape(self, progress: float) -> float:
