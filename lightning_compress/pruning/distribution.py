@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_compress.layers import Layer
 from lightning_compress.pruning.selection import keep_highest
 
-__all__ = ["Scope", "erdos_renyi_kernel", "keep_groups", "split_by_scope"]
+__all__ = ["erdos_renyi_kernel", "keep_groups", "split_by_scope"]
 
 Scope = Literal["global", "layer", "erk"]
 
