@@ -37,6 +37,8 @@ from lightning_compress.quantization.convert import to_float
 
 from .clock import check_run, read_clock
 from .evaluate import example_inputs
+from .gate import gate_checkpoints as gate
+from .gate import open_checkpoints
 from .reshape import reshape
 from .structure import check_strategy, check_structure_on_load
 
@@ -55,7 +57,10 @@ class _Shrinking(pl.Callback):
     include: tuple[str, ...]
     exclude: tuple[str, ...]
 
-    def __init__(self, criterion: Criterion | None, phase: Phase | None, include: Any, exclude: Any) -> None:
+    def __init__(
+        self, criterion: Criterion | None, phase: Phase | None, include: Any, exclude: Any, gate_checkpoints: bool
+    ) -> None:
+        self.gate_checkpoints = gate_checkpoints
         self.criterion = Magnitude() if criterion is None else criterion
         self.phase = Phase(0.1, 0.3) if phase is None else phase
         self.include, self.exclude = tuple(include), tuple(exclude)
@@ -73,6 +78,11 @@ class _Shrinking(pl.Callback):
         self._module: pl.LightningModule | None = None
         self._state: dict[str, Any] | None = None
         self._observation: Observation | None = None
+
+    @property
+    def reached(self) -> bool:
+        """Whether all is removed that will be."""
+        return self.shrinks >= self.steps
 
     @property
     def state_key(self) -> str:
@@ -107,6 +117,8 @@ class _Shrinking(pl.Callback):
         if self.skipped:
             left = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
             rank_zero_info(f"{type(self).__name__} leaves alone {left}")
+        if self.gate_checkpoints:
+            gate(trainer, self)
 
     def examine(self, model: nn.Module) -> tuple[dict[str, str], dict[str, Any]]:
         """What of a float copy is left alone, and what is to be remembered of it."""
@@ -150,9 +162,14 @@ class _Shrinking(pl.Callback):
             self._shrink(trainer, pl_module, clock)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop observing."""
+        """Stop observing, and let checkpoints go."""
         if self._observation is not None:
             self._observation.cancel()
+        open_checkpoints(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let checkpoints go."""
+        open_checkpoints(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """How often it shrank, what of, and how the module differs from its dense self."""
@@ -264,6 +281,7 @@ class ChannelPruning(_Shrinking):
         num_heads: Number of heads by the name pattern of an attention, where its attributes do not tell.
         round_to: The number of channels that are kept is a multiple of this.
         floor: Share of its channels that every layer keeps.
+        gate_checkpoints: Whether a ModelCheckpoint with a monitor saves only once all is removed.
 
     Raises:
         ValueError: If a value is out of range.
@@ -286,8 +304,9 @@ class ChannelPruning(_Shrinking):
         num_heads: Mapping[str, int] | None = None,
         round_to: int = 1,
         floor: float = 0.1,
+        gate_checkpoints: bool = True,
     ) -> None:
-        super().__init__(criterion, phase, include, exclude)
+        super().__init__(criterion, phase, include, exclude, gate_checkpoints)
         self.sparsity, self.steps, self.target, self.scope = sparsity, steps, target, scope
         self.num_heads, self.round_to, self.floor = dict(num_heads or {}), round_to, floor
         for name in ("sparsity", "floor"):
@@ -386,6 +405,7 @@ class LayerPruning(_Shrinking):
         phase: When; a criterion that looks at data does so during the phase, the blocks go at its end.
         include: Name patterns of the blocks that may go; empty for all.
         exclude: Name patterns of blocks to keep.
+        gate_checkpoints: Whether a ModelCheckpoint with a monitor saves only once all is removed.
 
     Raises:
         ValueError: If a value is out of range, or there are fewer such blocks.
@@ -402,8 +422,9 @@ class LayerPruning(_Shrinking):
         phase: Phase | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        gate_checkpoints: bool = True,
     ) -> None:
-        super().__init__(criterion, phase, include, exclude)
+        super().__init__(criterion, phase, include, exclude, gate_checkpoints)
         self.num_layers = num_layers
         if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
             raise ValueError(f"LayerPruning.num_layers={num_layers!r}: accepted is a whole number of blocks from 1.")

@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning_compress.callbacks import (
     ChannelPruning,
     Export,
@@ -429,6 +429,14 @@ def test_a_phase_that_ends_with_the_run_reaches_its_target(tmp_path: Path) -> No
     make_trainer(tmp_path, callbacks=[pruning]).fit(module)
     assert pruning.shrinks == 3
     assert sum(pruning._facts["left"].values()) == 32
+
+
+def test_the_best_checkpoint_is_a_small_one(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max")
+    _, module = train("channels", "mlp", tmp_path, [best], enable_checkpointing=True)
+    saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    assert {name: tuple(value.shape) for name, value in saved.items()} == shapes(module)
+    assert "check_monitor_top_k" not in best.__dict__
 
 
 def test_a_second_fit_keeps_what_was_removed(tmp_path: Path) -> None:
