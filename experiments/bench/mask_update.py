@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 
 from lightning_compress.layers import Layer
 from lightning_compress.pruning import Element, Magnitude, Masks
+from lightning_compress.pruning.selection import num_dropped
 
 SPARSITY = 0.8
 
@@ -45,24 +46,28 @@ def make_layers(num_params: int) -> list[Layer]:
 
 
 def peak(reset: bool = False) -> int:
-    """Bytes of memory that the process held at most since the last reset, as Linux counts them."""
+    """Bytes of memory that the process held at most since the last reset, as Linux counts them; code does not count."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    most, code = (int(status.split(f"{key}:")[1].split()[0]) * 1024 for key in ("VmHWM", "RssFile"))
+    return most - code
 
 
-def is_exact(layers: list[Layer], masks: Masks, num_params: int) -> bool:
-    """Bit for bit what torch.sort drops; beyond 2e8 weights, what every sort must drop: all below all that is kept."""
+def is_exact(layers: list[Layer], masks: Masks) -> bool:
+    """Exactly k are dropped, none larger than a kept one, equal ones in order; to 2e8 also: what torch.sort drops."""
     kept = [masks._masks[layer.name].view(-1).bool() for layer in layers]
-    weights = [layer.weight.detach().view(-1).abs() for layer in layers]
-    if num_params <= 2e8:
-        flat, k = torch.cat(weights), sum(w.numel() for w in weights) - sum(int(m.sum()) for m in kept)
-        expected = torch.ones(flat.numel(), dtype=torch.bool)
-        expected[torch.sort(flat, stable=True).indices[:k]] = False
-        return torch.equal(torch.cat(kept), expected)
-    dropped = max(float(w[~m].max()) for w, m in zip(weights, kept, strict=True) if not m.all())
-    return dropped < min(float(w[m].min()) for w, m in zip(weights, kept, strict=True) if m.any())
+    weights = [layer.weight.detach().view(-1) for layer in layers]
+    k = num_dropped(SPARSITY, sum(w.numel() for w in weights))
+    cut = max(float(w.abs()[~m].max()) for w, m in zip(weights, kept, strict=True) if not m.all())
+    least = min(float(w.abs()[m].min()) for w, m in zip(weights, kept, strict=True) if m.any())
+    ties = torch.cat([m[w.abs() == cut] for w, m in zip(weights, kept, strict=True)]).int()
+    exact = sum(m.numel() - int(m.sum()) for m in kept) == k and cut <= least and bool((ties.diff() >= 0).all())
+    if sum(w.numel() for w in weights) <= 2e8:
+        expected = torch.ones(sum(w.numel() for w in weights), dtype=torch.bool)
+        expected[torch.sort(torch.cat(weights).abs(), stable=True).indices[:k]] = False
+        exact &= torch.equal(torch.cat(kept), expected)
+    return exact
 
 
 def run(num_params: float = 25e6, repeats: int = 5) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def run(num_params: float = 25e6, repeats: int = 5) -> dict[str, Any]:
     extra = peak() - before
     assert found is not None
     masks.write(found, Magnitude(), layers)
-    exact = is_exact(layers, masks, num)
+    exact = is_exact(layers, masks)
 
     def flat() -> Tensor:
         return torch.cat([w.view(-1).abs() for w in weights])
