@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -57,7 +57,7 @@ class Chain:
 class _Watcher(TorchFunctionMode):
     """Follows the outputs of the layers through batch norm and activation function while a batch runs."""
 
-    def __init__(self, layers: dict[str, nn.Module], norms: dict[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], norms: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.chains = {name: Chain() for name in layers}
         self._ends: dict[int, str] = {}

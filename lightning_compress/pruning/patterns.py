@@ -11,7 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "Channel", "Element", "Head", "NofM", "Pattern", "WholeLayer"]
+from lightning_compress.layers import Layer
+
+__all__ = ["Block", "Channel", "Element", "Head", "NofM", "Pattern", "WholeLayer", "out_first"]
+
+
+def out_first(layer: Layer, values: Tensor) -> Tensor:
+    """A tensor of the weight's shape as patterns see it, or one like that back in the weight's shape."""
+    if layer.out_axis == 0:
+        return values
+    groups = getattr(layer.module, "groups", 1)  # a transposed convolution's: (in, out / groups, *kernel)
+    return values.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 class Pattern(ABC):
@@ -85,8 +95,8 @@ class NofM(Pattern):
         whole = all(isinstance(value, int) for value in (self.n, self.m, self.axis))
         if not whole or not 0 < self.n < self.m or self.axis < 0:
             raise ValueError(
-                f"NofM(n={self.n!r}, m={self.m!r}, axis={self.axis!r}): accepted are whole numbers 0 < n < m and an axis "
-                "from 0, for instance NofM(2, 4)."
+                f"NofM(n={self.n!r}, m={self.m!r}, axis={self.axis!r}): accepted are whole numbers 0 < n < m and an "
+                "axis from 0, for instance NofM(2, 4)."
             )
 
     def reduce(self, scores: Tensor) -> Tensor:
