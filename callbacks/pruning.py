@@ -17,6 +17,7 @@ from lightning_compress.layers import PRUNABLE, Layer, find_layers, matches
 from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import Criterion, Cubic, Element, Magnitude, Masks, Observation, Pattern, Schedule
 from lightning_compress.pruning.distribution import Scope
+from lightning_compress.pruning.patterns import out_first
 
 from .clock import all_callbacks, check_run, read_clock
 from .gate import gate_checkpoints, open_checkpoints
@@ -208,7 +209,7 @@ class GradualPruning(pl.Callback):
         )
         layers = []
         for i, layer in enumerate(found):
-            shape = layer.weight.transpose(0, 1).shape if layer.out_axis == 1 else layer.weight.shape
+            shape = out_first(layer, layer.weight.detach()).shape
             reason = self.criterion.refuses(layer) or self.pattern.refuses(shape)
             if self.keep_first and i == 0:
                 reason = "the first layer stays dense (keep_first)"

@@ -15,7 +15,7 @@ from lightning_compress.layers import Layer
 from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.distribution import Scope, keep_groups, split_by_scope
 from lightning_compress.pruning.observation import Observation
-from lightning_compress.pruning.patterns import Element, Pattern
+from lightning_compress.pruning.patterns import Element, Pattern, out_first
 from lightning_compress.pruning.selection import CHUNK, Cut, find_cut, num_dropped, spread_sample
 
 __all__ = ["Masks"]
@@ -87,7 +87,7 @@ class Masks:
         groups, sizes = [], []
         for layer in layers:
             scores = criterion.score(layer if observation is None else observation.layer(layer)).float()
-            scores = _out_first(layer, scores.masked_fill(self._masks[layer.name] == 0, -torch.inf))
+            scores = out_first(layer, scores.masked_fill(self._masks[layer.name] == 0, -torch.inf))
             found = pattern.reduce(scores)
             protected = pattern.protects(found)
             if protected is not None:
@@ -95,8 +95,8 @@ class Masks:
             groups.append(found)
             sizes.append(layer.weight.numel() // found.numel())
         for layer, keep in zip(layers, keep_groups(groups, sizes, sparsity, floor), strict=True):
-            shape = _out_first(layer, layer.weight).shape
-            self._masks[layer.name] *= _out_first(layer, pattern.expand(keep, shape))
+            shape = out_first(layer, layer.weight).shape
+            self._masks[layer.name] *= out_first(layer, pattern.expand(keep, shape))
 
     def _update_streamed(
         self, criterion: Criterion, parts: Sequence[tuple[Sequence[Layer], float]], floor: float
@@ -274,11 +274,6 @@ class Masks:
             if id(layer.weight) in gone:
                 del self._masks[layer.name]
         self.layers = [layer for layer in self.layers if layer.name in self._masks]
-
-
-def _out_first(layer: Layer, values: Tensor) -> Tensor:
-    """A tensor of the weight's shape with its output channels first, or one like that back in the weight's shape."""
-    return values.transpose(0, 1) if layer.out_axis == 1 else values
 
 
 def _chunks(criterion: Criterion, layers: Sequence[Layer]) -> Iterator[np.ndarray]:
