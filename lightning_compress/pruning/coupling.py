@@ -355,6 +355,7 @@ def _groups(graph: Any, modules: Mapping[str, nn.Module], attentions: Mapping[st
             yield Group(name, [name], [], torch.zeros(num, dtype=torch.int64), why=_reason(error, "be followed"))
             continue
         outs = [p.module for p in places if p.side == "out" and isinstance(modules.get(p.module), _ROOTS)]
+        places = [_of_module(place, modules) for place in places]
         done.update(outs)
         order = {key: i for i, key in enumerate(modules)}
         yield _atomize(name, num, sorted(set(outs), key=order.__getitem__), places, modules, attentions)
@@ -391,6 +392,14 @@ def _reach(graph: Any, root: nn.Module, function: Any, num: int, names: Mapping[
             yield Place(graph._param_to_name[node.module], "raw", channels, roots, node.pruning_dim)
         elif id(node.module) in names:
             yield Place(names[id(node.module)], side, channels, roots)
+
+
+def _of_module(place: Place, modules: Mapping[str, nn.Module]) -> Place:
+    """The weight of a norm that torch-pruning does not know, as a side of its module."""
+    owner = place.module.rpartition(".")[0]
+    if place.side == "raw" and isinstance(modules.get(owner), nn.RMSNorm):
+        return Place(owner, "out", place.channels, place.roots)
+    return place
 
 
 def _atomize(

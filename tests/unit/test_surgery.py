@@ -264,6 +264,14 @@ def test_frozen_parametrized_and_torn_layers_are_left_alone() -> None:
     assert "share one weight" in skipped["2"]
 
 
+def test_norms_over_channels_shrink_with_them() -> None:
+    for norm in (nn.RMSNorm(8), nn.LayerNorm(8, bias=False), nn.LayerNorm(8)):
+        model = nn.Sequential(nn.Linear(8, 8), norm, nn.GELU(), nn.Linear(8, 3)).eval()
+        apply_record(model, planned(model, inputs_for(ROWS))[0])
+        assert model[1].normalized_shape == (4,)
+        assert model[1].weight.shape == (4,)
+
+
 def test_include_and_exclude() -> None:
     model, x = build("resnet")
     coupling = groups_of(model, x, include=["1"], exclude=["1.conv1"])
