@@ -19,13 +19,13 @@ from torch import Tensor, nn
 __all__ = ["TASKS", "Batches", "Classifier", "Data", "Task", "TaskData", "data_folder", "mfcc"]
 
 
-def _wide(num: int, width: float) -> int:
-    return max(1, round(num * width))
+def _wide(num: int, width: float, least: int = 1) -> int:
+    return max(least, round(num * width))
 
 
 def lenet300(width: float = 1.0) -> nn.Module:
     """LeNet-300-100: 266,610 parameters."""
-    a, b = _wide(300, width), _wide(100, width)
+    a, b = _wide(300, width), _wide(100, width, 10)
     return nn.Sequential(nn.Flatten(), nn.Linear(784, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, 10))
 
 

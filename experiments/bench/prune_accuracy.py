@@ -5,6 +5,7 @@ learning rate of every method is the best of 1x, 2x and 4x the task's on a sixth
 operating point (from dense models that never saw that sixth); then it is trained on the whole training part and tested
 once, after the last epoch. Sparsity counts the weights of all linear and convolution layers, first and last included.
 On the curve a method takes the rate of the nearest operating point, and random pruning everywhere that of magnitude.
+Small dense models, which collapse at high rates, are tuned among 1/4, 1/2 and 1x the dense training's.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from experiments.baselines import PEERS, STRUCTURED_PEERS, Budget, accuracy, den
 from experiments.recipes import OURS, STRUCTURED_OURS
 from experiments.tasks import TASKS, Data, Task, data_folder
 
-FACTORS = (1.0, 2.0, 4.0)
+FACTORS, OF_SMALL = (1.0, 2.0, 4.0), (0.25, 0.5, 1.0)
 CURVE = (0.8, 0.9, 0.95, 0.98, 0.99)
-ON_CURVE = ("ours", "global magnitude", "random")
 DENSE, MORE, SMALL = "dense", "dense + C", "small dense"
+ON_CURVE = ("ours", "global magnitude", "random", SMALL)
 FEWER_MACS = 4.0
 FLOOR, ITS_RATE_FROM = "random", "global magnitude"
 FAILED = 20.0  # per cent: a network that has collapsed
@@ -145,8 +146,8 @@ def do(job: Job) -> Run:
         elif job.method == SMALL:
             torch.manual_seed(job.seed)
             model = _small(task, job.target, example)
-            budget = Budget(task, data, job.seed, task.epochs + task.compress_epochs, task.learning_rate)
-            train(model, budget)
+            epochs = task.epochs + task.compress_epochs
+            train(model, Budget(task, data, job.seed, epochs, task.learning_rate * job.factor))
         else:
             seed = job.seed + 1000  # other batches than the dense training's
             budget = Budget(task, data, seed, task.compress_epochs, task.compress_rate * job.factor)
@@ -218,7 +219,7 @@ def _row(runs: list[Run], tuned: bool) -> dict[str, Any]:
         "target": target,
         "accuracy": mean(results),
         "sd": stdev(results) if len(results) > 1 else math.nan,
-        "rate": f"{job.factor:g}x" + ("" if tuned else " (untuned)") if job.method in METHODS else "-",
+        "rate": f"{job.factor:g}x" + ("" if tuned else " (untuned)") if job.method != DENSE else "-",
         "reached": mean(run.reached for run in runs) if target != "-" else math.nan,
         "failed": sum(bool(run.failure) for run in runs),
         "seconds": mean(run.seconds for run in runs),
@@ -239,7 +240,7 @@ def run(
     """Headline: by task and operating point, ours and the best peer, mean and sample deviation over the seeds."""
     names = tasks or list(TASKS)
     pool_of = [*STRUCTURED_OURS, *STRUCTURED_PEERS] if structured else [*OURS, *PEERS, MORE]
-    chosen = [name for name in pool_of if not methods or name in methods or name.startswith("ours")]
+    chosen = [name for name in pool_of if not methods or name in methods or name.startswith("ours")] + [SMALL]
     points: dict[str, tuple[float, ...]] = {
         name: (FEWER_MACS,) if structured else TASKS[name].sparsities for name in names
     }
@@ -265,7 +266,7 @@ def run(
             for method in chosen
             if method != FLOOR or ITS_RATE_FROM not in chosen
             for target in targets(name, method)
-            for factor in FACTORS
+            for factor in (OF_SMALL if method == SMALL else FACTORS)
             for job in jobs(name, method, target, factor, tune_seeds, True)
         ]
         tuning = run_all("learning rates", todo)
@@ -276,7 +277,6 @@ def run(
             asked += [(n, FLOOR, t, best[n, FLOOR, t], False) for n in names for t in points[n]]
         for name in names:
             extra = [t for t in CURVE if t not in points[name]] if curve else []
-            asked += [(name, SMALL, target, 1.0, True) for target in sorted([*points[name], *extra])]
             for method in ON_CURVE:
                 for target in extra if method in chosen else []:
                     near = min(points[name], key=lambda point: abs(math.log((1 - point) / (1 - target))))
