@@ -119,8 +119,15 @@ class Random(Criterion):
 class LAMP(Criterion):
     """Magnitude relative to the weights of the layer that are at least as large (Lee 2021, arXiv:2010.07611).
 
-    w^2 / sum of u^2 over all |u| >= |w|. Ranked globally, it finds each layer's share by itself and empties none: the
-    largest weight of every layer scores 1.
+    w^2 / (sum of u^2 over all |u| >= |w|)^power. Ranked globally with power 1, it finds each layer's share by itself and
+    empties none: the largest weight of every layer scores 1. Power 0 is the global magnitude; in between, thin layers are
+    spared less.
+
+    Args:
+        power: How far each layer is measured by itself, 0..1.
+
+    Raises:
+        ValueError: If the power is out of range.
 
     Example:
         >>> layer = Layer("fc", torch.nn.Linear(2, 1))
@@ -129,11 +136,18 @@ class LAMP(Criterion):
         tensor([[0.5000, 1.0000]])
     """
 
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse other powers."""
+        if not 0 <= self.power <= 1:
+            raise ValueError(f"LAMP.power={self.power!r}: accepted is a number in 0..1; 1 is the paper's score.")
+
     def score(self, layer: Layer) -> Tensor:
-        """In 0..1, rising with |w|."""
+        """At least 0, rising with |w|."""
         squares, order = layer.weight.detach().flatten().double().square().sort(stable=True)
         at_least = squares.flip(0).cumsum(0).flip(0).clamp(min=torch.finfo(torch.float64).tiny)
-        scores = torch.empty_like(squares).scatter_(0, order, squares / at_least)
+        scores = torch.empty_like(squares).scatter_(0, order, squares / at_least**self.power)
         return scores.view_as(layer.weight).float()
 
 
