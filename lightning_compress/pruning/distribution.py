@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_compress.layers import Layer
 from lightning_compress.pruning.selection import keep_highest
 
-__all__ = ["erdos_renyi_kernel", "keep_groups", "split_by_scope"]
+__all__ = ["erdos_renyi_kernel", "keep_groups", "num_needed", "split_by_scope"]
 
 Scope = Literal["global", "layer", "erk"]
 
@@ -63,6 +63,11 @@ def split_by_scope(
     return [*own, *(([layer], shares[layer.name]) for layer in rest)]
 
 
+def num_needed(floor: float, sparsity: float, num_groups: int) -> int:
+    """How many of its groups a layer keeps at least."""
+    return math.ceil(round(floor * (1 - sparsity) * num_groups, 6)) if sparsity < 1 else 0
+
+
 def keep_groups(groups: Sequence[Tensor], sizes: Sequence[int], sparsity: float, floor: float = 0.0) -> list[Tensor]:
     """Bool tensors in the shapes of ``groups``, False for the lowest groups up to a share of all weights.
 
@@ -74,7 +79,7 @@ def keep_groups(groups: Sequence[Tensor], sizes: Sequence[int], sparsity: float,
     """
     keeps: list[Tensor] = [torch.ones_like(group, dtype=torch.bool) for group in groups]
     totals = [group.numel() * size for group, size in zip(groups, sizes, strict=True)]
-    needed = [math.ceil(floor * (1 - sparsity) * g.numel()) if sparsity < 1 else 0 for g in groups]
+    needed = [num_needed(floor, sparsity, group.numel()) for group in groups]
     open_, to_drop = list(range(len(groups))), sparsity * sum(totals)
     while open_:
         found = _keep_lowest_out([groups[i] for i in open_], [sizes[i] for i in open_], to_drop)

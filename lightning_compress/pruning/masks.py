@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.layers import Layer
 from lightning_compress.pruning.criteria import Criterion
-from lightning_compress.pruning.distribution import Scope, keep_groups, split_by_scope
+from lightning_compress.pruning.distribution import Scope, keep_groups, num_needed, split_by_scope
 from lightning_compress.pruning.observation import Observation
 from lightning_compress.pruning.patterns import Element, Pattern, out_first
 from lightning_compress.pruning.selection import CHUNK, Cut, find_cut, num_dropped, spread_sample
@@ -109,12 +109,13 @@ class Masks:
                 cut = self._find(criterion, num_left, open_)
                 if cut is None:
                     return False
-                short = self._short(cut, criterion, open_, floor * (1 - sparsity)) if floor and sparsity < 1 else []
+                needed = {layer.name: num_needed(floor, sparsity, layer.weight.numel()) for layer in open_}
+                short = self._short(cut, criterion, open_, needed) if floor else []
                 if not short:
                     cuts.append((cut, open_))
                     break
                 for layer in short:
-                    k = layer.weight.numel() - math.ceil(floor * (1 - sparsity) * layer.weight.numel())
+                    k = layer.weight.numel() - needed[layer.name]
                     own = self._find(criterion, k, [layer])
                     if own is None:
                         return False
@@ -125,17 +126,26 @@ class Masks:
             self.write(cut, criterion, layers)
         return True
 
-    def _short(self, cut: Cut, criterion: Criterion, layers: Sequence[Layer], share: float) -> list[Layer]:
-        """The layers of which a cut leaves less than a share."""
+    def _short(self, cut: Cut, criterion: Criterion, layers: Sequence[Layer], needed: Mapping[str, int]) -> list[Layer]:
+        """The layers of which a cut leaves less than what is needed."""
         short = []
         for layer in layers:
-            needed = math.ceil(share * layer.weight.numel())
             num_kept = 0
             for scores in _chunks(criterion, [layer]):
                 num_kept += int(np.count_nonzero(scores > cut.value))
-                if num_kept >= needed:
+                if num_kept >= needed[layer.name]:
                     break
-            if num_kept < needed:
+            if num_kept < needed[layer.name]:
+                short.append(layer)
+        if not short or cut.num_ties == cut.num_equal:
+            return short
+        cut, kept, short = replace(cut), np.empty(CHUNK, bool), []  # some of the equal ones are kept: count in order
+        for layer in layers:
+            num_kept = 0
+            for scores in _chunks(criterion, [layer]):
+                cut.keep(scores, kept[: len(scores)])
+                num_kept += int(np.count_nonzero(kept[: len(scores)]))
+            if num_kept < needed[layer.name]:
                 short.append(layer)
         return short
 

@@ -16,7 +16,7 @@ from lightning_compress.quantization import Affine, QParams, Quantizer
 from lightning_compress.testing import check_criterion, check_pattern, check_quantizer
 
 from .test_convert import PowerOfTwo
-from .test_patterns import Channel
+from .test_patterns import Own
 from .test_quantizers import Ternary
 
 
@@ -41,7 +41,7 @@ def test_a_right_criterion_passes(criterion: Criterion) -> None:
     check_criterion(criterion)
 
 
-@pytest.mark.parametrize("pattern", [Element(), Channel(), Rows()])
+@pytest.mark.parametrize("pattern", [Element(), Own(), Rows()])
 def test_a_right_pattern_passes(pattern: Pattern) -> None:
     check_pattern(pattern)
 
