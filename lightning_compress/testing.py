@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from lightning_compress.layers import Layer
 from lightning_compress.pruning.criteria import Criterion
+from lightning_compress.pruning.observation import Observation
 from lightning_compress.pruning.patterns import Pattern
 from lightning_compress.quantization.quantizers import Affine, QParams, Quantizer
 
 __all__ = ["check_criterion", "check_pattern", "check_quantizer"]
 
-_SHAPES = ((16, 32), (16, 16, 3, 3))
+_SHAPES = ((16, 32), (16, 16, 3, 3), (48, 24), (24, 48, 8))
 # with 0 inside, at an end, outside; narrow, wide, empty
 _RANGES = (
     *((-1.0, 1.0), (-0.3, 2.7), (-127.0, 128.0), (-2e-3, 1e-3), (-1e4, 3e4)),
@@ -28,9 +30,13 @@ _RANGES = (
 def check_criterion(criterion: Criterion) -> None:
     """Check that a criterion keeps the contract of :class:`lightning_compress.pruning.Criterion`.
 
-    For the weights of linear, convolution, transposed convolution and LSTM layers, also where some or all weights are
-    zero, the scores are finite, in the weight's shape and the same when asked twice; the weight, its gradient and the
-    global random state stay as they are.
+    For the weights of linear, convolution, transposed convolution and LSTM layers that it does not refuse, also where
+    some or all weights are zero, the scores are finite, in the weight's shape and the same when asked twice; the
+    weight, its gradient and the global random state stay as they are.
+
+    A criterion that observes does so first, over some training steps, with and without a batch norm and an activation
+    function behind the layer: what it observes is finite, of one shape whatever the size of the batch, and changes
+    neither inputs nor outputs nor gradients.
 
     Args:
         criterion: The criterion to check.
@@ -44,38 +50,117 @@ def check_criterion(criterion: Criterion) -> None:
     """
     name = type(criterion).__name__
     _require(isinstance(criterion, Criterion), f"{name} is no subclass of lightning_compress.pruning.Criterion")
+    both = criterion.observes_activations and criterion.observes_gradients
+    _require(not both, f"{name} overrides observe and observe_gradient; accepted is one of them")
+    num_scored = 0
     for layer in _layers():
         weight = layer.weight
         for kind, share in (("", 0.0), (" with half of the weights zero", 0.5), (" with all weights zero", 1.0)):
             where = f"for a {type(layer.module).__name__}'s {layer.parameter} of shape {tuple(weight.shape)}{kind}"
+            if _refuses(f"{name}.refuses {where}", criterion.refuses, layer):
+                continue
             weight.data = _noise(weight.shape, seed=1) * (_noise(weight.shape, seed=2, uniform=True) >= share)
-            weight.grad = _noise(weight.shape, seed=3)
-            before, grad, grad_before = weight.detach().clone(), weight.grad, weight.grad.clone()
-            rng = (torch.get_rng_state(), random.getstate())
-            with _attempt(f"{name}.score {where}"):
-                first, second = criterion.score(layer), criterion.score(layer)
-            _require(isinstance(first, Tensor), f"{name}.score gives a {type(first).__name__}, not a tensor, {where}")
-            _require(
-                first.shape == weight.shape,
-                f"{name}.score gives the shape {tuple(first.shape)}, not the weight's, {where}",
-            )
-            _require(bool(torch.isfinite(first).all()), f"{name}.score is not finite {where}")
-            _require(torch.equal(first, second), f"{name}.score is not the same when asked twice {where}")
-            _require(torch.equal(weight.detach(), before), f"{name}.score changed the weight {where}")
-            _require(
-                weight.grad is grad and torch.equal(grad, grad_before),
-                f"{name}.score changed the weight's gradient {where}",
-            )
-            untouched = torch.equal(torch.get_rng_state(), rng[0]) and random.getstate() == rng[1]
-            _require(untouched, f"{name}.score drew from the global random state; give it a torch.Generator")
+            seen = _observe(criterion, layer, where)
+            if seen is not None:
+                num_scored += 1
+                _check_scores(criterion, seen, where)
+    _require(num_scored, f"{name} refuses every layer, or sees nothing of any")
+
+
+def _check_scores(criterion: Criterion, layer: Layer, where: str) -> None:
+    name, weight = type(criterion).__name__, layer.weight
+    weight.grad = _noise(weight.shape, seed=3)
+    kept = {"weight": weight.detach(), "weight's gradient": weight.grad, "layer's seen": layer.seen}
+    before = {key: None if value is None else value.clone() for key, value in kept.items()}
+    grad, rng = weight.grad, _random_states()
+    with _attempt(f"{name}.score {where}"):
+        first, second = criterion.score(layer), criterion.score(layer)
+    _require(isinstance(first, Tensor), f"{name}.score gives a {type(first).__name__}, not a tensor, {where}")
+    _require(
+        first.shape == weight.shape,
+        f"{name}.score gives the shape {tuple(first.shape)}, not the weight's, {where}",
+    )
+    _require(bool(torch.isfinite(first).all()), f"{name}.score is not finite {where}")
+    _require(torch.equal(first, second), f"{name}.score is not the same when asked twice {where}")
+    for key, value in kept.items():
+        _require(_same(value, before[key]), f"{name}.score changed the {key} {where}")
+    _require(weight.grad is grad, f"{name}.score changed the weight's gradient {where}")
+    untouched = _same(rng, _random_states())
+    _require(untouched, f"{name}.score drew from the global random state; give it a torch.Generator")
+
+
+class _Trained(nn.Module):
+    """A layer with a batch norm and an activation function behind it, or with neither."""
+
+    norm: nn.Module
+    shape: tuple[int, ...]  # of one input
+
+    def __init__(self, module: nn.Module, bare: bool) -> None:
+        super().__init__()
+        self.module, self.bare, self.norm, self.shape = module, bare, nn.Identity(), (2, 4)
+        if isinstance(module, nn.Linear):
+            self.norm, self.shape = nn.BatchNorm1d(module.out_features), (module.in_features,)
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            self.norm, self.shape = nn.BatchNorm2d(module.out_channels), (module.in_channels, 5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.module(x)
+        y = y[0] if isinstance(y, tuple) else y
+        return y if self.bare else self.norm(y).relu()
+
+
+def _observe(criterion: Criterion, layer: Layer, where: str) -> Layer | None:
+    """The layer with what the criterion saw of it in some steps of training; None where it sees nothing."""
+    if not (criterion.observes_activations or criterion.observes_gradients or criterion.needs_norm):
+        return layer
+    name, seen = type(criterion).__name__, None
+    method = f"{name}.observe_gradient" if criterion.observes_gradients else f"{name}.observe"
+    for bare in (False,) if criterion.needs_norm else (True, False):
+        model = _Trained(layer.module, bare).train()
+        plain = copy.deepcopy(model)
+        observation, optimizer = Observation(criterion, [layer], model), torch.optim.SGD(model.parameters(), 0.0)
+        shapes, rng = set(), _random_states()
+        with ExitStack() as stack:
+            stack.callback(observation.cancel)  # its hooks, whatever happens
+            for seed, size in enumerate((4, 7, 2, 5)):
+                x = _noise((size, *model.shape), seed)
+                ours, theirs = x.clone(), plain(x)
+                pairs = list(zip(model.parameters(), plain.parameters(), strict=True))
+                for parameter in (p for pair in pairs for p in pair):
+                    parameter.grad = None
+                with _attempt(f"{method} {where}"):
+                    observation.begin_batch()
+                    output = model(ours)
+                _require(_same(ours, x), f"{method} changed the layer's inputs {where}")
+                _require(_same(output, theirs), f"{method} changed the layer's outputs {where}")
+                _require(all(_same(a, b) for a, b in pairs), f"{method} changed a weight {where}")
+                for y in (output, theirs):
+                    y.square().sum().backward()
+                with _attempt(f"{method} {where}"):
+                    observation.observe_gradients(optimizer)
+                _require(all(_same(a, b) for a, b in pairs), f"{method} changed a weight {where}")
+                _require(all(_same(a.grad, b.grad) for a, b in pairs), f"{method} changed a gradient {where}")
+                for found in observation.state_dict()["batch"].get(layer.name, []):
+                    _require(
+                        isinstance(found, Tensor), f"{method} gives a {type(found).__name__}, not a tensor, {where}"
+                    )
+                    _require(bool(torch.isfinite(found).all()), f"{method} is not finite {where}")
+                    _require(not found.requires_grad, f"{method} gives a tensor that holds on to its graph {where}")
+                    shapes.add(tuple(found.shape))
+                _require(len(shapes) <= 1, f"{method} gives another shape in every batch, {sorted(shapes)}, {where}")
+                observation.end_batch()
+        _require(_same(rng, _random_states()), f"{method} drew from the global random state; give it a torch.Generator")
+        seen = None if observation.refuses(layer) else observation.layer(layer)
+    return seen
 
 
 def check_pattern(pattern: Pattern) -> None:
     """Check that a pattern keeps the contract of :class:`lightning_compress.pruning.Pattern`.
 
-    For weights of two and of four axes, ``expand`` gives a bool a weight in the weight's shape; its groups are of one
-    size and share no weight; and ``reduce`` gives the group that ``expand`` keeps the highest score, and a group of
-    dropped weights, whose scores are -inf, the lowest.
+    For weights of two, three and four axes that it does not refuse, ``expand`` gives a bool a weight in the weight's
+    shape; its groups are of one size and share no weight; and ``reduce`` gives the group that ``expand`` keeps the
+    highest score, and a group of dropped weights, whose scores are -inf, the lowest. ``protects`` gives a bool a group,
+    and leaves enough of them to reach ``max_sparsity``; where that is below 1, it protects some.
 
     Args:
         pattern: The pattern to check.
@@ -89,8 +174,15 @@ def check_pattern(pattern: Pattern) -> None:
     """
     name = type(pattern).__name__
     _require(isinstance(pattern, Pattern), f"{name} is no subclass of lightning_compress.pruning.Pattern")
+    with _attempt(f"{name}.max_sparsity"):
+        most = float(pattern.max_sparsity)
+    _require(0 < most <= 1, f"{name}.max_sparsity is {most:g}; accepted is a share above 0 and up to 1")
+    num_accepted = 0
     for size in _SHAPES:
         shape, where = torch.Size(size), f"for a weight of shape {size}"
+        if _refuses(f"{name}.refuses {where}", pattern.refuses, shape):
+            continue
+        num_accepted += 1
 
         def reduce(scores: Tensor, where: str = where) -> Tensor:
             before = scores.clone()
@@ -141,6 +233,31 @@ def check_pattern(pattern: Pattern) -> None:
                 not dead.isnan().any() and int(dead.argmin()) == index,
                 f"{name}.reduce does not rank a group of dropped weights, whose scores are -inf, lowest {where}",
             )
+        _check_protects(pattern, groups, most, where)
+    _require(num_accepted, f"{name}.refuses refuses all of the shapes {', '.join(map(str, _SHAPES))}")
+
+
+def _check_protects(pattern: Pattern, groups: Tensor, most: float, where: str) -> None:
+    name, before = type(pattern).__name__, groups.clone()
+    with _attempt(f"{name}.protects {where}"):
+        protected = pattern.protects(groups)
+    _require(torch.equal(groups, before), f"{name}.protects changed the scores {where}")
+    some = protected is not None and bool(protected.any())
+    _require(
+        some or most == 1, f"{name}.protects protects no group, though max_sparsity is {most:g} and not 1, {where}"
+    )
+    if protected is None:
+        return
+    _require(protected.dtype == torch.bool, f"{name}.protects gives {protected.dtype}, not torch.bool, {where}")
+    _require(
+        protected.shape == groups.shape,
+        f"{name}.protects gives the shape {tuple(protected.shape)}, not that of reduce's groups, {where}",
+    )
+    free = 1 - float(protected.float().mean())
+    _require(
+        free > most - 1e-6,
+        f"{name}.protects leaves a share of {free:g} to drop, less than max_sparsity={most:g}, {where}",
+    )
 
 
 def check_quantizer(quantizer: Quantizer) -> None:
@@ -300,6 +417,24 @@ def _layers() -> Iterator[Layer]:
 def _noise(shape: Sequence[int], seed: int, uniform: bool = False) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand if uniform else torch.randn)(tuple(shape), generator=generator)
+
+
+def _random_states() -> tuple[Tensor, Any]:
+    return torch.get_rng_state(), random.getstate()
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        return all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+
+
+def _refuses(what: str, refuses: Callable[[Any], str | None], given: Any) -> bool:
+    """Whether a user's code refuses a layer or shape; None or a reason are the only answers."""
+    with _attempt(what):
+        reason = refuses(given)
+    _require(reason is None or (isinstance(reason, str) and reason), f"{what} gives {reason!r}, no reason in words")
+    return reason is not None
 
 
 @contextmanager

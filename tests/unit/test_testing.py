@@ -95,6 +95,84 @@ def test_a_broken_criterion_is_named_with_what_is_broken(score: Callable[[Layer]
         check_criterion(criterion(score))
 
 
+class Seen(Criterion):
+    """The mean square of the outputs, one an output channel, without looking at the axis of the channels."""
+
+    def observe(self, layer: Layer, inputs: Tensor, activations: Tensor) -> Tensor:
+        return activations.transpose(0, 1 - layer.weight.dim()).flatten(1).square().mean(1)
+
+    def score(self, layer: Layer) -> Tensor:
+        shape = [-1 if axis == layer.out_axis else 1 for axis in range(layer.weight.dim())]
+        return layer.weight.detach().abs() * layer.seen.view(shape)
+
+
+class SeenGradient(Criterion):
+    def observe_gradient(self, layer: Layer, gradient: Tensor) -> Tensor:
+        return gradient.abs()
+
+    def score(self, layer: Layer) -> Tensor:
+        return layer.seen
+
+
+class SeenNorm(Criterion):
+    needs_norm = True
+
+    def score(self, layer: Layer) -> Tensor:
+        shape = [-1 if axis == layer.out_axis else 1 for axis in range(layer.weight.dim())]
+        return layer.norm.weight.detach().abs().view(shape).expand_as(layer.weight)
+
+
+@pytest.mark.parametrize("criterion", [Seen(), SeenGradient(), SeenNorm()])
+def test_a_right_criterion_that_observes_passes(criterion: Criterion) -> None:
+    check_criterion(criterion)
+
+
+def observing(kind: type[Criterion], **members: Any) -> Criterion:
+    return type("Broken", (kind,), members)()
+
+
+def first(change: Callable[..., Any], method: str) -> dict[str, Any]:
+    """The right method after something that it must not do."""
+    right = getattr(Seen if method == "observe" else SeenGradient, method)
+    return {method: lambda self, layer, *values: (change(layer, *values), right(self, layer, *values))[1]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "members", "message"),
+    [
+        (Seen, {"observe": lambda self, layer, x, y: y}, r"observe .*gives another shape in every batch"),
+        (Seen, {"observe": lambda self, layer, x, y: 1.0}, "observe gives a float, not a tensor, for a Linear"),
+        (Seen, {"observe": lambda self, layer, x, y: y.mean(0).log()}, "observe is not finite"),
+        (Seen, {"observe": lambda self, layer, x, y: y @ x}, "observe .*raised RuntimeError"),
+        (Seen, first(lambda layer, x, y: x.zero_(), "observe"), "observe changed the layer's inputs"),
+        (Seen, first(lambda layer, x, y: y.zero_(), "observe"), "observe changed the layer's outputs"),
+        (
+            Seen,
+            first(lambda layer, x, y: layer.weight.mul_(2), "observe"),
+            "observe changed a weight",
+        ),
+        (Seen, first(lambda layer, x, y: torch.rand(1), "observe"), "observe drew from the global random state"),
+        (Seen, {"score": lambda self, layer: layer.seen}, "score gives the shape .* not the weight's"),
+        (Seen, {"score": lambda self, layer: layer.seen.zero_().sum() + layer.weight}, "changed the layer's seen"),
+        (Seen, {"refuses": lambda self, layer: False}, "refuses for a Linear.* gives False, no reason in words"),
+        (Seen, {"refuses": lambda self, layer: ""}, "refuses .*gives '', no reason in words"),
+        (Seen, {"refuses": lambda self, layer: layer.no}, "refuses .*raised AttributeError"),
+        (Seen, {"refuses": lambda self, layer: "never"}, "refuses every layer, or sees nothing of any"),
+        (Seen, {"observe_gradient": SeenGradient.observe_gradient}, "overrides observe and observe_gradient"),
+        (SeenGradient, first(lambda layer, g: g.zero_(), "observe_gradient"), "observe_gradient changed a gradient"),
+        (SeenGradient, first(lambda layer, g: layer.weight.data.add_(1), "observe_gradient"), "changed a weight"),
+        (SeenGradient, {"observe_gradient": lambda self, layer, g: layer.weight * g}, "holds on to its graph"),
+        (SeenNorm, {"score": lambda self, layer: layer.norm.scale}, "score .*raised AttributeError"),
+        (SeenNorm, {"needs_norm": False}, "score for a Linear.*raised AttributeError"),
+    ],
+)
+def test_a_broken_observer_is_named_with_what_is_broken(
+    kind: type[Criterion], members: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(AssertionError, match=rf"(?s)Broken.*{message}"):
+        check_criterion(observing(kind, **members))
+
+
 def pattern(reduce: Callable[[Tensor], Tensor], expand: Callable[[Tensor, torch.Size], Tensor]) -> Pattern:
     members = {"reduce": lambda self, scores: reduce(scores), "expand": lambda self, keep, shape: expand(keep, shape)}
     return type("Broken", (Pattern,), members)()
@@ -134,6 +212,54 @@ def unequal(keep: Tensor, shape: torch.Size) -> Tensor:
 def test_a_broken_pattern_is_named_with_what_is_broken(reduce: Any, expand: Any, message: str) -> None:
     with pytest.raises(AssertionError, match=rf"(?s)Broken\..*{message}"):
         check_pattern(pattern(reduce, expand))
+
+
+class OneOfTwo(Pattern):
+    """Keeps the better one of two neighbours."""
+
+    max_sparsity = 0.5
+
+    def reduce(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
+        return keep
+
+    def refuses(self, shape: torch.Size) -> str | None:
+        return "an odd number of inputs" if shape[1] % 2 else None
+
+    def protects(self, groups: Tensor) -> Tensor:
+        pairs = groups.unflatten(1, (-1, 2))
+        first = pairs[:, :, :1] >= pairs[:, :, 1:]
+        return torch.cat([first, ~first], 2).flatten(1, 2)
+
+
+def test_a_right_pattern_that_protects_passes() -> None:
+    check_pattern(OneOfTwo())
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"refuses": lambda self, shape: "never"}, r"refuses refuses all of the shapes \(16, 32\), "),
+        ({"refuses": lambda self, shape: True}, r"refuses for a weight of shape \(16, 32\) gives True, no reason"),
+        ({"refuses": lambda self, shape: shape[9]}, "refuses .*raised IndexError"),
+        ({"protects": lambda self, groups: None}, "protects no group, though max_sparsity is 0.5 and not 1"),
+        ({"protects": lambda self, groups: groups > 2}, "protects no group, though max_sparsity is 0.5 and not 1"),
+        ({"protects": lambda self, groups: groups}, "protects gives torch.float32, not torch.bool"),
+        ({"protects": lambda self, groups: groups[0] > 0}, "protects gives the shape .* not that of reduce's groups"),
+        ({"protects": lambda self, groups: groups > -1}, "leaves a share of 0 to drop, less than max_sparsity=0.5"),
+        ({"protects": lambda self, groups: groups.sub_(1) > 0}, "protects changed the scores"),
+        ({"protects": lambda self, groups: groups.no}, "protects .*raised AttributeError"),
+        ({"max_sparsity": 0.0}, "max_sparsity is 0; accepted is a share above 0"),
+        ({"max_sparsity": 50}, "max_sparsity is 50; accepted"),
+        ({"max_sparsity": 0.75}, "leaves a share of 0.5 to drop, less than max_sparsity=0.75"),
+        ({"max_sparsity": None}, "max_sparsity raised TypeError"),
+    ],
+)
+def test_a_pattern_whose_protection_is_broken_is_named(members: dict[str, Any], message: str) -> None:
+    with pytest.raises(AssertionError, match=rf"(?s)Broken\..*{message}"):
+        check_pattern(type("Broken", (OneOfTwo,), members)())
 
 
 class NoZero(Affine):
