@@ -124,20 +124,23 @@ def pruned() -> nn.Module:
 
 
 def peak_of(method: str) -> int:
-    """Peak memory over the second step."""
+    """Peak memory over a step after the first; a median, since Linux counts the pages of a process roughly."""
     torch.set_num_threads(1)
     step = step_of(METHODS[method], pruned())
     step()
-    peak(reset=True)
-    step()
-    return peak()
+    peaks = []
+    for _ in range(5):
+        peak(reset=True)
+        step()
+        peaks.append(peak())
+    return int(median(peaks))
 
 
 def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
     """What a function returns in a new process; its allocator returns what is freed."""
     thresholds = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536")
     executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    with patch.dict(os.environ, thresholds), executor:
+    with patch.dict(os.environ, thresholds | {"MALLOC_ARENA_MAX": "1"}), executor:
         return executor.submit(function, *args).result()
 
 
@@ -147,7 +150,7 @@ def run(repeats: int = 9) -> dict[str, Any]:
     torch.set_flush_denormal(True)
     model = pruned()
     num_weights = sum(layer.weight.numel() for layer in find_layers(model)[0])
-    peaks = {name: in_own_process(peak_of, name) for name in METHODS}
+    peaks = {name: median(in_own_process(peak_of, name) for _ in range(3)) for name in METHODS}
     steps = {name: step_of(method, model) for name, method in METHODS.items()}
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(repeats + 1):
