@@ -24,6 +24,8 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_compress.pruning.surgery import restore_structure, structure_of
+
 __all__ = ["load_packed", "save_packed"]
 
 _KEY, _VERSION = "lightning_compress.packed", 1
@@ -61,7 +63,8 @@ def save_packed(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> No
             entries[name], blobs[name] = _encode(value)
         else:
             entries[name] = {"encoding": "tied", "to": first}
-    content = {"version": _VERSION, "tensors": entries}
+    structure = structure_of(model) if isinstance(model, nn.Module) else {}
+    content = {"version": _VERSION, "tensors": entries, "structure": structure if any(structure.values()) else {}}
     _write(Path(path), save(blobs, {_KEY: _dump({**content, "crc32": _checksum(content)})}))
 
 
@@ -70,7 +73,8 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> dict[str, T
 
     Args:
         path: The file, written by :func:`save_packed`.
-        model: Loads the weights too, if given; its names and shapes must be those of the file.
+        model: Loads the weights too, if given; its names and shapes must be those of the file, but for channels and
+            blocks that were removed: the model takes the structure of the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -82,13 +86,15 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> dict[str, T
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={str(path)!r}: there is no such file. Give the path of a file of save_packed.")
     try:
-        state = _read(Path(path))
+        state, structure = _read(Path(path))
     except (SafetensorError, zstandard.ZstdError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"path={str(path)!r}: this is no whole file of save_packed ({error}). Accepted is what save_packed of this "
             "or an earlier version wrote: save it again, or load other checkpoints by torch.load or safetensors."
         ) from error
     if model is not None:
+        if structure or any(structure_of(model).values()):
+            restore_structure(model, structure, state)
         _check_fits(state, model.state_dict(), path)
         model.load_state_dict(state)
     return state
@@ -202,7 +208,7 @@ def _write(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, "np") as file:
         metadata = (file.metadata() or {}).get(_KEY)
         if metadata is None:
@@ -215,4 +221,4 @@ def _read(path: Path) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, entry in content["tensors"].items():
             state[name] = state[entry["to"]] if "to" in entry else _decode(entry, file.get_tensor(name))
-    return state
+    return state, content["structure"]

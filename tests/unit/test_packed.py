@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lightning_compress
 from lightning_compress.deploy import packed
 from lightning_compress.deploy.packed import load_packed, save_packed
+from lightning_compress.pruning.surgery import apply_record
 
 from .helpers import noise, randomized
 
@@ -249,6 +250,28 @@ def test_another_model_is_refused_before_it_is_touched(other: nn.Module, what: s
     with pytest.raises(ValueError, match=what + ".*Build the model"):
         load_packed(tmp_path / "x", other)
     assert_same(dict(sorted(other.state_dict().items())), before)
+
+
+def test_a_model_without_some_channels_and_a_block_loads_into_a_dense_one(tmp_path: Path) -> None:
+    def net(seed: int) -> nn.Module:
+        return randomized(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3), nn.Sequential(nn.Linear(3, 3))), seed).eval()
+
+    small, dense = net(0), net(1)
+    kept = torch.tensor([0, 2, 5])
+    record = {
+        "kept": {"0.weight": {0: kept}, "0.bias": {0: kept}, "1.weight": {1: kept}},
+        "attributes": {"0": {"out_features": 3}, "1": {"in_features": 3}},
+        "removed": ["2"],
+    }
+    apply_record(small, record)
+    save_packed(small, tmp_path / "small")
+    save_packed(net(2), tmp_path / "dense")
+    load_packed(tmp_path / "small", dense)
+    assert dense[0].out_features == 3
+    assert_same(dict(sorted(dense.state_dict().items())), dict(small.state_dict()))
+    assert torch.equal(dense(noise(2, 4)), small(noise(2, 4)))
+    load_packed(tmp_path / "dense", dense)
+    assert torch.equal(dense(noise(2, 4)), net(2)(noise(2, 4)))
 
 
 def test_the_package_exports_both() -> None:
