@@ -68,11 +68,18 @@ class Masks:
         """
         layers = [layer for layer in self.layers if observation is None or observation.refuses(layer) is None]
         parts = split_by_scope(layers, sparsity, scope, targets or {})
+        parts = [(part, share) for part, share in parts if self._num_open(part, share) > 0]
         streamed = isinstance(pattern, Element) and type(criterion).score_values is not Criterion.score_values
         if not (streamed and self._update_streamed(criterion, parts, floor)):
             for part, share in parts:
                 self._update_scored(criterion, pattern, part, share, floor, observation)
         self.apply(layers)
+
+    def _num_open(self, layers: Sequence[Layer], sparsity: float) -> int:
+        """How many weights are still to be dropped for a sparsity."""
+        num_weights = sum(layer.weight.numel() for layer in layers)
+        num_kept = sum(int(self._masks[layer.name].sum(dtype=torch.int64)) for layer in layers)
+        return num_dropped(sparsity, num_weights) - (num_weights - num_kept)
 
     def _update_scored(
         self,

@@ -15,13 +15,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "Cut", "find_cut", "keep_highest", "num_dropped"]
+__all__ = ["CHUNK", "Cut", "Ranks", "find_cut", "keep_highest", "num_dropped"]
 
 CHUNK = 2**18  # scores that are looked at together: they stay in the cache
 _SIGMAS = 2.7  # a bracket misses the cut 7 times in a thousand; then it is widened
 _ALL_OUTSIDE = np.uint64(0x0101010101010101)  # eight times True
 
 Chunks = Callable[[], Iterator[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that hold the scores together; by default there is one.
+
+    Args:
+        rank: Which of them this is.
+        gather: Gives the arrays that all of them gave, in order of rank; :func:`~.sharding.ranks_of` makes one.
+    """
+
+    rank: int = 0
+    gather: Callable[[np.ndarray], list[np.ndarray]] = lambda array: [array]
+
+    def sum(self, number: int) -> int:
+        """The sum of all their numbers."""
+        return sum(int(array[0]) for array in self.gather(np.array([number], np.int64)))
 
 
 @dataclass
@@ -53,7 +70,7 @@ def num_dropped(sparsity: float, num_scores: int) -> int:
     return min(num_scores, math.ceil(round(sparsity * num_scores, 6)))
 
 
-def find_cut(chunks: Chunks, num_scores: int, k: int, sample: Callable[[], np.ndarray]) -> Cut:
+def find_cut(chunks: Chunks, num_scores: int, k: int, sample: Callable[[], np.ndarray], ranks: Ranks = Ranks()) -> Cut:
     """The cut below which exactly the k lowest scores lie.
 
     Args:
@@ -61,14 +78,17 @@ def find_cut(chunks: Chunks, num_scores: int, k: int, sample: Callable[[], np.nd
         num_scores: How many scores there are.
         k: How many to drop.
         sample: Gives some of the scores, spread over all of them, as an array to keep.
+        ranks: Processes that hold the scores together: chunks and sample are of this one, all else is of all.
 
     Raises:
         ValueError: If a score is NaN.
     """
     widening = 1.0
     while True:
-        low, high, share = _bracket(sample(), k / max(1, num_scores), widening)
+        low, high, share = _bracket(_together(ranks, sample()), k / max(1, num_scores), widening)
         num_below, candidates = _count_and_collect(chunks(), low, high, int(1.2 * share * num_scores))
+        num_below, candidates = ranks.sum(num_below), _together(ranks, candidates)
+        _check_no_nan(candidates)  # not before: all ranks raise, or none
         if num_below < max(1, k) <= num_below + len(candidates) or share == 1:
             break
         widening *= 4
@@ -119,8 +139,12 @@ def _count_and_collect(chunks: Iterator[np.ndarray], low: float, high: float, ex
             inside = np.append(inside[:num_inside], np.empty(max(len(near), len(inside)), np.float32))
         inside[num_inside : num_inside + len(near)] = near
         num_inside += len(near)
-    _check_no_nan(inside[:num_inside])
     return num_below, inside[:num_inside]
+
+
+def _together(ranks: Ranks, array: np.ndarray) -> np.ndarray:
+    arrays = ranks.gather(array)
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _true_of_few(flags: np.ndarray) -> np.ndarray:
@@ -136,7 +160,7 @@ def _check_no_nan(scores: np.ndarray) -> None:
         raise ValueError("A pruning score is NaN: the weights have diverged. Lower the learning rate.")
 
 
-def keep_highest(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+def keep_highest(scores: Sequence[Tensor], sparsity: float, ranks: Ranks = Ranks()) -> list[Tensor]:
     """Bool tensors in the shapes of ``scores``, False for exactly the lowest share of all of them together.
 
     Equal scores are dropped in order of tensor and index, so that the count is exact.
@@ -144,30 +168,43 @@ def keep_highest(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     Args:
         scores: Any number of float tensors.
         sparsity: Share to drop, 0..1.
+        ranks: Processes that each hold a part of every tensor, which may be empty: the first the first rows, and so on.
 
     Raises:
-        ValueError: If a score is NaN.
+        ValueError: If a score is NaN, of whichever rank.
 
     Example:
         >>> keep_highest([torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])], 0.25)
         [tensor([ True, False]), tensor([True, True])]
     """
     flat = [s.detach().float().cpu().reshape(-1).numpy() for s in scores]
-    num_scores = sum(len(s) for s in flat)
+    num_scores = ranks.sum(sum(len(s) for s in flat))
 
     def chunks() -> Iterator[np.ndarray]:
         for values in flat:
             for begin in range(0, len(values), CHUNK):
                 yield values[begin : begin + CHUNK]
 
-    cut = find_cut(chunks, num_scores, num_dropped(sparsity, num_scores), partial(spread_sample, flat, num_scores))
+    k = num_dropped(sparsity, num_scores)
+    cuts = _cut_by_tensor(find_cut(chunks, num_scores, k, partial(spread_sample, flat, num_scores), ranks), flat, ranks)
     kept = []
-    for values, s in zip(flat, scores, strict=True):
+    for values, s, cut in zip(flat, scores, cuts, strict=True):
         keep = np.empty(len(values), bool)
         for begin in range(0, len(values), CHUNK):
             cut.keep(values[begin : begin + CHUNK], keep[begin : begin + CHUNK])
         kept.append(torch.from_numpy(keep).view(s.shape).to(s.device))
     return kept
+
+
+def _cut_by_tensor(cut: Cut, flat: Sequence[np.ndarray], ranks: Ranks) -> list[Cut]:
+    """The cut through this rank's part of each tensor: ties are dropped in order of tensor, rank and index."""
+    if cut.num_ties == cut.num_equal:
+        return [cut] * len(flat)
+    equal = np.array([np.count_nonzero(values == cut.value) for values in flat], np.int64)
+    by_tensor = np.stack(ranks.gather(equal), 1)
+    before = (by_tensor.cumsum() - by_tensor.reshape(-1)).reshape(by_tensor.shape)[:, ranks.rank]
+    ties = np.clip(cut.num_ties - before, 0, equal)
+    return [Cut(cut.value, int(t), int(n)) for t, n in zip(ties, equal, strict=True)]
 
 
 def spread_sample(flat: Sequence[np.ndarray], num_scores: int) -> np.ndarray:
