@@ -10,6 +10,7 @@ from unittest.mock import patch
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning_compress.callbacks import (
     CompressionReport,
     Export,
@@ -70,6 +71,12 @@ def other_structure(folder: Path) -> None:
     make_trainer(folder, callbacks=[GradualPruning(), NoTraining()]).fit(ConvResidual(), ckpt_path=folder / "mlp.ckpt")
 
 
+def strategy(kind: type[Strategy]) -> None:
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    with patch.object(pl.Trainer, "strategy", kind()):
+        GradualPruning().setup(trainer, make_module("mlp"), "fit")
+
+
 def missing_extra(folder: Path) -> None:
     with patch("lightning_compress.deploy.formats.find_spec", lambda name: None):
         fit(folder, Export(["onnx"]))
@@ -121,6 +128,16 @@ CASES: dict[str, Case] = {
         lambda f: fit(f, QuantizationAwareTraining(lightning_compress.int8(exclude=["haed"]))),
         ValueError,
         "exclude='haed' matches no layer",
+    ),
+    "strategy=FSDPStrategy": (
+        lambda _: strategy(FSDPStrategy),
+        ValueError,
+        r"strategy=FSDPStrategy: .* Train with Trainer\(strategy='ddp'\)",
+    ),
+    "strategy=ModelParallelStrategy": (
+        lambda _: strategy(ModelParallelStrategy),
+        ValueError,
+        "strategy=ModelParallelStrategy: .* Accepted are single-device and DDP strategies",
     ),
     "unknown format": (lambda _: Export(["tflite9"]), ValueError, "formats='tflite9': accepted are 'onnx'"),
     "missing extra": (missing_extra, ModuleNotFoundError, r"pip install 'lightning-compress\[onnx\]'"),
