@@ -23,7 +23,7 @@ def check_strategy(trainer: pl.Trainer) -> None:
     """
     if trainer.strategy.restore_checkpoint_after_setup:
         raise ValueError(
-            f"strategy={type(trainer.strategy).__name__}: it loads a checkpoint after the callbacks looked at the model. "
+            f"strategy={type(trainer.strategy).__name__}: it loads a checkpoint after callbacks looked at the model. "
             "Accepted are single-device and DDP strategies, not ModelParallelStrategy, FSDPStrategy and "
             "DeepSpeedStrategy. Train with Trainer(strategy='ddp')."
         )
