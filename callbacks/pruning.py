@@ -44,7 +44,8 @@ class GradualPruning(pl.Callback):
         include: Name patterns of the layers to prune; empty for all linear, convolution, attention and recurrent ones.
         exclude: Name patterns of layers to leave dense.
         targets: Final sparsity of single layers by name pattern; they rise along the same schedule.
-        floor: No layer keeps less than this share of what all keep on average, so that none is emptied.
+        floor: No layer keeps less than this share of what all keep on average, so that none is emptied; the pattern
+            ``WholeLayer`` empties layers all the same.
         keep_first: Leave the first layer dense.
         keep_last: Leave the last layer dense.
         rewind: Where in the run, in the phase's unit, to remember the weights to which they return whenever the
@@ -148,8 +149,8 @@ class GradualPruning(pl.Callback):
         for pattern, target in self.targets.items():
             if not _is_share(target) or target > self.pattern.max_sparsity:
                 raise ValueError(
-                    f"{name}.targets[{pattern!r}]={target!r}: accepted is a sparsity in "
-                    f"0..{self.pattern.max_sparsity:g}."
+                    f"{name}.targets[{pattern!r}]={target!r}: accepted is a share in 0..{self.pattern.max_sparsity:g} "
+                    "of the layer's weights."
                 )
         number = isinstance(self.rewind, int | float) and not isinstance(self.rewind, bool)
         if self.rewind is not None and not (number and 0 <= self.rewind <= self.phase.begin):

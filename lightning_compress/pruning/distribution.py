@@ -85,7 +85,7 @@ def keep_groups(groups: Sequence[Tensor], sizes: Sequence[int], sparsity: float,
         found = _keep_lowest_out([groups[i] for i in open_], [sizes[i] for i in open_], to_drop)
         for i, keep in zip(open_, found, strict=True):
             keeps[i] = keep | (groups[i] == torch.inf)
-        short = [i for i in open_ if int(keeps[i].sum()) < needed[i] and groups[i].numel() > 1]
+        short = [i for i in open_ if int(keeps[i].sum()) < needed[i]]
         for i in short:
             keeps[i] = keep_highest([groups[i]], 1 - needed[i] / groups[i].numel())[0]
             to_drop -= int((~keeps[i]).sum()) * sizes[i]

@@ -15,7 +15,7 @@ from lightning_compress.layers import Layer
 from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.distribution import Scope, keep_groups, num_needed, split_by_scope
 from lightning_compress.pruning.observation import Observation
-from lightning_compress.pruning.patterns import Element, Pattern, out_first
+from lightning_compress.pruning.patterns import Element, Pattern, WholeLayer, out_first
 from lightning_compress.pruning.selection import CHUNK, Cut, find_cut, num_dropped, spread_sample
 
 __all__ = ["Masks"]
@@ -63,7 +63,8 @@ class Masks:
             scope: ``"global"`` ranks all layers together, ``"layer"`` each layer for itself, ``"erk"`` each layer for
                 itself up to a sparsity that depends on its shape.
             targets: Sparsities of single layers by their names; they are ranked for themselves.
-            floor: No layer keeps less than this share of what all keep on average; above 0, none is emptied.
+            floor: No layer keeps less than this share of what all keep on average; above 0, none is emptied. It does
+                not count for ``WholeLayer``, which empties layers.
             observation: What the criterion saw; layers that it cannot score stay as they are.
         """
         layers = [layer for layer in self.layers if observation is None or observation.refuses(layer) is None]
@@ -101,6 +102,7 @@ class Masks:
                 found = found.masked_fill(protected & (found > -torch.inf), torch.inf)
             groups.append(found)
             sizes.append(layer.weight.numel() // found.numel())
+        floor = 0.0 if isinstance(pattern, WholeLayer) else floor
         for layer, keep in zip(layers, keep_groups(groups, sizes, sparsity, floor), strict=True):
             shape = out_first(layer, layer.weight).shape
             self._masks[layer.name] *= out_first(layer, pattern.expand(keep, shape))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.layers import Layer, find_layers
-from lightning_compress.pruning import Block, Channel, Criterion, Element, Magnitude, Masks, NofM, Pattern
+from lightning_compress.pruning import Block, Channel, Criterion, Element, Magnitude, Masks, NofM, Pattern, WholeLayer
 from lightning_compress.pruning.distribution import erdos_renyi_kernel, keep_groups, split_by_scope
 
 from .helpers import noise, randomized
@@ -86,7 +86,7 @@ def test_targets_are_ranked_alone_and_the_rest_by_scope(scope: str) -> None:
 
 def greedy(groups: list[list[float]], sizes: list[int], sparsity: float, floor: float) -> list[list[bool]]:
     """Drop the lowest group that may still go, until the share of weights is reached."""
-    needed = [math.ceil(floor * (1 - sparsity) * len(g) - 1e-7) if sparsity < 1 and len(g) > 1 else 0 for g in groups]
+    needed = [math.ceil(floor * (1 - sparsity) * len(g) - 1e-7) if sparsity < 1 else 0 for g in groups]
     keep = [[True] * len(g) for g in groups]
     left = round(sparsity * sum(len(g) * size for g, size in zip(groups, sizes, strict=True)), 6)
     order = sorted(((score, i, j) for i, g in enumerate(groups) for j, score in enumerate(g)), key=lambda t: t[0])
@@ -190,3 +190,16 @@ def test_a_floor_keeps_a_layer_that_would_be_emptied() -> None:
         masks.update(Magnitude(), Element(), 0.9, "global", floor=floor)
         assert int((masks.layers[1].weight != 0).sum()) == kept
         assert masks.sparsity == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_layer_of_one_channel_is_not_emptied_unless_whole_layers_go(scope: str) -> None:
+    layers = (nn.Linear(8, 12), nn.Linear(12, 1))
+    model = randomized(nn.Sequential(*layers))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)
+    Masks(find_layers(model)[0]).update(Scored(), Channel(), 0.5, scope, floor=0.1)
+    assert bool(model[1].weight.all())
+    assert int(model[0].weight.any(1).sum()) == (5 if scope == "global" else 6)
+    Masks(find_layers(model)[0]).update(Scored(), WholeLayer(), 0.05, "global", floor=0.1)
+    assert not model[1].weight.any()
