@@ -223,7 +223,7 @@ class Rewinds(pl.Callback):
         self.seen.append((self.pruning.masks.sparsity, weights, states))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: f"on {name}")
 def test_every_round_starts_from_the_weights_of_the_early_step(name: str, tmp_path: Path) -> None:
     def rounds() -> GradualPruning:
         return GradualPruning(Rounds(0.75, num=2), phase=Phase(0.25, 0.75), every=1, rewind=2 / NUM)
@@ -267,7 +267,7 @@ class Watched(pl.Callback):
 
 
 @pytest.mark.parametrize("kind", [RigL, SET])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: f"on {name}")
 def test_sparse_training_step_by_step(kind: type[RigL], name: str, tmp_path: Path) -> None:
     phase, every = Phase(0.1, 0.8), 4 if name == "gan" else 2
     rigl = kind(0.7, phase=phase, every=every, share=0.5)
