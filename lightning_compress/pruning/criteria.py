@@ -120,8 +120,8 @@ class LAMP(Criterion):
     """Magnitude relative to the weights of the layer that are at least as large (Lee 2021, arXiv:2010.07611).
 
     w^2 / (sum of u^2 over all |u| >= |w|)^power. Ranked globally with power 1, it finds each layer's share by itself
-    and empties none: the largest weight of every layer scores 1. Power 0 is the global magnitude; in between, thin layers
-    are spared less.
+    and empties none: the largest weight of every layer scores 1. Power 0 is the global magnitude; in between, thin
+    layers are spared less.
 
     Args:
         power: How far each layer is measured by itself, 0..1.

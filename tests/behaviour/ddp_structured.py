@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..harness import differences, make_module, make_trainer, snapshot
+from ..zoo import MODULES
 from .ddp import write
 from .test_structured import BLOCKS, METHODS, SHRINKS, shapes
 
@@ -36,7 +37,9 @@ def train(method: str, name: str, folder: Path) -> str:
 def main(path: Path) -> None:
     """All modules."""
     with tempfile.TemporaryDirectory() as folder:
-        names = [f"{method} {name}" for method, names in (("channels", SHRINKS), ("layers", BLOCKS)) for name in names]
+        names = [
+            f"{method} {name}" for method, names in (("channels", list(MODULES)), ("layers", BLOCKS)) for name in names
+        ]
         write(path, names, lambda name: train(*name.split(" "), Path(folder)))
 
 

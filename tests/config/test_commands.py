@@ -130,7 +130,9 @@ def test_sweep_returns_the_objective(tmp_path: Path) -> None:
     assert value == report["artifacts"][0]["metric"]
 
 
-@pytest.mark.parametrize("recipe", ["magnitude", "int8", "prune_int8", "finetune", "distill", "channels", "layers", "rigl", "n_of_m"])
+@pytest.mark.parametrize(
+    "recipe", ["magnitude", "int8", "prune_int8", "finetune", "distill", "channels", "layers", "rigl", "n_of_m"]
+)
 def test_every_recipe_takes_a_users_own_classes(recipe: str, tmp_path: Path) -> None:
     command(
         *("model._target_=tests.zoo.MLP", "data._target_=lightning.pytorch.LightningDataModule.from_datasets"),
