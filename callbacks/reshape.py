@@ -48,6 +48,7 @@ def _follow(callback: GradualPruning, record: Record, names: dict[int, str]) -> 
         observation.layers = {key: layer for key, layer in observation.layers.items() if id(layer.weight) in names}
         observation.seen.clear()
         observation._weights.clear()
+        observation._batch.clear()
     if callback._rewound is not None:
         for name, axes in record["kept"].items():
             for axis, keep in axes.items():
