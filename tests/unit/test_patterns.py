@@ -38,7 +38,7 @@ SHIPPED = [
 ]
 
 
-@pytest.mark.parametrize("pattern", [*SHIPPED, Own()], ids=str)
+@pytest.mark.parametrize("pattern", [*SHIPPED, Own()], ids=lambda v: type(v).__name__)
 def test_the_contract_is_kept(pattern: Pattern) -> None:
     check_pattern(pattern)
 
