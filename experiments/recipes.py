@@ -5,29 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning_compress.callbacks import ChannelPruning, GradualPruning, KnowledgeDistillation
-from torch import Tensor, nn
+from torch import nn
 
 from experiments.baselines import Budget, fit
-from lightning_compress.layers import Layer
 from lightning_compress.phase import Phase
-from lightning_compress.pruning import Criterion
+from lightning_compress.pruning import SparedMagnitude
 
-__all__ = ["OURS", "STRUCTURED_OURS", "Spared"]
-
-
-class Spared(Criterion):
-    """Magnitude that keeps as many weights of each layer as it has outputs: none is emptied, however thin."""
-
-    def score(self, layer: Layer) -> Tensor:
-        """|w|, far above all others for the largest of the layer."""
-        flat = layer.weight.detach().abs().flatten()
-        flat[flat.topk(layer.weight.shape[layer.out_axis]).indices] *= 1e6
-        return flat.view_as(layer.weight)
+__all__ = ["OURS", "STRUCTURED_OURS"]
 
 
 def pruned(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
     """Global magnitude that spares thin layers, taught by the model as it was."""
-    prune = GradualPruning(sparsity, Spared(), phase=Phase(0.0, 0.5), every=10)
+    prune = GradualPruning(sparsity, SparedMagnitude(), phase=Phase(0.0, 0.5), every=10)
     return fit(model, budget, [prune, KnowledgeDistillation(temperature=4.0)])
 
 

@@ -9,6 +9,7 @@ from lightning_compress.pruning.criteria import (
     MeanActivation,
     Movement,
     Random,
+    SparedMagnitude,
     Taylor,
     Wanda,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Random",
     "Rounds",
     "Schedule",
+    "SparedMagnitude",
     "Taylor",
     "Wanda",
     "WholeLayer",

@@ -21,6 +21,7 @@ __all__ = [
     "MeanActivation",
     "Movement",
     "Random",
+    "SparedMagnitude",
     "Taylor",
     "Wanda",
 ]
@@ -97,6 +98,28 @@ class Magnitude(Criterion):
     def score_values(self, weights: Tensor, out: Tensor) -> Tensor:
         """The absolute weights."""
         return torch.abs(weights, out=out)
+
+
+@dataclass(frozen=True)
+class SparedMagnitude(Criterion):
+    """Magnitude that keeps as many weights of each layer as it has outputs: ranked globally, it empties none.
+
+    The global magnitude drops thin layers whole at extreme sparsities; here the largest weights of every layer, one an
+    output, rank above all others.
+
+    Example:
+        >>> layer = Layer("fc", torch.nn.Linear(2, 1))
+        >>> _ = torch.nn.init.constant_(layer.weight, 2.0)
+        >>> sorted(SparedMagnitude().score(layer).flatten().tolist())
+        [2.0, 2000000.0]
+    """
+
+    def score(self, layer: Layer) -> Tensor:
+        """|w|, far above all others for the largest of the layer."""
+        scores = layer.weight.detach().abs()
+        flat = scores.view(-1) if scores.is_contiguous() else scores.flatten()
+        flat[flat.topk(min(flat.numel(), layer.weight.shape[layer.out_axis])).indices] *= 1e6
+        return flat.view_as(layer.weight)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from experiments import tasks
 from experiments.baselines import PEERS, Budget, accuracy, dense, fit, num_macs, train, weights_of
 from experiments.bench.prune_accuracy import Job, Run, _best_factors, _row
-from experiments.recipes import OURS, Spared
+from experiments.recipes import OURS
 from experiments.tasks import TASKS, Batches, Data, data_folder, mfcc, roll3, roll6_mask6
 from lightning_compress.layers import find_layers
-from lightning_compress.pruning import Element, Masks
+from lightning_compress.pruning import Element, Masks, SparedMagnitude
 from lightning_compress.testing import check_criterion
 
 SHAPES = {"lenet300": (28, 28), "mnist1d": (1, 40), "fsdd": (1, 47, 10)}
@@ -160,11 +160,11 @@ def test_the_rate_is_chosen_on_the_mean_and_failures_are_counted() -> None:
 
 
 def test_no_layer_is_left_with_fewer_weights_than_outputs() -> None:
-    check_criterion(Spared())
+    check_criterion(SparedMagnitude())
     layers, _ = find_layers(TASKS["fsdd"].build())
     with torch.no_grad():
         layers[3].weight.mul_(1e-3)
     masks = Masks(layers)
-    masks.update(Spared(), Element(), 0.95, "global")
+    masks.update(SparedMagnitude(), Element(), 0.95, "global")
     assert masks.sparsity == pytest.approx(0.95, abs=1e-4)
     assert all(int(torch.count_nonzero(x.weight)) >= x.weight.shape[x.out_axis] for x in layers)
