@@ -9,14 +9,14 @@ from torch import nn
 
 from experiments.baselines import Budget, fit
 from lightning_compress.phase import Phase
-from lightning_compress.pruning import SparedMagnitude
+from lightning_compress.pruning import LAMP
 
 __all__ = ["OURS", "STRUCTURED_OURS"]
 
 
 def pruned(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
-    """Global magnitude that spares thin layers, taught by the model as it was."""
-    prune = GradualPruning(sparsity, SparedMagnitude(), phase=Phase(0.0, 0.5), every=10)
+    """Half layer-adaptive magnitudes, taught by the model as it was."""
+    prune = GradualPruning(sparsity, LAMP(power=0.5), phase=Phase(0.0, 0.5), every=10)
     return fit(model, budget, [prune, KnowledgeDistillation(temperature=4.0)])
 
 
