@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to run, and where data and trained models lie."""
     parser.add_argument("--task", choices=list(TASKS), action="append", dest="tasks", help="all without it")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tune-seeds", type=int, default=1, help="seeds on which learning rates are chosen")
+    parser.add_argument("--tune-seeds", type=int, default=3, help="seeds on which learning rates are chosen")
     parser.add_argument("--method", action="append", dest="methods", help="only these beside ours; all without it")
     parser.add_argument("--no-curve", action="store_false", dest="curve", help="the operating points alone")
     parser.add_argument("--structured", action="store_true", help="channels, at 4x fewer multiplications, instead")
@@ -229,7 +229,7 @@ def _row(runs: list[Run], tuned: bool) -> dict[str, Any]:
 def run(
     tasks: list[str] | None = None,
     seeds: int = 3,
-    tune_seeds: int = 1,
+    tune_seeds: int = 3,
     methods: list[str] | None = None,
     curve: bool = True,
     structured: bool = False,
