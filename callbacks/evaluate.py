@@ -18,18 +18,23 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_compress.deploy.forward import Inputs, record_inputs
 
-__all__ = ["check_validation_data", "copied", "evaluate", "example_inputs", "pick_metric"]
+__all__ = ["check_validation_data", "copied", "evaluate", "example_inputs", "has_validation", "pick_metric"]
 
 
 def check_validation_data(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Raise unless the run has a validation step and data for it."""
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
-    if not (is_overridden("validation_step", pl_module) and source.is_defined() and trainer.limit_val_batches):
+    if not has_validation(trainer, pl_module):
         raise ValueError(
             "CompressionReport measures on validation data, but there is no validation_step, no val_dataloader, or "
             "limit_val_batches=0. "
             "Add both to the LightningModule (or the dataloader to the DataModule), or drop CompressionReport."
         )
+
+
+def has_validation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    """Whether the run has a validation step and data for it."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    return bool(is_overridden("validation_step", pl_module) and source.is_defined() and trainer.limit_val_batches)
 
 
 def copied(model: pl.LightningModule) -> pl.LightningModule:
@@ -63,9 +68,10 @@ def evaluate(trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, float]
 
 
 def example_inputs(trainer: pl.Trainer, model: pl.LightningModule) -> Inputs | None:
-    """The arguments with which the validation step calls the model; its example_input_array where it calls none."""
-    watched = copied(model)
-    recorded = record_inputs(watched, lambda: evaluate(trainer, watched))
+    """The arguments with which validation calls the model; its example_input_array where there is no such call."""
+    watched, recorded = copied(model), None
+    if has_validation(trainer, model):
+        recorded = record_inputs(watched, lambda: evaluate(trainer, watched))
     if recorded is None and model.example_input_array is not None:
         array = model.example_input_array
         if isinstance(array, dict):

@@ -483,6 +483,19 @@ def test_optimizers_that_cannot_follow_are_refused(kind: str, tmp_path: Path) ->
         make_trainer(tmp_path, callbacks=[ChannelPruning()]).fit(module)
 
 
+def test_an_example_input_array_stands_in_for_validation_data(tmp_path: Path) -> None:
+    module = make_module("mlp")
+    module.example_input_array = module.tensors()[0]
+    module.val_dataloader = None
+    pruning = ChannelPruning(0.5, phase=Phase(0.2, 0.5))
+    make_trainer(tmp_path, callbacks=[pruning]).fit(module)
+    assert pruning.shrinks == 1
+    bare = make_module("mlp")
+    bare.val_dataloader = None
+    with pytest.raises(ValueError, match="set self.example_input_array"):
+        make_trainer(tmp_path, callbacks=[ChannelPruning()]).fit(bare)
+
+
 def test_more_blocks_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"only 1 blocks can be removed together.*net\.3"):
         make_trainer(tmp_path, callbacks=[LayerPruning(2)]).fit(make_module("mlp"))
