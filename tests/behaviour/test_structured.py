@@ -492,7 +492,7 @@ def test_an_example_input_array_stands_in_for_validation_data(tmp_path: Path) ->
     assert pruning.shrinks == 1
     bare = make_module("mlp")
     bare.val_dataloader = None
-    with pytest.raises(ValueError, match="set self.example_input_array"):
+    with pytest.raises(ValueError, match=r"set self[.]example_input_array"):
         make_trainer(tmp_path, callbacks=[ChannelPruning()]).fit(bare)
 
 
