@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ PHASES = {
 }
 # batches after which a checkpoint is written: before, inside and after each phase
 SAVED = (2, 7, 12, 13, 15, 16, 18, 20, 23)
+NOT_CAPTURED = {"branch": "data-dependent"}  # by torch.export, and why
 
 
 def callbacks() -> list[pl.Callback]:
@@ -114,3 +118,69 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
     """Integers that tell NaNs and signed zeros apart."""
     x = x.detach().contiguous()
     return x.view(torch.int32) if x.dtype == torch.float32 else x
+
+
+def inputs_of(module: pl.LightningModule) -> tuple[Any, ...]:
+    batch = next(iter(module.val_dataloader()))
+    return (
+        tuple(batch)
+        if "Transformer" in type(module).__name__
+        else (batch[-1] if hasattr(module, "generator") else batch[0],)
+    )
+
+
+def outputs(module: pl.LightningModule) -> list[torch.Tensor]:
+    module.eval()
+    with torch.no_grad():
+        return torch.utils._pytree.tree_leaves(module(*inputs_of(module)))
+
+
+def assert_equal_outputs(a: pl.LightningModule, b: pl.LightningModule) -> None:
+    assert not differences(outputs(a), outputs(b))
+
+
+def accumulate_by_hand(module: pl.LightningModule, trainer: pl.Trainer) -> None:
+    """Let every second call of each optimizer's step and zero_grad pass, as a user who accumulates by hand does."""
+    original = module.optimizers
+
+    def optimizers() -> Any:
+        found = original()
+        for optimizer in found if isinstance(found, list) else [found]:
+            step, zero_grad = type(optimizer).step, optimizer.optimizer.zero_grad
+            batch_idx = trainer.fit_loop.epoch_loop.batch_idx
+            optimizer.step = (lambda o=optimizer, s=step: s(o)) if batch_idx % 2 else (lambda: None)
+            optimizer.zero_grad = (lambda: None) if batch_idx % 2 else zero_grad
+        return found
+
+    module.optimizers = optimizers
+    module.toggle_optimizer = module.untoggle_optimizer = lambda optimizer: None
+
+
+def compile_inner(module: pl.LightningModule, backend: str = "aot_eager") -> pl.LightningModule:
+    """Put the inner part of a module of the zoo under torch.compile."""
+    torch.compiler.reset()
+    module.configure_model()
+    parent, _, key = module.inner.rpartition(".")
+    owner = module.get_submodule(parent)
+    setattr(owner, key, torch.compile(getattr(owner, key), backend=backend))
+    return module
+
+
+def assert_compiled_as_eager(module: pl.LightningModule) -> None:
+    """The compiled code computes what the model is now."""
+    compiled = outputs(module)
+    with torch.compiler.set_stance("force_eager"):
+        for a, b in zip(compiled, outputs(module), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def in_two_processes(script: str, folder: Path) -> dict[str, Any]:
+    """What a module of tests/behaviour, run by torch.distributed in two processes, wrote."""
+    found = folder / "found.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += ["-m", f"tests.behaviour.{script}", str(found)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert found.exists(), done.stderr[-3000:]
+    results = json.loads(found.read_text())
+    assert done.returncode == 0 or any(result != "ok" for result in results.values()), done.stderr[-3000:]
+    return results

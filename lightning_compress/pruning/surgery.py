@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from lightning_compress.pruning.masks import Masks
 
-__all__ = ["Record", "Skip", "apply_record", "check_optimizer", "restore_structure"]
-__all__ += ["structure_of", "tensors_by_name"]
+__all__ = [
+    "Record",
+    "Skip",
+    "apply_record",
+    "check_optimizer",
+    "restore_structure",
+    "structure_of",
+    "tensors_by_name",
+]
 
 Record = dict[str, Any]
 """``kept``: indices by tensor name and axis; ``attributes``: new values by module name; ``removed``: block names."""

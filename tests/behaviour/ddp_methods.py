@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 import torch
 
 from ..harness import make_module
 from ..zoo import MODULES
+from .ddp import write
 from .test_methods import METHODS, assert_reached, make
 
 
@@ -31,17 +30,9 @@ def train(method: str, name: str, folder: Path) -> str:
 
 def main(path: Path) -> None:
     """All methods and modules."""
-    cells = [(method, name) for method in METHODS for name in MODULES]
-    found = dict.fromkeys((f"{method}-{name}" for method, name in cells), "not reached")
+    cells = {f"{method}-{name}": (method, name) for method in METHODS for name in MODULES}
     with tempfile.TemporaryDirectory() as folder:
-        for method, name in cells:
-            try:
-                found[f"{method}-{name}"] = train(method, name, Path(folder))
-            except Exception:
-                found[f"{method}-{name}"] = traceback.format_exc()[-2000:]
-                break  # the other process may be elsewhere by now
-    if torch.distributed.get_rank() == 0 or any(v != "ok" for v in found.values()):
-        path.write_text(json.dumps(found))
+        write(path, list(cells), lambda cell: train(*cells[cell], Path(folder)))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ from lightning_compress.analysis.inspect import sparsity
 from lightning_compress.phase import Phase
 from lightning_compress.quantization.prepare import prepared
 
-from ..harness import callback_of, differences, snapshot
+from ..harness import callback_of, compile_inner, differences, in_two_processes, snapshot
 from ..zoo import MODULES
 from .distilled import (
     BATCHES,
@@ -54,7 +51,6 @@ each_module = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MODULES]
 )
 each_automatic = pytest.mark.parametrize("name", [name for name in MODULES if name not in BY_HAND])
-NOT_CAPTURED = ("branch",)
 
 
 @pytest.fixture(scope="session")
@@ -212,12 +208,7 @@ def test_distil_ema(name: str, tmp_path: Path) -> None:
 @each_module
 def test_distil_compile(name: str, tmp_path: Path) -> None:
     """An inner part under torch.compile."""
-    torch.compiler.reset()
-    module = make_module(name)
-    module.configure_model()
-    parent, _, key = module.inner.rpartition(".")
-    owner = module.get_submodule(parent)
-    setattr(owner, key, torch.compile(getattr(owner, key), backend="aot_eager"))
+    module = compile_inner(make_module(name))
     distil = KnowledgeDistillation(loss="mse" if name == "gan" else "kl", by_hand=name in BY_HAND)
     trainer = make_trainer(tmp_path, distil, max_epochs=1)
     trainer.fit(module)
@@ -382,9 +373,4 @@ def test_distil_ddp(name: str, ddp: dict[str, Any]) -> None:
 @pytest.fixture(scope="session")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All modules, one after the other, in one group of two processes."""
-    found = tmp_path_factory.mktemp("ddp") / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += ["-m", "tests.behaviour.ddp_distillation", str(found)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert found.exists(), done.stderr[-3000:]
-    return json.loads(found.read_text())
+    return in_two_processes("ddp_distillation", tmp_path_factory.mktemp("ddp"))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +18,22 @@ from lightning_compress.analysis.inspect import sparsity
 from lightning_compress.quantization.prepare import prepared
 
 from ..harness import (
+    NOT_CAPTURED,
     NUM_BATCHES,
     SAVED,
     SPARSITY,
     SaveAfter,
     SeedEachBatch,
+    accumulate_by_hand,
+    assert_compiled_as_eager,
+    assert_equal_outputs,
     callback_of,
+    compile_inner,
     differences,
+    in_two_processes,
     make_module,
     make_trainer,
+    outputs,
     snapshot,
 )
 from ..zoo import MODULES
@@ -38,7 +42,6 @@ from ..zoo import MODULES
 each_module = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MODULES]
 )
-NOT_CAPTURED = {"branch": "data-dependent"}
 
 
 @pytest.fixture(scope="session")
@@ -69,25 +72,6 @@ def assert_compressed(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     for layer in pruning.masks.layers:  # zeros stay zero when quantized
         shown = getattr(layer.module, layer.parameter)
         assert not shown[layer.weight == 0].any()
-
-
-def inputs_of(module: pl.LightningModule) -> tuple[Any, ...]:
-    batch = next(iter(module.val_dataloader()))
-    return (
-        tuple(batch)
-        if "Transformer" in type(module).__name__
-        else (batch[-1] if hasattr(module, "generator") else batch[0],)
-    )
-
-
-def outputs(module: pl.LightningModule) -> list[torch.Tensor]:
-    module.eval()
-    with torch.no_grad():
-        return torch.utils._pytree.tree_leaves(module(*inputs_of(module)))
-
-
-def assert_equal_outputs(a: pl.LightningModule, b: pl.LightningModule) -> None:
-    assert not differences(outputs(a), outputs(b))
 
 
 @each_module
@@ -177,23 +161,6 @@ def test_accumulate(name: str, tmp_path: Path) -> None:
     assert_compressed(trainer, module)
 
 
-def accumulate_by_hand(module: pl.LightningModule, trainer: pl.Trainer) -> None:
-    """Let every second call of each optimizer's step and zero_grad pass, as a user who accumulates by hand does."""
-    original = module.optimizers
-
-    def optimizers() -> Any:
-        found = original()
-        for optimizer in found if isinstance(found, list) else [found]:
-            step, zero_grad = type(optimizer).step, optimizer.optimizer.zero_grad
-            batch_idx = trainer.fit_loop.epoch_loop.batch_idx
-            optimizer.step = (lambda o=optimizer, s=step: s(o)) if batch_idx % 2 else (lambda: None)
-            optimizer.zero_grad = (lambda: None) if batch_idx % 2 else zero_grad
-        return found
-
-    module.optimizers = optimizers
-    module.toggle_optimizer = module.untoggle_optimizer = lambda optimizer: None
-
-
 @each_module
 def test_bf16(name: str, tmp_path: Path) -> None:
     """Mixed precision."""
@@ -230,19 +197,11 @@ def test_ema(name: str, first: bool, tmp_path: Path) -> None:
 @each_module
 def test_compile(name: str, tmp_path: Path) -> None:
     """An inner part under torch.compile."""
-    torch.compiler.reset()
-    module = make_module(name)
-    module.configure_model()
-    parent, _, key = module.inner.rpartition(".")
-    owner = module.get_submodule(parent)
-    setattr(owner, key, torch.compile(getattr(owner, key), backend="aot_eager"))
+    module = compile_inner(make_module(name))
     trainer = make_trainer(tmp_path)
     trainer.fit(module)
     assert_compressed(trainer, module)
-    compiled = outputs(module)
-    with torch.compiler.set_stance("force_eager"):
-        for a, b in zip(compiled, outputs(module), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert_compiled_as_eager(module)
 
 
 @pytest.mark.xdist_group("ddp")
@@ -255,12 +214,7 @@ def test_ddp(name: str, ddp: dict[str, Any]) -> None:
 @pytest.fixture(scope="session")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All modules, one after the other, in one group of two processes."""
-    found = tmp_path_factory.mktemp("ddp") / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += ["-m", "tests.behaviour.ddp", str(found)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert found.exists(), done.stderr[-3000:]
-    return json.loads(found.read_text())
+    return in_two_processes("ddp", tmp_path_factory.mktemp("ddp"))
 
 
 @each_module

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,21 @@ from lightning_compress.phase import Phase
 from lightning_compress.pruning import NofM
 from lightning_compress.quantization.prepare import prepared
 
-from ..harness import SaveAfter, SeedEachBatch, differences, make_module, make_trainer, snapshot
+from ..harness import (
+    NOT_CAPTURED,
+    SaveAfter,
+    SeedEachBatch,
+    accumulate_by_hand,
+    assert_compiled_as_eager,
+    assert_equal_outputs,
+    compile_inner,
+    differences,
+    in_two_processes,
+    make_module,
+    make_trainer,
+    snapshot,
+)
 from ..zoo import BATCHES, MODULES
-from .test_matrix import NOT_CAPTURED, accumulate_by_hand, assert_equal_outputs, outputs
 
 EPOCHS = 3
 SAVED = (2, 5, 7, 10)  # before, inside (twice) and after the phase
@@ -176,19 +185,11 @@ def test_ema(method: str, name: str, tmp_path: Path) -> None:
 
 @each
 def test_compile(method: str, name: str, tmp_path: Path) -> None:
-    torch.compiler.reset()
-    module = make_module(name)
-    module.configure_model()
-    parent, _, key = module.inner.rpartition(".")
-    owner = module.get_submodule(parent)
-    setattr(owner, key, torch.compile(getattr(owner, key), backend="eager"))
+    module = compile_inner(make_module(name), "eager")
     trainer = make(tmp_path, method)
     trainer.fit(module)
     assert_reached(trainer, method)
-    compiled = outputs(module)
-    with torch.compiler.set_stance("force_eager"):
-        for a, b in zip(compiled, outputs(module), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert_compiled_as_eager(module)
 
 
 @each
@@ -227,7 +228,4 @@ def test_ddp(method: str, name: str, ddp: dict[str, Any]) -> None:
 @pytest.fixture(scope="session")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All methods and modules, one after the other, in one group of two processes."""
-    found = tmp_path_factory.mktemp("ddp") / "found.json"
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([sys.executable, *command, "-m", "tests.behaviour.ddp_methods", str(found)], check=True, timeout=600)
-    return json.loads(found.read_text())
+    return in_two_processes("ddp_methods", tmp_path_factory.mktemp("ddp"))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +42,7 @@ from lightning_compress.pruning import (
 )
 from lightning_compress.pruning.distribution import erdos_renyi_kernel
 
-from ..harness import SaveAfter, SeedEachBatch, differences, make_module, make_trainer, snapshot
+from ..harness import SaveAfter, SeedEachBatch, differences, in_two_processes, make_module, make_trainer, snapshot
 from ..zoo import BATCHES, MLP
 from .test_errors import NoTraining
 
@@ -141,9 +138,7 @@ def test_a_criterion_reaches_its_target_in_bf16_with_accumulation(criterion: str
 
 @pytest.mark.xdist_group("ddp_pruning")
 def test_two_processes_drop_the_same_weights(tmp_path: Path) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.behaviour.ddp_pruning"]
-    subprocess.run([sys.executable, *command, str(tmp_path / "found.json")], check=True, timeout=300)
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = in_two_processes("ddp_pruning", tmp_path)
     assert found == dict.fromkeys(found, "ok")
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,19 +29,26 @@ from lightning_compress.pruning import MeanActivation, Taylor
 from lightning_compress.quantization.prepare import prepared
 
 from ..harness import (
+    NOT_CAPTURED,
     NUM_BATCHES,
     PHASES,
     SPARSITY,
     SaveAfter,
     SeedEachBatch,
+    accumulate_by_hand,
+    assert_compiled_as_eager,
+    assert_equal_outputs,
     callback_of,
+    compile_inner,
     differences,
+    in_two_processes,
+    inputs_of,
     make_module,
     make_trainer,
+    outputs,
     snapshot,
 )
 from ..zoo import MODULES
-from .test_matrix import NOT_CAPTURED, accumulate_by_hand, assert_equal_outputs, inputs_of, outputs
 
 METHODS: dict[str, Callable[[], Any]] = {
     "channels": lambda: ChannelPruning(0.5, phase=Phase(0.2, 0.5), steps=2),
@@ -174,19 +178,11 @@ def averaged(method: str, name: str, folder: Path) -> None:
 
 
 def compiled(method: str, name: str, folder: Path) -> None:
-    torch.compiler.reset()
-    module = make_module(name)
-    module.configure_model()
-    parent, _, key = module.inner.rpartition(".")
-    owner = module.get_submodule(parent)
-    setattr(owner, key, torch.compile(getattr(owner, key), backend="aot_eager"))
+    module = compile_inner(make_module(name))
     trainer = make_trainer(folder, callbacks=[SeedEachBatch(), METHODS[method]()])
     trainer.fit(module)
     assert_smaller(trainer, module, name)
-    seen = outputs(module)
-    with torch.compiler.set_stance("force_eager"):
-        for a, b in zip(seen, outputs(module), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert_compiled_as_eager(module)
 
 
 @each_module
@@ -398,12 +394,7 @@ def test_layers_combined(name: str, tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def ddp_structured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All modules, one after the other, in one group of two processes."""
-    found = tmp_path_factory.mktemp("ddp") / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += ["-m", "tests.behaviour.ddp_structured", str(found)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert found.exists(), done.stderr[-3000:]
-    return json.loads(found.read_text())
+    return in_two_processes("ddp_structured", tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.xdist_group("ddp")
