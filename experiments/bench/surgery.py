@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.bench.step_overhead import resnet50
-from experiments.nets import Bert, ViT, mobilenet
+from experiments.nets import Bert, FusedAttention, SplitAttention, ViT, mobilenet
 from lightning_compress.phase import Phase
 from lightning_compress.pruning.blocks import choose_blocks, find_blocks, record_blocks, score_block
 from lightning_compress.pruning.coupling import couple
@@ -161,8 +161,11 @@ def _norm_of(norm: nn.LayerNorm, keep: Tensor) -> Callable[[Tensor], Tensor]:
 def peer_ms(model: nn.Module, x: Tensor, ratio: float) -> float:
     """Milliseconds of torch-pruning's own pruner; NaN where it fails or its model does not run."""
     model = copy.deepcopy(model)
-    makers = ("qkv", "query", "key", "value")
-    heads = {getattr(m, k): m.num_heads for m in model.modules() for k in makers if hasattr(m, k)}
+    attentions = [m for m in model.modules() if isinstance(m, FusedAttention | SplitAttention)]
+    heads = {m.qkv: m.num_heads for m in attentions if isinstance(m, FusedAttention)}
+    for m in attentions:
+        if isinstance(m, SplitAttention):
+            heads |= dict.fromkeys((m.query, m.key, m.value), m.num_attention_heads)
     ignored = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in (10, 1000)]
     begin = time.process_time()
     try:
