@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Bert", "Block", "ViT", "mobilenet"]
+from experiments.models import Block as Basic
+
+__all__ = ["Bert", "Block", "ResNet20", "ViT", "mobilenet", "vit"]
 
 
 class FusedAttention(nn.Module):
@@ -28,10 +30,10 @@ class FusedAttention(nn.Module):
 class Block(nn.Module):
     """Attention and two linear layers, each behind a norm and with a shortcut (Dosovitskiy 2020, arXiv:2010.11929)."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, ratio: int = 2) -> None:
         super().__init__()
         self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim), FusedAttention(dim, heads), nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """The output."""
@@ -42,14 +44,23 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A vision transformer with a class token, for square images."""
 
-    def __init__(self, dim: int = 32, heads: int = 4, depth: int = 2, size: int = 16, patch: int = 4) -> None:
+    def __init__(
+        self,
+        dim: int = 32,
+        heads: int = 4,
+        depth: int = 2,
+        size: int = 16,
+        patch: int = 4,
+        channels: int = 3,
+        ratio: int = 2,
+    ) -> None:
         super().__init__()
-        self.patch = nn.Conv2d(3, dim, patch, patch)
+        self.patch = nn.Conv2d(channels, dim, patch, patch)
         self.cls, self.pos = (
             nn.Parameter(torch.randn(1, 1, dim)),
             nn.Parameter(torch.randn(1, (size // patch) ** 2 + 1, dim)),
         )
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, ratio) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,6 +70,29 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)[:, 0])
+
+
+def vit() -> ViT:
+    """A vision transformer of 1.8M parameters for grey images of 28x28."""
+    net = ViT(dim=192, heads=3, depth=4, size=28, patch=4, channels=1, ratio=4)
+    for p in (net.cls, net.pos):
+        nn.init.trunc_normal_(p, std=0.02)
+    return net
+
+
+class ResNet20(nn.Module):
+    """The residual network of 20 layers and 272k parameters (He 2015, arXiv:1512.03385), for grey images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        pairs = [(16, 16), (16, 16), (16, 16), (16, 32), (32, 32), (32, 32), (32, 64), (64, 64), (64, 64)]
+        self.blocks = nn.Sequential(*(Basic(a, b, 1 if a == b else 2) for a, b in pairs))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output."""
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
 class SplitAttention(nn.Module):
