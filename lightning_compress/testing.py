@@ -332,8 +332,8 @@ def _check_values(
     _require(bool((codes == codes.round()).all()), f"{name}.quantize gives codes that are no whole numbers {where}")
     most = max(len(row.unique()) for row in codes)
     _require(
-        most <= 2**quantizer.bits,
-        f"{name}.quantize gives {most} different codes {where}; {quantizer.bits} bits hold {2**quantizer.bits}",
+        most <= quantizer.num_codes,
+        f"{name}.quantize gives {most} different codes {where}; {quantizer.bits} bits hold {quantizer.num_codes}",
     )
     alike = [len(row.unique()) == 1 for row in codes[low < high]]
     _require(not any(alike), f"{name}.quantize gives one and the same code for all values {where}")

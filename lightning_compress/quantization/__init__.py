@@ -1,7 +1,64 @@
 """Quantization: what was seen (observers), how numbers are written (quantizers), what is quantized how (schemes)."""
 
+from lightning_compress.quantization.levels import (
+    AdditivePowerOfTwo,
+    Binary,
+    Codebook,
+    Exponential,
+    Levels,
+    PowerOfTwo,
+    Ternary,
+)
 from lightning_compress.quantization.observers import MinMax, MovingAverage, Observer
-from lightning_compress.quantization.quantizers import Affine, QParams, Quantizer
-from lightning_compress.quantization.schemes import Scheme, int8
+from lightning_compress.quantization.quantizers import Affine, Float8, LearnedClip, LearnedStep, QParams, Quantizer
+from lightning_compress.quantization.schemes import (
+    Scheme,
+    apot4,
+    binary,
+    codebook,
+    exp4,
+    fp8,
+    int4,
+    int8,
+    log4,
+    lsq,
+    scheme,
+    ternary,
+    w2a8,
+    w4a8,
+    w8,
+)
 
-__all__ = ["Affine", "MinMax", "MovingAverage", "Observer", "QParams", "Quantizer", "Scheme", "int8"]
+__all__ = [
+    "AdditivePowerOfTwo",
+    "Affine",
+    "Binary",
+    "Codebook",
+    "Exponential",
+    "Float8",
+    "LearnedClip",
+    "LearnedStep",
+    "Levels",
+    "MinMax",
+    "MovingAverage",
+    "Observer",
+    "PowerOfTwo",
+    "QParams",
+    "Quantizer",
+    "Scheme",
+    "Ternary",
+    "apot4",
+    "binary",
+    "codebook",
+    "exp4",
+    "fp8",
+    "int4",
+    "int8",
+    "log4",
+    "lsq",
+    "scheme",
+    "ternary",
+    "w2a8",
+    "w4a8",
+    "w8",
+]

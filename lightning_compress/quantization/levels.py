@@ -1,0 +1,327 @@
+"""Numbers written without equal steps: an ascending table of levels, times a scale."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_compress.quantization.quantizers import (
+    SHARES,
+    QParams,
+    Quantizer,
+    along,
+    extent,
+    least_squares,
+    narrow,
+    rows,
+)
+
+__all__ = ["AdditivePowerOfTwo", "Binary", "Codebook", "Exponential", "Levels", "PowerOfTwo", "Ternary"]
+
+
+class Levels(Quantizer):
+    """A table of levels, ascending and with 0 among them, times a scale; a code counts levels from 0, with its sign.
+
+    A value takes the nearest level, unless ``boundaries`` says otherwise.
+    """
+
+    @abstractmethod
+    def levels(self, qparams: QParams) -> Tensor:
+        """The ascending levels, as shares of the scale."""
+
+    def boundaries(self, levels: Tensor) -> Tensor:
+        """Where a level ends and the next one begins."""
+        return (levels[1:] + levels[:-1]) / 2
+
+    def qparams(self, low: Tensor, high: Tensor, axis: int | None = None) -> QParams:
+        """The scale that takes the outermost level to the end of the range."""
+        scale = torch.maximum(-low, high).clamp(min=1e-12)
+        return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), axis)
+
+    def quantize(self, x: Tensor, qparams: QParams) -> Tensor:
+        """Codes as whole numbers in a float tensor."""
+        levels = self.levels(qparams)
+        share, boundaries = x / along(qparams.scale, qparams.axis, x), self.boundaries(levels)
+        if len(boundaries) > 16:
+            index = torch.bucketize(share, boundaries, out_int32=True)
+        else:  # a third of the time of a search
+            index = torch.zeros(x.shape, dtype=torch.int8, device=x.device)
+            for boundary in boundaries:
+                index += share > boundary
+        return (index - (levels < 0).sum()).to(x.dtype)
+
+    def dequantize(self, codes: Tensor, qparams: QParams) -> Tensor:
+        """The levels that the codes count, times the scale."""
+        levels = self.levels(qparams)
+        index = (codes + (levels < 0).sum()).int()
+        return levels.index_select(0, index.flatten()).view(codes.shape) * along(qparams.scale, qparams.axis, codes)
+
+
+@dataclass(frozen=True)
+class _Bits(Levels):
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse widths that no code has."""
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            name = type(self).__name__
+            raise ValueError(f"{name}.bits={self.bits!r}: accepted are the whole numbers 2..8, for instance {name}(4).")
+
+
+@dataclass(frozen=True)
+class PowerOfTwo(_Bits):
+    """Logarithmic quantization: 0 and +- scale * 2^-k, rounded in the logarithm (Miyashita 2016, arXiv:1603.01025).
+
+    Multiplying by a level is a shift. There are 2^(n-1) - 1 levels on either side of 0; what is nearer to 0 than to the
+    smallest one becomes 0.
+
+    Args:
+        bits: Bits a code, 2..8.
+
+    Raises:
+        ValueError: If bits lies outside 2..8.
+
+    Example:
+        >>> q = PowerOfTwo(bits=3)
+        >>> p = q.qparams(torch.tensor(-1.0), torch.tensor(1.0))
+        >>> q.fake_quantize(torch.tensor([-0.9, -0.1, 0.34, 0.36, 0.72]), p)
+        tensor([-1.0000,  0.0000,  0.2500,  0.5000,  1.0000])
+    """
+
+    def levels(self, qparams: QParams) -> Tensor:
+        """+-2^-k and 0."""
+        return self._powers(torch.ones_like(qparams.scale.detach().flatten()[0]))
+
+    def _powers(self, base: Tensor) -> Tensor:
+        powers = (1 + base) ** -torch.arange(2 ** (self.bits - 1) - 1, device=base.device, dtype=base.dtype)
+        return torch.cat([-powers, powers.new_zeros(1), powers.flip(0)])
+
+    def boundaries(self, levels: Tensor) -> Tensor:
+        """Half way in the logarithm; to 0, half way."""
+        inner = (levels[1:] * levels[:-1]).sqrt() * levels[1:].sign()
+        return torch.where(levels[1:] * levels[:-1] == 0, (levels[1:] + levels[:-1]) / 2, inner)
+
+
+@dataclass(frozen=True)
+class Exponential(PowerOfTwo):
+    """Logarithmic quantization with a learned base: 0 and +- scale * (1 + base)^-k (Vogel 2018).
+
+    doi:10.1145/3240765.3240803. The base of the powers is written as 1 + ``QParams.base``, so that every positive
+    number is valid; 1 gives the levels of :class:`PowerOfTwo`. Scale and base are learned; :meth:`fit` takes those with
+    the least squared error.
+
+    Args:
+        bits: Bits a code, 2..8.
+
+    Raises:
+        ValueError: If bits lies outside 2..8.
+
+    Example:
+        >>> q = Exponential(bits=3)
+        >>> p = q.qparams(torch.tensor(-1.0), torch.tensor(1.0))._replace(base=torch.tensor(0.25))
+        >>> q.fake_quantize(torch.tensor([-0.9, 0.1, 0.6, 0.7]), p)
+        tensor([-1.0000,  0.0000,  0.6400,  0.6400])
+    """
+
+    learned: ClassVar[tuple[str, ...]] = ("scale", "base")
+
+    def qparams(self, low: Tensor, high: Tensor, axis: int | None = None) -> QParams:
+        """The scale of the range's end; powers of two."""
+        qparams = super().qparams(low, high, axis)
+        return qparams._replace(base=torch.ones_like(qparams.scale.flatten()[0]))
+
+    def levels(self, qparams: QParams) -> Tensor:
+        """+-(1 + base)^-k and 0."""
+        assert qparams.base is not None
+        return self._powers(qparams.base)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, axis: int | None = None) -> QParams:
+        """The base with the least squared error over a sample of all channels, then the scales with the least."""
+        low, high = extent(x, axis)
+        sample = (rows(x, axis) / self.qparams(low, high).scale.view(-1, 1)).flatten()
+        sample = sample[:: 1 + sample.numel() // 2**14]
+        trials = [
+            self.qparams(*narrow(*extent(sample, None), share))._replace(base=sample.new_tensor(base))
+            for base in (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+            for share in SHARES[::3]
+        ]
+        errors = [(self.dequantize(self.quantize(sample, t), t) - sample).square().sum() for t in trials]
+        base = trials[int(torch.stack(errors).argmin())].base
+        return least_squares(self, x, axis, base)
+
+
+@dataclass(frozen=True)
+class AdditivePowerOfTwo(_Bits):
+    """Sums of powers of two: levels that crowd around 0 without thinning out at the ends (APoT, Li 2020).
+
+    arXiv:1909.13144. A magnitude of n - 1 bits is a sum of one term for every two bits, each 0 or one of three powers
+    of two, and one more of 0 or a single power where a bit is left. The scale, the paper's clip, is learned.
+
+    Args:
+        bits: Bits a code, 2..8.
+
+    Raises:
+        ValueError: If bits lies outside 2..8.
+
+    Example:
+        >>> q = AdditivePowerOfTwo(bits=4)
+        >>> q.levels(q.qparams(torch.tensor(-1.0), torch.tensor(1.0)))[7:] * 10
+        tensor([ 0.,  1.,  2.,  3.,  4.,  6.,  8., 10.])
+    """
+
+    learned: ClassVar[tuple[str, ...]] = ("scale",)
+
+    def levels(self, qparams: QParams) -> Tensor:
+        """Every sum of one number a term, over the largest."""
+        num_terms, single = divmod(self.bits - 1, 2)
+        terms: list[list[float]] = [[0.0] for _ in range(num_terms + single)]
+        order = [term for _ in range(3) for term in range(num_terms)]
+        if single:
+            order.insert(2 * num_terms, num_terms)
+        for exponent, term in enumerate(order):
+            terms[term].append(2.0 ** -(exponent + 1))
+        sums = [0.0]
+        for numbers in terms:
+            sums = [a + b for a in sums for b in numbers]
+        sums = [value / max(sums) for value in sorted(sums)]
+        return torch.tensor([-value for value in sums[:0:-1]] + sums, device=qparams.scale.device)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, axis: int | None = None) -> QParams:
+        """The scale with the least squared error."""
+        return least_squares(self, x, axis)
+
+
+@dataclass(frozen=True)
+class Codebook(_Bits):
+    """A table of shared values, one a cluster of the weights (Deep Compression, Han 2016, arXiv:1510.00149).
+
+    :meth:`fit` finds the clusters by k-means, exact and without chance: it starts from equally spaced values, the
+    paper's best, and 0 stays a value, so that pruned weights stay 0. Where channels have a scale each, they share the
+    table of the weights over their scales. Training moves the scale; the table stays as fitted.
+
+    Args:
+        bits: Bits a code, 2..8.
+
+    Raises:
+        ValueError: If bits lies outside 2..8.
+
+    Example:
+        >>> q = Codebook(bits=2)
+        >>> x = torch.tensor([-2.0, -1.6, 0.0, 0.1, 1.1, 0.9])
+        >>> q.fake_quantize(x, q.fit(x))
+        tensor([-1.8000, -1.8000,  0.0000,  0.0000,  1.0000,  1.0000])
+    """
+
+    learned: ClassVar[tuple[str, ...]] = ("scale",)
+
+    def qparams(self, low: Tensor, high: Tensor, axis: int | None = None) -> QParams:
+        """The scale of the range's end; equally spaced levels."""
+        qparams, half = super().qparams(low, high, axis), 2 ** (self.bits - 1)
+        below, above = (torch.linspace(0, 1, n, device=low.device, dtype=low.dtype) for n in (half + 1, half))
+        return qparams._replace(levels=torch.cat([-below.flip(0), above[1:]]))
+
+    def levels(self, qparams: QParams) -> Tensor:
+        """The table."""
+        assert qparams.levels is not None
+        return qparams.levels
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, axis: int | None = None) -> QParams:
+        """The centers of the clusters."""
+        qparams = super().fit(x, axis)
+        levels, zero = self.levels(qparams).double(), 2 ** (self.bits - 1)
+        ordered = (rows(x, axis) / qparams.scale.view(-1, 1)).flatten().double().sort().values
+        sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
+        for _ in range(300):
+            ends = torch.searchsorted(ordered, self.boundaries(levels), right=True)
+            ends = torch.cat([ends.new_zeros(1), ends, ends.new_tensor([len(ordered)])])
+            centers = torch.where(ends.diff() > 0, sums[ends].diff() / ends.diff(), levels)
+            centers[zero] = 0
+            if torch.equal(centers, levels):
+                break
+            levels = centers
+        return qparams._replace(levels=levels.to(qparams.scale.dtype))
+
+
+@dataclass(frozen=True)
+class Ternary(Levels):
+    """-scale, 0 and scale (TWN, Li 2016, arXiv:1605.04711).
+
+    :meth:`fit` takes for the scale the mean magnitude of the values above 0.7 times the mean magnitude; a value then
+    takes the nearest of the three. Zeros, the pruned weights, count in neither mean. The gradient passes everywhere.
+
+    Example:
+        >>> q = Ternary()
+        >>> x = torch.tensor([-1.1, 0.1, 0.0, 0.9])
+        >>> q.fake_quantize(x, q.fit(x))
+        tensor([-1.,  0.,  0.,  1.])
+    """
+
+    bits = 2
+
+    @property
+    def num_codes(self) -> int:
+        """-1, 0 and 1."""
+        return 3
+
+    def levels(self, qparams: QParams) -> Tensor:
+        """-1, 0 and 1."""
+        return torch.arange(-1.0, 2.0, device=qparams.scale.device)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, axis: int | None = None) -> QParams:
+        """The mean magnitude of what is large."""
+        magnitude = rows(x, axis).abs()
+        threshold = 0.7 * _mean(magnitude, magnitude > 0)
+        scale = _mean(magnitude, magnitude > threshold[:, None])
+        scale = scale if axis is not None else scale[0]
+        return self.qparams(-scale, scale, axis)
+
+
+@dataclass(frozen=True)
+class Binary(Levels):
+    """The sign times a scale, the mean magnitude (XNOR-Net, Rastegari 2016, arXiv:1603.05279).
+
+    A zero, a pruned weight, stays 0 and does not count in the mean: so there are three codes, one bit for a weight that
+    a mask keeps and the mask's 0 for what it drops. The gradient passes everywhere.
+
+    Example:
+        >>> q = Binary()
+        >>> x = torch.tensor([-1.5, 0.0, 0.5])
+        >>> q.fake_quantize(x, q.fit(x))
+        tensor([-1.,  0.,  1.])
+    """
+
+    bits = 1
+
+    @property
+    def num_codes(self) -> int:
+        """-1, 1, and the 0 of pruned weights."""
+        return 3
+
+    def levels(self, qparams: QParams) -> Tensor:
+        """-1, 0 and 1."""
+        return torch.arange(-1.0, 2.0, device=qparams.scale.device)
+
+    def quantize(self, x: Tensor, qparams: QParams) -> Tensor:
+        """The sign."""
+        return x.sign()
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, axis: int | None = None) -> QParams:
+        """The mean magnitude."""
+        magnitude = rows(x, axis).abs()
+        scale = _mean(magnitude, magnitude > 0)
+        scale = scale if axis is not None else scale[0]
+        return self.qparams(-scale, scale, axis)
+
+
+def _mean(x: Tensor, which: Tensor) -> Tensor:
+    """The mean of the chosen values of each row; 0 without any."""
+    return (x * which).sum(1) / which.sum(1).clamp(min=1)
