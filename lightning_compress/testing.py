@@ -1,8 +1,9 @@
-"""Public contract checks: prove a criterion, pattern or quantizer of your own in one line of your own tests."""
+"""Public contract checks: prove a criterion, pattern, quantizer or observer of your own in one line of your tests."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,9 +16,10 @@ from lightning_compress.layers import Layer
 from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.observation import Observation
 from lightning_compress.pruning.patterns import Pattern
-from lightning_compress.quantization.quantizers import Affine, QParams, Quantizer
+from lightning_compress.quantization.observers import Observer
+from lightning_compress.quantization.quantizers import Affine, QParams, Quantizer, extent
 
-__all__ = ["check_criterion", "check_pattern", "check_quantizer"]
+__all__ = ["check_criterion", "check_observer", "check_pattern", "check_quantizer"]
 
 _SHAPES = ((16, 32), (16, 16, 3, 3), (48, 24), (24, 48, 8))
 # with 0 inside, at an end, outside; narrow, wide, empty
@@ -264,10 +266,15 @@ def check_quantizer(quantizer: Quantizer) -> None:
     """Check that a quantizer keeps the contract of :class:`lightning_compress.quantization.Quantizer`.
 
     For ranges with 0 inside, at an end or outside of them, narrow, wide and empty, one for a tensor or one a channel of
-    axis 0 or 1: 0 stays exactly 0; codes are whole numbers, no more than ``2**bits`` different ones; what was
+    axis 0 or 1: 0 stays exactly 0; codes are whole numbers, no more than ``num_codes`` different ones; what was
     quantized once does not change when quantized again; larger values do not become smaller ones (an affine quantizer
     errs by one step at most inside the range); ``fake_quantize`` gives what ``dequantize(quantize(x))`` gives, with a
     gradient that is finite, and straight-through between the lowest and the highest value that a code stands for.
+
+    ``fit`` gives parameters for normal, heavy-tailed, mostly zero, constant and no values other than 0: those that
+    ``learned`` names are positive, it changes nothing and gives the same when asked twice, and what they make of the
+    values is nearer to them than zeros are. With values of twice the range each learned parameter has a gradient that
+    is finite and not 0.
 
     Args:
         quantizer: The quantizer to check.
@@ -300,6 +307,109 @@ def check_quantizer(quantizer: Quantizer) -> None:
             _close(together, torch.cat(alone), rows),
             f"{name} gives a channel other values than the same range for a tensor {where}",
         )
+    _check_fit(quantizer)
+
+
+def _check_fit(quantizer: Quantizer) -> None:
+    name, normal = type(quantizer).__name__, _noise((24, 32), seed=5)
+    samples = {
+        "normal values": normal,
+        "heavy-tailed values": normal**5,
+        "values that are mostly zero": normal * (_noise(normal.shape, seed=6, uniform=True) > 0.9),
+        "one value": torch.full_like(normal, 0.7),
+        "one negative value": torch.full_like(normal, -0.7),
+        "zeros": torch.zeros_like(normal),
+    }
+    for (kind, x), axis in itertools.product(samples.items(), (None, 0, 1)):
+        where = f"for {kind} with {'one scale' if axis is None else f'one scale a channel of axis {axis}'}"
+        before = x.clone()
+        with _attempt(f"{name}.fit {where}"):
+            qparams, again = quantizer.fit(x, axis), quantizer.fit(x, axis)
+        _require(torch.equal(x, before), f"{name}.fit changed its input {where}")
+        _require(isinstance(qparams, QParams), f"{name}.fit gives a {type(qparams).__name__}, not QParams, {where}")
+        _require(_same(tuple(qparams), tuple(again)), f"{name}.fit is not the same when asked twice {where}")
+        for field in quantizer.learned:
+            value = getattr(qparams, field)
+            _require(isinstance(value, Tensor), f"{name}.fit gives no {field}, which is learned, {where}")
+            valid = bool((torch.isfinite(value) & (value > 0)).all())
+            _require(valid, f"{name}.fit gives a {field}, which is learned, that is not positive and finite {where}")
+        with _attempt(f"{name}.dequantize(quantize(x)) {where}"):
+            values = quantizer.dequantize(quantizer.quantize(x, qparams), qparams)
+        error, most = (values - x).square().sum(), x.square().sum()
+        _require(bool(error <= most), f"{name}.fit makes of the values something farther from them than 0 {where}")
+        if kind == "normal values" and quantizer.learned:
+            leaves = [getattr(qparams, field).clone().requires_grad_() for field in quantizer.learned]
+            with torch.enable_grad(), _attempt(f"{name}.fake_quantize {where}"):
+                learned = dict(zip(quantizer.learned, leaves, strict=True))
+                faked = quantizer.fake_quantize(2 * x, qparams._replace(**learned))
+                gradients = torch.autograd.grad(faked, leaves, _noise(x.shape, seed=7))
+            for field, gradient in zip(quantizer.learned, gradients, strict=True):
+                moved = bool(torch.isfinite(gradient).all()) and bool((gradient != 0).any())
+                _require(moved, f"{name}.fake_quantize gives {field} a gradient that is 0 or not finite {where}")
+
+
+def check_observer(observer: Observer) -> None:
+    """Check that an observer keeps the contract of :class:`lightning_compress.quantization.Observer`.
+
+    A state is a float tensor of one axis and one size that ``update`` gives anew, the same when asked twice, and leaves
+    as it is for no values. The range for a quantizer is (+inf, -inf) before anything was seen; then it lies within what
+    was seen, low not above high. A state merged with one that has seen nothing gives the range that it gave, and
+    merged ranks give the same range in any order.
+
+    Args:
+        observer: The observer to check.
+
+    Raises:
+        AssertionError: If the observer breaks the contract; the message says what is broken.
+
+    Example:
+        >>> from lightning_compress.quantization import MinMax
+        >>> check_observer(MinMax())
+    """
+    name = type(observer).__name__
+    _require(isinstance(observer, Observer), f"{name} is no subclass of lightning_compress.quantization.Observer")
+    normal = _noise((8, 64), seed=8)
+    batches = [normal[0] * 1e-3, normal[1], normal[2:6].relu(), normal[6] ** 5 - 3, torch.zeros(4), normal[7] + 2]
+    kinds = {"mixed": batches, "rectified": [b.relu() for b in batches], "zero": [torch.zeros(3)]}
+    with _attempt(f"{name}.start"):
+        start = observer.start()
+    _require(isinstance(start, Tensor) and start.dim() == 1, f"{name}.start gives no tensor of one axis")
+    for (kind, batches), quantizer in itertools.product(kinds.items(), (Affine(4), Affine(8, symmetric=True))):
+        where = f"for {kind} values and {quantizer}"
+
+        def chosen(state: Tensor, quantizer: Quantizer = quantizer, where: str = where) -> list[float]:
+            before = state.clone()
+            with _attempt(f"{name}.range {where}"):
+                found = observer.range(state, quantizer)
+            _require(found.shape == (2,), f"{name}.range gives the shape {tuple(found.shape)}, not (2,), {where}")
+            _require(torch.equal(state, before), f"{name}.range changed the state {where}")
+            return found.tolist()
+
+        _require(chosen(start)[0] > chosen(start)[1], f"{name}.range gives a range though nothing was seen {where}")
+        states, state = [start], start
+        for values in batches:
+            kept, before = values.clone(), state.clone()
+            with _attempt(f"{name}.update {where}"):
+                new, again = observer.update(state, values), observer.update(state, values)
+                same = observer.update(state, values[:0])
+            _require(torch.equal(values, kept), f"{name}.update changed the values {where}")
+            _require(torch.equal(state, before), f"{name}.update changed the state before {where}")
+            _require(torch.equal(new, again), f"{name}.update is not the same when asked twice {where}")
+            _require(torch.equal(same, state), f"{name}.update changed the state for no values {where}")
+            fits = new.shape == start.shape and new.dtype == start.dtype
+            _require(fits, f"{name}.update gives a state of another shape or type {where}")
+            state = new
+            states.append(state)
+        low, high = chosen(state)
+        least, most = (float(end) for end in extent(torch.cat([b.flatten() for b in batches]), None))
+        _require(
+            least <= low <= high <= most, f"{name}.range is {low:g}..{high:g}, seen was {least:g}..{most:g} {where}"
+        )
+        with _attempt(f"{name}.merge {where}"):
+            alone = observer.merge(torch.stack([start, state]))
+            merged, turned = observer.merge(torch.stack(states)), observer.merge(torch.stack(states[::-1]))
+        _require(chosen(alone) == [low, high], f"{name}.merge with nothing seen changes the range {where}")
+        _require(chosen(merged) == chosen(turned), f"{name}.merge depends on the order of the ranks {where}")
 
 
 def _check_values(

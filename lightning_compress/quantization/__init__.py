@@ -9,7 +9,7 @@ from lightning_compress.quantization.levels import (
     PowerOfTwo,
     Ternary,
 )
-from lightning_compress.quantization.observers import MinMax, MovingAverage, Observer
+from lightning_compress.quantization.observers import MSE, Entropy, MinMax, MovingAverage, Observer, Percentile
 from lightning_compress.quantization.quantizers import Affine, Float8, LearnedClip, LearnedStep, QParams, Quantizer
 from lightning_compress.quantization.schemes import (
     Scheme,
@@ -30,10 +30,12 @@ from lightning_compress.quantization.schemes import (
 )
 
 __all__ = [
+    "MSE",
     "AdditivePowerOfTwo",
     "Affine",
     "Binary",
     "Codebook",
+    "Entropy",
     "Exponential",
     "Float8",
     "LearnedClip",
@@ -42,6 +44,7 @@ __all__ = [
     "MinMax",
     "MovingAverage",
     "Observer",
+    "Percentile",
     "PowerOfTwo",
     "QParams",
     "Quantizer",

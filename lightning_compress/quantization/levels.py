@@ -65,11 +65,15 @@ class Levels(Quantizer):
 class _Bits(Levels):
     bits: int = 4
 
+    fewest: ClassVar[int] = 2
+
     def __post_init__(self) -> None:
         """Refuse widths that no code has."""
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            name = type(self).__name__
-            raise ValueError(f"{name}.bits={self.bits!r}: accepted are the whole numbers 2..8, for instance {name}(4).")
+        if not isinstance(self.bits, int) or not self.fewest <= self.bits <= 8:
+            name, accepted = type(self).__name__, f"{self.fewest}..8"
+            raise ValueError(
+                f"{name}.bits={self.bits!r}: accepted are the whole numbers {accepted}, for instance {name}(4)."
+            )
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,10 @@ class Exponential(PowerOfTwo):
     the least squared error.
 
     Args:
-        bits: Bits a code, 2..8.
+        bits: Bits a code, 3..8; 2 have one level on either side, whatever the base.
 
     Raises:
-        ValueError: If bits lies outside 2..8.
+        ValueError: If bits lies outside 3..8.
 
     Example:
         >>> q = Exponential(bits=3)
@@ -128,6 +132,7 @@ class Exponential(PowerOfTwo):
     """
 
     learned: ClassVar[tuple[str, ...]] = ("scale", "base")
+    fewest: ClassVar[int] = 3
 
     def qparams(self, low: Tensor, high: Tensor, axis: int | None = None) -> QParams:
         """The scale of the range's end; powers of two."""

@@ -9,7 +9,7 @@ import torch.ao.quantization.fx._decomposed
 from torch import Tensor
 from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 
-from lightning_compress.quantization import Affine, QParams, Quantizer
+from lightning_compress.quantization import Affine, Float8, LearnedClip, LearnedStep, QParams, Quantizer
 from lightning_compress.testing import check_quantizer
 
 from .helpers import noise
@@ -165,7 +165,141 @@ def test_a_quantizer_of_ones_own_keeps_the_contract_by_the_inherited_round_trip(
     assert torch.equal(x.grad, torch.arange(50.0))
 
 
+@pytest.mark.parametrize("kind", [Affine, LearnedStep, LearnedClip])
 @pytest.mark.parametrize("bits", [1, 9, 0, -4, 8.0, "8", None])
-def test_a_width_that_no_code_has_is_refused(bits: object) -> None:
-    with pytest.raises(ValueError, match=r"Affine\.bits"):
-        Affine(bits)
+def test_a_width_that_no_code_has_is_refused(kind: type[Affine], bits: object) -> None:
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.bits.*2\.\.8.*{kind.__name__}\(8\)"):
+        kind(bits)
+
+
+LEARNED = [kind(bits, symmetric) for kind in (LearnedStep, LearnedClip) for bits in (2, 4, 8) for symmetric in (1, 0)]
+every_learned = pytest.mark.parametrize("quantizer", LEARNED, ids=str)
+
+
+@every_learned
+def test_what_is_learned_keeps_the_contract(quantizer: Quantizer) -> None:
+    check_quantizer(quantizer)
+
+
+@every_learned
+def test_what_is_learned_has_the_values_of_affine(quantizer: LearnedStep) -> None:
+    affine = Affine(quantizer.bits, quantizer.symmetric)
+    x = noise(5, 300) + 0.2
+    for axis, low, high in ((None, x.min(), x.max()), (0, x.amin(1), x.amax(1))):
+        ours = affine.qparams(low / 2, high / 2, axis)
+        assert torch.equal(quantizer.quantize(x, ours), affine.quantize(x, ours))
+        assert torch.equal(quantizer.fake_quantize(x, ours), affine.fake_quantize(x, ours))
+
+
+def gradients(quantizer: Affine, axis: int | None) -> tuple[np.ndarray, ...]:
+    """Of x and scale by the quantizer; and x, scale, rounded x, upstream gradient as rows of numpy."""
+    x, upstream = (noise(6, 200, seed=i) + 0.2 for i in range(2))
+    x.requires_grad_()
+    with torch.no_grad():
+        ours = quantizer.qparams(*((x.amin(1), x.amax(1)) if axis == 0 else (x.min(), x.max())), axis)
+        ours = ours._replace(scale=ours.scale * 0.4)
+        rounded = quantizer.dequantize(quantizer.quantize(x, ours), ours)
+    scale = ours.scale.clone().requires_grad_()
+    quantizer.fake_quantize(x, ours._replace(scale=scale)).backward(upstream)
+    zero_point = ours.zero_point.double().numpy().reshape(-1, 1)
+    arrays = (x.grad, scale.grad, x, scale.view(-1, 1), rounded, upstream)
+    return (*(t.detach().double().numpy() for t in arrays), zero_point)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (4, True), (4, False), (8, False)])
+def test_a_learned_step_has_the_gradient_of_the_paper(bits: int, symmetric: bool, axis: int | None) -> None:
+    quantizer = LearnedStep(bits, symmetric)
+    x_grad, scale_grad, x, scale, _, upstream, zero_point = gradients(quantizer, axis)
+    lowest, highest = (limit - zero_point for limit in quantizer.limits)
+    v = x / scale  # equation 3
+    expected = np.where(v <= lowest, lowest, np.where(v >= highest, highest, np.round(v) - v)) * upstream
+    np.testing.assert_allclose(scale_grad, expected.sum(1 if axis == 0 else None), rtol=1e-4)
+    np.testing.assert_array_equal(x_grad, np.where((v > lowest) & (v < highest), upstream, 0))
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (4, True), (4, False), (8, False)])
+def test_a_learned_clip_has_the_gradient_of_the_paper(bits: int, symmetric: bool, axis: int | None) -> None:
+    quantizer = LearnedClip(bits, symmetric)
+    x_grad, scale_grad, x, scale, _, upstream, zero_point = gradients(quantizer, axis)
+    lowest, highest = (limit - zero_point for limit in quantizer.limits)
+    clipped_below, clipped_above = x / scale < lowest, x / scale > highest
+    by_clip = np.where(clipped_above, upstream * highest, 0) + np.where(clipped_below, upstream * lowest, 0)
+    np.testing.assert_allclose(scale_grad, by_clip.sum(1 if axis == 0 else None), rtol=1e-4)
+    np.testing.assert_array_equal(x_grad, np.where(clipped_above | clipped_below, 0, upstream))
+
+
+def test_a_learned_step_has_the_gradient_of_torchs_own_operation() -> None:
+    x, upstream = noise(6, 200), noise(6, 200, seed=1)
+    ours = LearnedStep(4, symmetric=True).qparams(-x.abs().amax(1), x.abs().amax(1), 0)
+    scales = [ours.scale.clone().requires_grad_() for _ in range(2)]
+    LearnedStep(4, symmetric=True).fake_quantize(x, ours._replace(scale=scales[0])).backward(upstream)
+    torch._fake_quantize_learnable_per_channel_affine(x, scales[1], torch.zeros(6), 0, -7, 7, 1.0).backward(upstream)
+    torch.testing.assert_close(scales[0].grad, scales[1].grad)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_fitted_step_errs_no_more_than_any_other_of_numpy(bits: int, axis: int | None) -> None:
+    weight = noise(8, 5, 40) ** 3
+    quantizer, top = LearnedStep(bits, symmetric=True), 2 ** (bits - 1) - 1
+    ours = quantizer.fit(weight, axis)
+    rows = weight.numpy().reshape(1, -1) if axis is None else weight.movedim(axis, 0).flatten(1).numpy()
+    for row, scale in zip(rows, ours.scale.reshape(-1).tolist(), strict=True):
+
+        def error(step: float, row: np.ndarray = row) -> float:
+            return float(np.square(np.clip(np.round(row / step), -top, top) * step - row).sum())
+
+        steps = np.geomspace(0.06, 1.0, 200) * np.abs(row).max() / top
+        assert error(scale) <= 1.1 * min(error(step) for step in steps)
+
+
+def test_a_channel_of_zeros_is_given_a_step_that_can_be_learned() -> None:
+    weight = torch.stack([torch.zeros(5), torch.ones(5), torch.full((5,), 3.0)])
+    assert LearnedStep(4, symmetric=True).fit(weight, 0).scale[0] == 3 / 7
+    assert LearnedStep(4, symmetric=True).fit(torch.zeros(5)).scale == 1 / 7
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_float8_keeps_the_contract(format: str) -> None:
+    check_quantizer(Float8(format))
+
+
+@pytest.mark.parametrize(
+    ("format", "mantissa", "smallest", "most"), [("e4m3", 3, -6, 448.0), ("e5m2", 2, -14, 57344.0)]
+)
+def test_float8_has_the_numbers_of_the_format(format: str, mantissa: int, smallest: int, most: float) -> None:
+    steps = np.arange(1, 2**mantissa) / 2**mantissa * 2.0**smallest  # subnormal
+    normal = [(1 + i / 2**mantissa) * 2.0**e for e in range(smallest, 16) for i in range(2**mantissa)]
+    magnitudes = np.array([*steps, *[v for v in normal if v <= most]])
+    numbers = np.array([*-magnitudes[::-1], 0, *magnitudes])
+    quantizer = Float8(format)
+    ours = qparams(quantizer, -2 * most, most)
+    assert ours.scale == 2
+    codes = torch.arange(-len(magnitudes), len(magnitudes) + 1.0)
+    np.testing.assert_array_equal(quantizer.dequantize(codes, ours).numpy(), 2 * numbers)
+    x = noise(3000) * torch.logspace(-6, 3, 3000)
+    error = np.abs(quantizer.fake_quantize(x, ours).numpy() - x.numpy())
+    np.testing.assert_allclose(error, np.abs(x.numpy()[:, None] - 2 * numbers).min(1), rtol=1e-3, atol=1e-9)
+
+
+def test_a_float_format_that_torch_has_not_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Float8\.format='e3m4'.*'e4m3' and 'e5m2'"):
+        Float8("e3m4")
+
+
+def test_learned_values_move_to_a_smaller_error() -> None:
+    x = noise(4, 500)
+    for quantizer in (LearnedStep(3, symmetric=True), LearnedStep(3)):
+        start = quantizer.qparams(x.amin(1) * 2, x.amax(1) * 2, 0)
+        log = start.scale.log().requires_grad_()
+        optimizer = torch.optim.Adam([log], 0.02)
+        errors = []
+        for _ in range(150):
+            error = (quantizer.fake_quantize(x, start._replace(scale=log.exp())) - x).square().mean()
+            optimizer.zero_grad()
+            error.backward()
+            optimizer.step()
+            errors.append(float(error.detach()))
+        assert errors[-1] < 0.5 * errors[0]
