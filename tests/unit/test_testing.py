@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_compress.layers import Layer
 from lightning_compress.pruning import Criterion, Element, Magnitude, Pattern, Random
-from lightning_compress.quantization import Affine, QParams, Quantizer
-from lightning_compress.testing import check_criterion, check_pattern, check_quantizer
+from lightning_compress.quantization import Affine, LearnedStep, MinMax, MovingAverage, Observer, QParams, Quantizer
+from lightning_compress.testing import check_criterion, check_observer, check_pattern, check_quantizer
 
 from .test_convert import PowerOfTwo
 from .test_patterns import Own
@@ -365,9 +365,67 @@ class OneRange(Ternary):
         return p._replace(scale=torch.full_like(p.scale, float(p.scale.max())))
 
 
+class Learned(Ternary):
+    """Learns its scale by the inherited gradient."""
+
+    learned = ("scale",)
+
+
+class FitsFar(Ternary):
+    def fit(self, x: Tensor, axis: int | None = None) -> QParams:
+        qparams = super().fit(x, axis)
+        return qparams._replace(scale=3 * qparams.scale.clamp(max=1.0) if axis is None else qparams.scale)
+
+    def quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return x.sign()
+
+
+class FitsInPlace(Ternary):
+    def fit(self, x: Tensor, axis: int | None = None) -> QParams:
+        return super().fit(x.clamp_(-1, 1), axis)
+
+
+class FitsByChance(Ternary):
+    def fit(self, x: Tensor, axis: int | None = None) -> QParams:
+        self.num = getattr(self, "num", 0) + 1
+        return super().fit(x * (1 + 0.1 * self.num), axis)
+
+
+class FitsScales(Ternary):
+    def fit(self, x: Tensor, axis: int | None = None) -> Tensor:
+        return super().fit(x, axis).scale
+
+
+class LearnsNothing(Ternary):
+    learned = ("base",)
+
+
+class LearnsZero(Learned):
+    def fit(self, x: Tensor, axis: int | None = None) -> QParams:
+        qparams = super().fit(x, axis)
+        return qparams._replace(scale=torch.where(qparams.scale < 1e-9, 0.0, qparams.scale))
+
+
+class Unlearned(Learned):
+    def fake_quantize(self, x: Tensor, p: QParams) -> Tensor:
+        return super().fake_quantize(x, p._replace(scale=p.scale.detach())) + 0 * p.scale.sum()
+
+
+@pytest.mark.parametrize("quantizer", [Learned(), LearnedStep(3, symmetric=True)])
+def test_a_learned_scale_of_ones_own_passes(quantizer: Quantizer) -> None:
+    check_quantizer(quantizer)
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
+        (FitsFar(), "fit makes of the values something farther from them than 0"),
+        (FitsInPlace(), "fit changed its input for normal values"),
+        (FitsByChance(), "fit is not the same when asked twice"),
+        (FitsScales(), "fit gives a Tensor, not QParams"),
+        (LearnsNothing(), "fit gives no base, which is learned"),
+        (LearnsZero(), "a scale, which is learned, that is not positive and finite for values that are mostly"),
+        (Unlearned(), "gives scale a gradient that is 0"),
         (NoZero(), r"dequantize\(quantize\(0\)\) is .* and not 0 for the range"),
         (Fractions(), "codes that are no whole numbers"),
         (TooMany(), "3 different codes .*; 1 bits hold 2"),
@@ -392,7 +450,76 @@ def test_a_broken_quantizer_is_named_with_what_is_broken(broken: Quantizer, mess
         check_quantizer(broken)
 
 
-@pytest.mark.parametrize("check", [check_criterion, check_pattern, check_quantizer])
+class Short(MinMax):
+    def start(self) -> Tensor:
+        return torch.zeros(2, 2)
+
+
+class Eager(MinMax):
+    def start(self) -> Tensor:
+        return torch.tensor([-1.0, 1.0])
+
+
+class Growing(MinMax):
+    def update(self, state: Tensor, values: Tensor) -> Tensor:
+        return torch.cat([super().update(state[:2], values), state[2:], state[:1]]) if values.numel() else state
+
+
+class Overwriting(MinMax):
+    def update(self, state: Tensor, values: Tensor) -> Tensor:
+        return state.copy_(super().update(state, values))
+
+
+class Wide(MinMax):
+    def range(self, state: Tensor, quantizer: Quantizer) -> Tensor:
+        return state * 2
+
+
+class Single(MinMax):
+    def range(self, state: Tensor, quantizer: Quantizer) -> Tensor:
+        return state[:1]
+
+
+class Empty(MinMax):
+    def update(self, state: Tensor, values: Tensor) -> Tensor:
+        return super().update(state, values) if values.numel() else state / 2
+
+
+class First(MinMax):
+    def merge(self, states: Tensor) -> Tensor:
+        return states[-1]
+
+
+class Clipping(MinMax):
+    def update(self, state: Tensor, values: Tensor) -> Tensor:
+        return super().update(state, values.clamp_(-1, 1))
+
+
+@pytest.mark.parametrize("observer", [MinMax(), MovingAverage(0.5)])
+def test_a_right_observer_passes(observer: Observer) -> None:
+    check_observer(observer)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (Short(), "start gives no tensor of one axis"),
+        (Eager(), "gives a range though nothing was seen"),
+        (Growing(), "a state of another shape or type"),
+        (Overwriting(), "changed the state before"),
+        (Wide(), r"range is .*, seen was"),
+        (Single(), r"the shape \(1,\), not \(2,\)"),
+        (Empty(), "changed the state for no values"),
+        (First(), "depends on the order of the ranks"),
+        (Clipping(), "changed the values"),
+    ],
+)
+def test_a_broken_range_observer_is_named_with_what_is_broken(broken: Observer, message: str) -> None:
+    with pytest.raises(AssertionError, match=rf"(?s){type(broken).__name__}.*{message}"):
+        check_observer(broken)
+
+
+@pytest.mark.parametrize("check", [check_criterion, check_pattern, check_quantizer, check_observer])
 def test_a_class_of_another_kind_is_refused(check: Callable[[Any], None]) -> None:
     with pytest.raises(AssertionError, match="list is no subclass of lightning_compress"):
         check([])
