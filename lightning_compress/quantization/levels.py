@@ -16,6 +16,7 @@ from lightning_compress.quantization.quantizers import (
     along,
     extent,
     least_squares,
+    mean,
     narrow,
     rows,
 )
@@ -283,8 +284,8 @@ class Ternary(Levels):
     def fit(self, x: Tensor, axis: int | None = None) -> QParams:
         """The mean magnitude of what is large."""
         magnitude = rows(x, axis).abs()
-        threshold = 0.7 * _mean(magnitude, magnitude > 0)
-        scale = _mean(magnitude, magnitude > threshold[:, None])
+        threshold = 0.7 * mean(magnitude, magnitude > 0)
+        scale = mean(magnitude, magnitude > threshold[:, None])
         scale = scale if axis is not None else scale[0]
         return self.qparams(-scale, scale, axis)
 
@@ -322,11 +323,6 @@ class Binary(Levels):
     def fit(self, x: Tensor, axis: int | None = None) -> QParams:
         """The mean magnitude."""
         magnitude = rows(x, axis).abs()
-        scale = _mean(magnitude, magnitude > 0)
+        scale = mean(magnitude, magnitude > 0)
         scale = scale if axis is not None else scale[0]
         return self.qparams(-scale, scale, axis)
-
-
-def _mean(x: Tensor, which: Tensor) -> Tensor:
-    """The mean of the chosen values of each row; 0 without any."""
-    return (x * which).sum(1) / which.sum(1).clamp(min=1)

@@ -154,7 +154,8 @@ class LearnedStep(Affine):
     rate; it is left out, for the logarithm of the step is meant to have an optimizer of its own, to which the
     gradient's size does not matter (Adam).
 
-    :meth:`fit` takes the range with the least squared error. With 2 bits, symmetric, the codes are -1, 0 and 1.
+    :meth:`fit` takes the paper's start, 2 * mean |x| / sqrt(largest code), of the values that are not 0, or the range's
+    own step where that is smaller. With 2 bits, symmetric, the codes are -1, 0 and 1.
 
     Args:
         bits: Bits a code, 2..8.
@@ -176,8 +177,12 @@ class LearnedStep(Affine):
 
     @torch.no_grad()
     def fit(self, x: Tensor, axis: int | None = None) -> QParams:
-        """The range with the least squared error."""
-        return least_squares(self, x, axis)
+        """A step that clips little, so that most weights keep their gradient."""
+        qparams = self.qparams(*occupied(*extent(x, axis)), axis)
+        magnitude = rows(x, axis).abs()
+        start = 2 * mean(magnitude, magnitude > 0).view(qparams.scale.shape) / self.limits[1] ** 0.5
+        scale = torch.where(start > 0, torch.minimum(start, qparams.scale), qparams.scale)
+        return qparams._replace(scale=scale.clamp(min=1e-12))
 
     def fake_quantize(self, x: Tensor, qparams: QParams) -> Tensor:
         """The round trip, with a gradient for the scale too."""
@@ -190,7 +195,7 @@ class LearnedClip(LearnedStep):
     """Linear quantization whose range is learned (PACT, Choi 2018, arXiv:1805.06085).
 
     Like :class:`LearnedStep`, but only what is clipped moves the scale: the clip, the outermost code times the scale,
-    has the sum of the gradients of the values beyond it.
+    has the sum of the gradients of the values beyond it. :meth:`fit` takes the range with the least squared error.
 
     Args:
         bits: Bits a code, 2..8.
@@ -207,6 +212,11 @@ class LearnedClip(LearnedStep):
         >>> scale.grad  # 15 steps make the clip
         tensor(15.)
     """
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, axis: int | None = None) -> QParams:
+        """The range with the least squared error."""
+        return least_squares(self, x, axis)
 
     def fake_quantize(self, x: Tensor, qparams: QParams) -> Tensor:
         """The round trip, with a gradient for the scale from what is clipped."""
@@ -293,6 +303,18 @@ def extent(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     return channels.amin(1), channels.amax(1)
 
 
+def occupied(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The ranges, where a channel of zeros takes the widest, so that its scale can be learned; -1..1 without any."""
+    most = torch.maximum(-low, high)
+    widest = torch.where(most.max() > 0, most.max(), 1.0)
+    return torch.where(most > 0, low, -widest), torch.where(most > 0, high, widest)
+
+
+def mean(x: Tensor, which: Tensor) -> Tensor:
+    """The mean of the chosen values of each row; 0 without any."""
+    return (x * which).sum(1) / which.sum(1).clamp(min=1)
+
+
 def narrow(low: Tensor, high: Tensor, share: Tensor | float) -> tuple[Tensor, Tensor]:
     """The range cut on both sides of 0 at a share of its end that is farther from 0."""
     most = torch.maximum(-low, high) * share
@@ -304,11 +326,8 @@ SHARES = tuple(0.94**i for i in range(48))
 
 
 def least_squares(quantizer: Quantizer, x: Tensor, axis: int | None, base: Tensor | None = None) -> QParams:
-    """The parameters of the range with the least squared error; a channel of zeros takes the widest channel's range."""
-    low, high = extent(x, axis)
-    most = torch.maximum(-low, high)
-    widest = torch.where(most.max() > 0, most.max(), 1.0)
-    low, high = torch.where(most > 0, low, -widest), torch.where(most > 0, high, widest)
+    """The parameters of the range with the least squared error."""
+    low, high = occupied(*extent(x, axis))
     trials = [quantizer.qparams(*narrow(low, high, share), axis) for share in SHARES]
     trials = trials if base is None else [trial._replace(base=base) for trial in trials]
     best, least = trials[0], torch.full_like(low, torch.inf)

@@ -241,9 +241,9 @@ def test_a_learned_step_has_the_gradient_of_torchs_own_operation() -> None:
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_a_fitted_step_errs_no_more_than_any_other_of_numpy(bits: int, axis: int | None) -> None:
+def test_a_fitted_clip_errs_no_more_than_any_other_of_numpy(bits: int, axis: int | None) -> None:
     weight = noise(8, 5, 40) ** 3
-    quantizer, top = LearnedStep(bits, symmetric=True), 2 ** (bits - 1) - 1
+    quantizer, top = LearnedClip(bits, symmetric=True), 2 ** (bits - 1) - 1
     ours = quantizer.fit(weight, axis)
     rows = weight.numpy().reshape(1, -1) if axis is None else weight.movedim(axis, 0).flatten(1).numpy()
     for row, scale in zip(rows, ours.scale.reshape(-1).tolist(), strict=True):
@@ -255,10 +255,23 @@ def test_a_fitted_step_errs_no_more_than_any_other_of_numpy(bits: int, axis: int
         assert error(scale) <= 1.1 * min(error(step) for step in steps)
 
 
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_fitted_step_is_the_start_of_the_paper_up_to_the_range(bits: int, axis: int | None) -> None:
+    weight = noise(8, 5, 40) * (noise(8, 5, 40, seed=1) > 0)  # pruned weights do not count
+    rows = weight.numpy().reshape(1, -1) if axis is None else weight.movedim(axis, 0).flatten(1).numpy()
+    top = 2 ** (bits - 1) - 1
+    starts = [2 * np.abs(row[row != 0]).mean() / np.sqrt(top) for row in rows]
+    expected = np.minimum(starts, np.abs(rows).max(1) / top)
+    scale = LearnedStep(bits, symmetric=True).fit(weight, axis).scale
+    np.testing.assert_allclose(scale.flatten().numpy(), expected, rtol=1e-5)
+
+
 def test_a_channel_of_zeros_is_given_a_step_that_can_be_learned() -> None:
     weight = torch.stack([torch.zeros(5), torch.ones(5), torch.full((5,), 3.0)])
-    assert LearnedStep(4, symmetric=True).fit(weight, 0).scale[0] == 3 / 7
-    assert LearnedStep(4, symmetric=True).fit(torch.zeros(5)).scale == 1 / 7
+    for quantizer in (LearnedStep(4, symmetric=True), LearnedClip(4, symmetric=True)):
+        torch.testing.assert_close(quantizer.fit(weight, 0).scale[0], torch.tensor(3 / 7))
+        torch.testing.assert_close(quantizer.fit(torch.zeros(5)).scale, torch.tensor(1 / 7))
 
 
 @pytest.mark.parametrize("format", ["e4m3", "e5m2"])
