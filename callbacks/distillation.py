@@ -134,7 +134,7 @@ class KnowledgeDistillation(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot be distilled, before training starts."""
-        check_strategy(trainer)
+        check_strategy(trainer, self)
         if stage != "fit":
             return
         if not self.by_hand and not pl_module.automatic_optimization:

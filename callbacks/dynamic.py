@@ -15,6 +15,7 @@ from lightning_compress.layers import Layer
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import Constant, Criterion
 from lightning_compress.pruning.distribution import Scope
+from lightning_compress.pruning.sharding import whole
 
 from .clock import read_clock
 from .pruning import GradualPruning
@@ -135,7 +136,7 @@ class RigL(GradualPruning):
         theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
         layers = [x for x in self.masks.layers if id(x.weight) in theirs]
         gradients = [layer.weight.grad for layer in layers]
-        if not all(g is not None and bool(torch.isfinite(g).all()) for g in gradients):
+        if not all(g is not None and bool(whole(torch.isfinite(g).all())) for g in gradients):
             return  # a step that a gradient scaler will skip, or one without a loss
         grown = self.masks.exchange(layers, share, lambda layer: self.growth(layer, step))
         for layer in layers:

@@ -18,6 +18,7 @@ from lightning_compress.quantization.convert import convert, to_float
 from lightning_compress.quantization.prepare import prepared
 
 from .evaluate import copied, evaluate, example_inputs
+from .structure import check_strategy
 
 __all__ = ["Export"]
 
@@ -61,6 +62,7 @@ class Export(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot be written, before training starts."""
         if stage == "fit":
+            check_strategy(trainer, self)
             check_formats(self.formats)
 
     def folder(self, trainer: pl.Trainer) -> Path:

@@ -18,10 +18,11 @@ from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import Criterion, Cubic, Element, Magnitude, Masks, Observation, Pattern, Schedule
 from lightning_compress.pruning.distribution import Scope
 from lightning_compress.pruning.patterns import out_first
+from lightning_compress.pruning.sharding import whole
 
 from .clock import all_callbacks, check_run, read_clock
 from .gate import gate_checkpoints, open_checkpoints
-from .structure import check_strategy, check_structure_on_load
+from .structure import check_strategy, check_structure_on_load, is_model_parallel
 
 __all__ = ["GradualPruning"]
 
@@ -176,12 +177,30 @@ class GradualPruning(pl.Callback):
         return [("prune", self.phase)]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse sharding strategies, and let a checkpoint of another structure be refused in words."""
-        check_strategy(trainer)
+        """Refuse what sharded weights cannot take, and let a checkpoint of another structure be refused in words."""
+        check_strategy(trainer, self, model_parallel=True)
+        if is_model_parallel(trainer):
+            self._check_sharded()
         check_structure_on_load(pl_module)
 
+    def _check_sharded(self) -> None:
+        name, with_ = type(self).__name__, "with strategy=ModelParallelStrategy"
+        if self._observes:
+            raise ValueError(
+                f"{name}.criterion={self.criterion} {with_}: each process sees but a part of a layer. Accepted are "
+                "criteria that read weights alone, such as Magnitude() or LAMP(). Take one, or Trainer(strategy='ddp')."
+            )
+        if self.rewind is not None:
+            raise ValueError(
+                f"{name}.rewind={self.rewind!r} {with_}: each process would remember but its part of the weights. "
+                "Accepted is None. Leave rewind out, or take Trainer(strategy='ddp')."
+            )
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the layers, take up the masks of a checkpoint, and watch the optimizers."""
+        """Find the layers, take up the masks of a checkpoint, and watch the optimizers.
+
+        A ModelParallelStrategy loads its checkpoint after this, before ``on_train_start``.
+        """
         layers = self._find_layers(pl_module)
         _check_finite(layers)
         if self.skipped:
@@ -189,19 +208,30 @@ class GradualPruning(pl.Callback):
             rank_zero_info(f"{type(self).__name__} leaves alone {left}")
         if self._state is not None:
             self.masks = Masks(layers)
-            self.masks.load_state_dict(self._state["masks"])
             self._observation = self._observe(layers, pl_module)
         elif self.masks is None or not self.masks.are_of(layers):  # else a second fit goes on where the first ended
             self.masks, self._last_step, self._done, self._rewound = Masks(layers), -1, False, None
             self._observation = self._observe(layers, pl_module)
+        self._take_up(self.masks)
         self.masks.bind(pl_module)
-        self._state = None
         for optimizer in trainer.optimizers:
             ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
             theirs = [layer for layer in layers if id(layer.weight) in ids]
             self._handles.append(optimizer.register_step_post_hook(partial(_enforce, self.masks, theirs)))
         if self.gate_checkpoints:
             gate_checkpoints(trainer, self)
+
+    def _take_up(self, masks: Masks) -> None:
+        """Take the masks of a checkpoint."""
+        if self._state is not None:
+            masks.load_state_dict(self._state["masks"])
+            self._state = None
+
+    @property
+    def _observes(self) -> bool:
+        """Whether the criterion looks at more than weights."""
+        criterion = self.criterion
+        return criterion.observes_activations or criterion.observes_gradients or criterion.needs_norm
 
     def _find_layers(self, pl_module: pl.LightningModule) -> list[Layer]:
         """The layers to prune; sets the skipped ones and the targets by name."""
@@ -210,7 +240,7 @@ class GradualPruning(pl.Callback):
         )
         layers = []
         for i, layer in enumerate(found):
-            shape = out_first(layer, layer.weight.detach()).shape
+            shape = out_first(layer, torch.empty(layer.weight.shape, device="meta")).shape
             reason = self.criterion.refuses(layer) or self.pattern.refuses(shape)
             if self.keep_first and i == 0:
                 reason = "the first layer stays dense (keep_first)"
@@ -233,7 +263,7 @@ class GradualPruning(pl.Callback):
 
     def _observe(self, layers: list[Layer], pl_module: pl.LightningModule) -> Observation | None:
         criterion = self.criterion
-        if not (criterion.observes_activations or criterion.observes_gradients or criterion.needs_norm):
+        if not self._observes:
             return None
         if criterion.needs_norm and not any(isinstance(m, _BatchNorm) for m in pl_module.modules()):
             raise ValueError(
@@ -254,6 +284,8 @@ class GradualPruning(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse phases that cannot be; the steps of an earlier fit do not count in this one."""
+        assert self.masks is not None
+        self._take_up(self.masks)
         check_run(trainer)
         self._last_step = min(self._last_step, trainer.global_step)
 
@@ -379,7 +411,7 @@ def _is_share(value: Any) -> bool:
 
 def _check_finite(layers: Sequence[Layer]) -> None:
     for layer in layers:
-        bad = layer.weight.numel() - int(torch.isfinite(layer.weight.detach()).sum())
+        bad = layer.weight.numel() - int(whole(torch.isfinite(layer.weight.detach()).sum()))
         if bad:
             raise ValueError(
                 f"{layer.name} has {bad} weights that are NaN or infinite before training starts. Start from a "

@@ -78,7 +78,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse sharding strategies, and let a checkpoint of another structure be refused in words."""
-        check_strategy(trainer)
+        check_strategy(trainer, self)
         check_structure_on_load(pl_module)
 
     def _attach(self, pl_module: pl.LightningModule) -> None:

@@ -37,6 +37,7 @@ from .evaluate import check_validation_data, pick_metric
 from .export import Export
 from .measure import measure, totals
 from .progress import show_in_progress_bar
+from .structure import check_strategy
 
 __all__ = ["CompressionReport"]
 
@@ -74,8 +75,9 @@ class CompressionReport(pl.Callback):
         self._last_step = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a run without validation data, before training starts."""
+        """Refuse sharding strategies and a run without validation data, before training starts."""
         if stage == "fit":
+            check_strategy(trainer, self)
             check_validation_data(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -76,7 +76,7 @@ class Shrinking(pl.Callback, ABC):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse sharding strategies, and let a checkpoint of another shape be loaded."""
-        check_strategy(trainer)
+        check_strategy(trainer, self)
         check_structure_on_load(pl_module)
         if self._module is not pl_module and stage == "fit":
             self.shrinks, self.skipped, self._facts = 0, {}, {}

@@ -7,25 +7,37 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_compress.checkpoint import check_structure, follow_structure
 
 from .clock import all_callbacks
 
-__all__ = ["averages", "check_strategy", "check_structure_on_load"]
+__all__ = ["averages", "check_strategy", "check_structure_on_load", "is_model_parallel"]
 
 
-def check_strategy(trainer: pl.Trainer) -> None:
-    """Raise for strategies that shard the model: they load a checkpoint after the callbacks have looked at the model.
+def is_model_parallel(trainer: pl.Trainer) -> bool:
+    """Whether the weights are DTensors (FSDP2, tensor parallelism)."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def check_strategy(trainer: pl.Trainer, callback: pl.Callback, model_parallel: bool = False) -> None:
+    """Raise for strategies that shard the model: each process then holds but a part of it.
+
+    Args:
+        trainer: The Trainer of the run.
+        callback: Which callback asks.
+        model_parallel: Whether it works under ModelParallelStrategy.
 
     Raises:
         ValueError: If the strategy is one of them.
     """
-    if trainer.strategy.restore_checkpoint_after_setup:
+    sharding = trainer.strategy.restore_checkpoint_after_setup
+    if sharding and not (model_parallel and is_model_parallel(trainer)):
         raise ValueError(
-            f"strategy={type(trainer.strategy).__name__}: it loads a checkpoint after callbacks looked at the model. "
-            "Accepted are single-device and DDP strategies, not ModelParallelStrategy, FSDPStrategy and "
-            "DeepSpeedStrategy. Train with Trainer(strategy='ddp')."
+            f"strategy={type(trainer.strategy).__name__}: {type(callback).__name__} does not know sharded models. "
+            "Accepted are single-device and DDP strategies, and ModelParallelStrategy by GradualPruning, RigL and SET; "
+            "never FSDPStrategy and DeepSpeedStrategy. Train with Trainer(strategy='ddp')."
         )
 
 
@@ -49,4 +61,5 @@ def _load_checked(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> 
     trainer = pl_module._trainer
     for model in (pl_module, *(averages(trainer) if trainer is not None else ())):
         follow_structure(model, checkpoint)
-    check_structure(pl_module, checkpoint["state_dict"], strict=pl_module.strict_loading)
+    if "state_dict" in checkpoint:  # a ModelParallelStrategy has loaded the weights by itself by now
+        check_structure(pl_module, checkpoint["state_dict"], strict=pl_module.strict_loading)

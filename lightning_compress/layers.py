@@ -28,6 +28,7 @@ class Layer:
         parameter: Key of the weight in the module's parameters.
         seen: What a criterion observed of this layer during training, averaged.
         norm: The batch norm right behind the layer, where a criterion asked for it.
+        whole: The weight gathered from all processes, where it is sharded and a criterion is to see all of it.
     """
 
     name: str
@@ -35,11 +36,12 @@ class Layer:
     parameter: str = "weight"
     seen: Tensor | None = None
     norm: nn.Module | None = None
+    whole: nn.Parameter | None = None
 
     @property
     def weight(self) -> nn.Parameter:
         """The stored weight, whatever the module shows under that name."""
-        weight = self.module._parameters[self.parameter]
+        weight = self.module._parameters[self.parameter] if self.whole is None else self.whole
         assert weight is not None
         return weight
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_compress.layers import Layer
-from lightning_compress.pruning.selection import keep_highest
+from lightning_compress.pruning.selection import Ranks, keep_highest
 
 __all__ = ["erdos_renyi_kernel", "keep_groups", "num_needed", "split_by_scope"]
 
 Scope = Literal["global", "layer", "erk"]
+_ALONE = Ranks()
 
 
 def erdos_renyi_kernel(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
@@ -68,7 +69,9 @@ def num_needed(floor: float, sparsity: float, num_groups: int) -> int:
     return math.ceil(round(floor * (1 - sparsity) * num_groups, 6)) if sparsity < 1 else 0
 
 
-def keep_groups(groups: Sequence[Tensor], sizes: Sequence[int], sparsity: float, floor: float = 0.0) -> list[Tensor]:
+def keep_groups(
+    groups: Sequence[Tensor], sizes: Sequence[int], sparsity: float, floor: float = 0.0, ranks: Ranks = _ALONE
+) -> list[Tensor]:
     """Bool tensors in the shapes of ``groups``, False for the lowest groups up to a share of all weights.
 
     Args:
@@ -76,35 +79,38 @@ def keep_groups(groups: Sequence[Tensor], sizes: Sequence[int], sparsity: float,
         sizes: Weights in each group, a number a layer.
         sparsity: Share of the weights to drop.
         floor: No layer keeps less than this share of what all keep on average.
+        ranks: Processes that each hold a part of every layer's groups.
     """
     keeps: list[Tensor] = [torch.ones_like(group, dtype=torch.bool) for group in groups]
-    totals = [group.numel() * size for group, size in zip(groups, sizes, strict=True)]
-    needed = [num_needed(floor, sparsity, group.numel()) for group in groups]
-    open_, to_drop = list(range(len(groups))), sparsity * sum(totals)
+    nums = ranks.sum(*(group.numel() for group in groups))
+    needed = [num_needed(floor, sparsity, num) for num in nums]
+    open_, to_drop = list(range(len(groups))), sparsity * sum(n * size for n, size in zip(nums, sizes, strict=True))
     while open_:
-        found = _keep_lowest_out([groups[i] for i in open_], [sizes[i] for i in open_], to_drop)
+        found = _keep_lowest_out([groups[i] for i in open_], [sizes[i] for i in open_], to_drop, ranks)
         for i, keep in zip(open_, found, strict=True):
             keeps[i] = keep | (groups[i] == torch.inf)
-        short = [i for i in open_ if int(keeps[i].sum()) < needed[i]]
+        num_kept = dict(zip(open_, ranks.sum(*(int(keeps[i].sum()) for i in open_)), strict=True))
+        short = [i for i in open_ if num_kept[i] < needed[i]]
         for i in short:
-            keeps[i] = keep_highest([groups[i]], 1 - needed[i] / groups[i].numel())[0]
-            to_drop -= int((~keeps[i]).sum()) * sizes[i]
+            keeps[i] = keep_highest([groups[i]], 1 - needed[i] / nums[i], ranks)[0]
+            to_drop -= ranks.sum(int((~keeps[i]).sum()))[0] * sizes[i]
         open_ = [i for i in open_ if i not in short] if short else []
     return keeps
 
 
-def _keep_lowest_out(groups: Sequence[Tensor], sizes: Sequence[int], num_weights: float) -> list[Tensor]:
+def _keep_lowest_out(groups: Sequence[Tensor], sizes: Sequence[int], num_weights: float, ranks: Ranks) -> list[Tensor]:
     """Drop the lowest groups until they hold a number of weights."""
     if len(set(sizes)) == 1:
-        num_groups = sum(group.numel() for group in groups)
-        return keep_highest(groups, min(1.0, max(0.0, num_weights / sizes[0] / max(1, num_groups))))
-    flat = torch.cat([group.detach().float().cpu().flatten() for group in groups])
+        (num_groups,) = ranks.sum(sum(group.numel() for group in groups))
+        return keep_highest(groups, min(1.0, max(0.0, num_weights / sizes[0] / max(1, num_groups))), ranks)
+    wholes = [ranks.join(group.detach().float().cpu().flatten(), torch.Size([-1])) for group in groups]
+    flat = torch.cat(wholes)
     if flat.isnan().any():
         raise ValueError("A pruning score is NaN: the weights have diverged. Lower the learning rate.")
-    weights = torch.cat([torch.full((g.numel(),), s, dtype=torch.int64) for g, s in zip(groups, sizes, strict=True)])
+    weights = torch.cat([torch.full_like(w, s, dtype=torch.int64) for w, s in zip(wholes, sizes, strict=True)])
     order = flat.argsort(stable=True)
     before = weights[order].cumsum(0) - weights[order]
     keep = torch.empty_like(flat, dtype=torch.bool)
     keep[order] = before >= round(num_weights, 6)
-    parts = keep.split([group.numel() for group in groups])
+    parts = map(ranks.part, keep.split([len(w) for w in wholes]))
     return [part.view(group.shape).to(group.device) for part, group in zip(parts, groups, strict=True)]

@@ -17,12 +17,16 @@ from lightning_compress.pruning.distribution import Scope, keep_groups, num_need
 from lightning_compress.pruning.observation import Observation
 from lightning_compress.pruning.patterns import Element, Pattern, WholeLayer, out_first
 from lightning_compress.pruning.selection import CHUNK, Cut, find_cut, num_dropped, spread_sample
+from lightning_compress.pruning.sharding import is_sharded, ranks_for, sharded_as, whole
 
 __all__ = ["Masks"]
 
 
 class Masks:
     """One mask a layer, int8 with 1 = kept: the cheapest kind to multiply into a weight in place.
+
+    The mask of a sharded weight is sharded like it: then all processes call ``sparsity``, ``update``, ``exchange`` and
+    ``state_dict`` together, and the state is the same on all of them.
 
     Args:
         layers: The layers that are pruned.
@@ -39,8 +43,10 @@ class Masks:
     @property
     def sparsity(self) -> float:
         """Share of the weights that is dropped."""
-        kept = sum(int(mask.sum(dtype=torch.int64)) for mask in self._masks.values())
-        return 1 - kept / max(1, sum(mask.numel() for mask in self._masks.values()))
+        return 1 - self._num_kept(self.layers) / max(1, sum(mask.numel() for mask in self._masks.values()))
+
+    def _num_kept(self, layers: Sequence[Layer]) -> int:
+        return sum(int(whole(self._masks[layer.name].sum(dtype=torch.int64))) for layer in layers)
 
     @torch.no_grad()
     def update(
@@ -79,8 +85,7 @@ class Masks:
     def _num_open(self, layers: Sequence[Layer], sparsity: float) -> int:
         """How many weights are still to be dropped for a sparsity."""
         num_weights = sum(layer.weight.numel() for layer in layers)
-        num_kept = sum(int(self._masks[layer.name].sum(dtype=torch.int64)) for layer in layers)
-        return num_dropped(sparsity, num_weights) - (num_weights - num_kept)
+        return num_dropped(sparsity, num_weights) - (num_weights - self._num_kept(layers))
 
     def _update_scored(
         self,
@@ -91,21 +96,27 @@ class Masks:
         floor: float,
         observation: Observation | None,
     ) -> None:
-        """Rank the groups of all given layers together."""
-        groups, sizes = [], []
+        """Rank the groups of all given layers together; of sharded ones, each process ranks a part."""
+        groups, shapes, sizes, ranks = [], [], [], ranks_for(layer.weight for layer in layers)
+        turn = _as_stored if isinstance(pattern, Element) else out_first  # ties go in the order of the streamed ones
         for layer in layers:
-            scores = criterion.score(layer if observation is None else observation.layer(layer)).float()
-            scores = out_first(layer, scores.masked_fill(self._masks[layer.name] == 0, -torch.inf))
+            weight = layer if observation is None else observation.layer(layer)
+            if is_sharded(layer.weight):
+                weight = replace(weight, whole=nn.Parameter(whole(layer.weight.detach()), requires_grad=False))
+            scores = criterion.score(weight).float()
+            scores = turn(layer, scores.masked_fill(whole(self._masks[layer.name]) == 0, -torch.inf))
             found = pattern.reduce(scores)
             protected = pattern.protects(found)
             if protected is not None:
                 found = found.masked_fill(protected & (found > -torch.inf), torch.inf)
-            groups.append(found)
+            groups.append(ranks.part(found))
+            shapes.append((found.shape, scores.shape))
             sizes.append(layer.weight.numel() // found.numel())
         floor = 0.0 if isinstance(pattern, WholeLayer) else floor
-        for layer, keep in zip(layers, keep_groups(groups, sizes, sparsity, floor), strict=True):
-            shape = out_first(layer, layer.weight).shape
-            self._masks[layer.name] *= out_first(layer, pattern.expand(keep, shape))
+        kept = keep_groups(groups, sizes, sparsity, floor, ranks)
+        for layer, keep, (shape, full) in zip(layers, kept, shapes, strict=True):
+            mask = turn(layer, pattern.expand(ranks.join(keep, shape), full))
+            self._masks[layer.name] *= sharded_as(mask, self._masks[layer.name])
 
     def _update_streamed(
         self, criterion: Criterion, parts: Sequence[tuple[Sequence[Layer], float]], floor: float
@@ -172,15 +183,16 @@ class Masks:
         """
         grown = {}
         for layer in layers:
-            mask = self._masks[layer.name].flatten().bool()
+            mask = whole(self._masks[layer.name]).flatten().bool()
             k = int(share * int(mask.sum()))
-            size = layer.weight.detach().flatten().abs().masked_fill(~mask, torch.inf)
+            size = whole(layer.weight.detach()).flatten().abs().masked_fill(~mask, torch.inf)
             kept = mask.clone()
             kept[size.topk(k, largest=False).indices] = False
-            scores = growth(layer).flatten().float().masked_fill(kept, -torch.inf)
+            scores = whole(growth(layer)).flatten().float().masked_fill(kept, -torch.inf)
             kept[scores.topk(k).indices] = True
-            grown[layer.name] = (kept & ~mask).view_as(layer.weight).to(torch.int8)
-            self._masks[layer.name].copy_(kept.view_as(layer.weight))
+            new = (kept & ~mask).view(layer.weight.shape).to(torch.int8)
+            grown[layer.name] = sharded_as(new, self._masks[layer.name])
+            self._masks[layer.name].copy_(sharded_as(kept.view(layer.weight.shape), self._masks[layer.name]))
         self.apply(layers)
         return grown
 
@@ -200,7 +212,8 @@ class Masks:
 
     def _find(self, criterion: Criterion, k: int, layers: Sequence[Layer]) -> Cut | None:
         weights = [layer.weight.detach() for layer in layers]
-        if any(w.device.type != "cpu" or w.dtype != torch.float32 or not w.is_contiguous() for w in weights):
+        plain = (w.device.type == "cpu" and w.dtype == torch.float32 and w.is_contiguous() for w in weights)
+        if not all(plain) or any(map(is_sharded, weights)):
             return None
         num_weights = sum(w.numel() for w in weights)
 
@@ -257,7 +270,7 @@ class Masks:
 
     def state_dict(self) -> dict[str, Any]:
         """The masks, eight weights a byte, with their shapes."""
-        return {name: {"bits": _pack(mask), "shape": list(mask.shape)} for name, mask in self._masks.items()}
+        return {name: {"bits": _pack(whole(mask)), "shape": list(mask.shape)} for name, mask in self._masks.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the masks of a checkpoint.
@@ -274,8 +287,8 @@ class Masks:
                 "Resume with the same model and the same include and exclude patterns."
             )
         for name, entry in state.items():
-            device = self._masks[name].device
-            self._masks[name] = _unpack(entry["bits"], entry["shape"]).to(device)
+            mask = _unpack(entry["bits"], entry["shape"]).to(self._masks[name].device)
+            self._masks[name] = sharded_as(mask, self._masks[name])
 
     def select(self, kept: Mapping[int, Mapping[int, Tensor]], gone: Iterable[int] = ()) -> None:
         """Shrink with the weights.
@@ -301,6 +314,10 @@ def _chunks(criterion: Criterion, layers: Sequence[Layer]) -> Iterator[np.ndarra
     for layer in layers:
         for part in layer.weight.detach().view(-1).split(CHUNK):
             yield criterion.score_values(part, buffer[: part.numel()]).numpy()
+
+
+def _as_stored(layer: Layer, values: Tensor) -> Tensor:
+    return values
 
 
 def _pack(mask: Tensor) -> Tensor:

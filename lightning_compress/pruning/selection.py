@@ -31,14 +31,26 @@ class Ranks:
     Args:
         rank: Which of them this is.
         gather: Gives the arrays that all of them gave, in order of rank; :func:`~.sharding.ranks_of` makes one.
+        size: How many they are.
     """
 
     rank: int = 0
     gather: Callable[[np.ndarray], list[np.ndarray]] = lambda array: [array]
+    size: int = 1
 
-    def sum(self, number: int) -> int:
-        """The sum of all their numbers."""
-        return sum(int(array[0]) for array in self.gather(np.array([number], np.int64)))
+    def sum(self, *numbers: int) -> list[int]:
+        """The sum of all their numbers, each for itself."""
+        return np.sum(self.gather(np.array(numbers, np.int64)), axis=0).tolist()
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This one's part of a tensor that all of them have, flat: the first gets the first values, and so on."""
+        return whole if self.size == 1 else whole.flatten().tensor_split(self.size)[self.rank].clone()
+
+    def join(self, part: Tensor, shape: torch.Size) -> Tensor:
+        """The tensor of which each has a part."""
+        if self.size == 1:
+            return part.view(shape)
+        return torch.from_numpy(_together(self, part.cpu().numpy())).view(shape).to(part.device)
 
 
 @dataclass
@@ -87,7 +99,7 @@ def find_cut(chunks: Chunks, num_scores: int, k: int, sample: Callable[[], np.nd
     while True:
         low, high, share = _bracket(_together(ranks, sample()), k / max(1, num_scores), widening)
         num_below, candidates = _count_and_collect(chunks(), low, high, int(1.2 * share * num_scores))
-        num_below, candidates = ranks.sum(num_below), _together(ranks, candidates)
+        (num_below,), candidates = ranks.sum(num_below), _together(ranks, candidates)
         _check_no_nan(candidates)  # not before: all ranks raise, or none
         if num_below < max(1, k) <= num_below + len(candidates) or share == 1:
             break
@@ -178,7 +190,7 @@ def keep_highest(scores: Sequence[Tensor], sparsity: float, ranks: Ranks = Ranks
         [tensor([ True, False]), tensor([True, True])]
     """
     flat = [s.detach().float().cpu().reshape(-1).numpy() for s in scores]
-    num_scores = ranks.sum(sum(len(s) for s in flat))
+    (num_scores,) = ranks.sum(sum(len(s) for s in flat))
 
     def chunks() -> Iterator[np.ndarray]:
         for values in flat:

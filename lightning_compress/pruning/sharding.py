@@ -1,15 +1,44 @@
-"""Selection over weights that are sharded across processes: counts, a sample and a few candidates are exchanged."""
+"""Weights that are sharded across processes as DTensors.
+
+To select among them, counts, a sample and a few candidates are exchanged; one layer at a time is whole.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_compress.pruning.selection import Ranks
 
-__all__ = ["ranks_of"]
+__all__ = ["is_sharded", "ranks_for", "ranks_of", "sharded_as", "whole"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "full_tensor")  # importing the class takes half as long as importing torch
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; a DTensor is gathered, which all its processes do together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has whole, laid out like another."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def ranks_for(tensors: Iterable[Tensor]) -> Ranks:
+    """All processes if one of the tensors is sharded; else this one alone."""
+    return ranks_of() if any(map(is_sharded, tensors)) else Ranks()
 
 
 def ranks_of(group: Any = None) -> Ranks:
@@ -29,4 +58,4 @@ def ranks_of(group: Any = None) -> Ranks:
         dist.all_gather_object(arrays, array, group)
         return arrays
 
-    return Ranks(dist.get_rank(group), gather)
+    return Ranks(dist.get_rank(group), gather, dist.get_world_size(group))

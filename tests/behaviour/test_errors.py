@@ -12,10 +12,13 @@ import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning_compress.callbacks import (
+    ChannelPruning,
     CompressionReport,
     Export,
     FineTuning,
     GradualPruning,
+    KnowledgeDistillation,
+    LayerPruning,
     QuantizationAwareTraining,
 )
 from torch.utils.data import DataLoader, IterableDataset
@@ -23,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import lightning_compress
 from lightning_compress.layers import Layer
 from lightning_compress.phase import Phase
-from lightning_compress.pruning import Linear
+from lightning_compress.pruning import BatchNormScale, Linear, Rounds, Taylor, Wanda
 from lightning_compress.quantization import Affine, Scheme
 
 from ..harness import make_module, make_trainer
@@ -71,10 +74,10 @@ def other_structure(folder: Path) -> None:
     make_trainer(folder, callbacks=[GradualPruning(), NoTraining()]).fit(ConvResidual(), ckpt_path=folder / "mlp.ckpt")
 
 
-def strategy(kind: type[Strategy]) -> None:
+def strategy(kind: type[Strategy], callback: pl.Callback | None = None) -> None:
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     with patch.object(pl.Trainer, "strategy", kind()):
-        GradualPruning().setup(trainer, make_module("mlp"), "fit")
+        (callback or GradualPruning()).setup(trainer, make_module("mlp"), "fit")
 
 
 def missing_extra(folder: Path) -> None:
@@ -134,10 +137,33 @@ CASES: dict[str, Case] = {
         ValueError,
         r"strategy=FSDPStrategy: .* Train with Trainer\(strategy='ddp'\)",
     ),
-    "strategy=ModelParallelStrategy": (
-        lambda _: strategy(ModelParallelStrategy),
+    **{
+        f"strategy=ModelParallelStrategy, {kind.__name__}": (
+            lambda _, kind=kind: strategy(ModelParallelStrategy, kind()),
+            ValueError,
+            f"strategy=ModelParallelStrategy: {kind.__name__} does not know .* Accepted are single-device and DDP",
+        )
+        for kind in (
+            ChannelPruning,
+            CompressionReport,
+            Export,
+            KnowledgeDistillation,
+            LayerPruning,
+            QuantizationAwareTraining,
+        )
+    },
+    **{
+        f"strategy=ModelParallelStrategy, {criterion}": (
+            lambda _, criterion=criterion: strategy(ModelParallelStrategy, GradualPruning(0.5, criterion)),
+            ValueError,
+            rf"criterion={type(criterion).__name__}\(\) with strategy=ModelParallelStrategy: .* Accepted are",
+        )
+        for criterion in (Wanda(), Taylor(), BatchNormScale())
+    },
+    "strategy=ModelParallelStrategy, rewind": (
+        lambda _: strategy(ModelParallelStrategy, GradualPruning(Rounds(0.9), rewind=0.1)),
         ValueError,
-        "strategy=ModelParallelStrategy: .* Accepted are single-device and DDP strategies",
+        "GradualPruning.rewind=0.1 with strategy=ModelParallelStrategy: .* Accepted is None",
     ),
     "unknown format": (lambda _: Export(["tflite9"]), ValueError, "formats='tflite9': accepted are 'onnx'"),
     "missing extra": (missing_extra, ModuleNotFoundError, r"pip install 'lightning-compress\[onnx\]'"),

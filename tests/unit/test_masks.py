@@ -47,6 +47,27 @@ def test_global_scope_is_global_unstructured_of_torch(seed: int, sparsity: float
     assert all(torch.equal(ours[int(name)].weight, theirs[int(name)].weight) for name in ("0", "2", "3"))
 
 
+class Scored(Criterion):
+    """The magnitude, but of whole layers."""
+
+    def score(self, layer: Layer) -> Tensor:
+        return layer.weight.detach().abs()
+
+
+def test_equal_scores_go_in_stored_order_whether_streamed_or_not() -> None:
+    found = []
+    for criterion in (Magnitude(), Scored()):
+        model = randomized(nn.Sequential(nn.ConvTranspose1d(6, 4, 3), nn.ConvTranspose1d(4, 6, 3, groups=2)))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.sign()
+        masks = make_masks(model)
+        masks.update(criterion, Element(), 0.4, "layer")
+        found.append(stored(masks))
+    for name, kept in found[0].items():
+        assert torch.equal(found[1][name], kept)
+        assert kept.flatten().sort()[0].equal(kept.flatten()), "the first ones go"
+
+
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.93])
 def test_layer_scope_is_l1_unstructured_of_torch(sparsity: float) -> None:
     ours, theirs = make_net(), make_net()
