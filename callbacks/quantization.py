@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.phase import Phase
+from lightning_compress.quantization.fake_quant import ActivationFakeQuantize
 from lightning_compress.quantization.placement import Tracer
 from lightning_compress.quantization.prepare import Prepared, prepare
 from lightning_compress.quantization.schemes import Scheme, int8
+from lightning_compress.quantization.schemes import scheme as scheme_of
 
 from .clock import check_run, read_clock
 from .structure import check_strategy, check_structure_on_load
@@ -25,13 +29,19 @@ class QuantizationAwareTraining(pl.Callback):
     Until its calibration begins the model is bitwise the plain one. At the first batch of the calibration the places
     to quantize are found by watching that batch run; then ranges are observed in float; then training goes on with
     quantized values. For the last stretch ranges and the statistics of folded batch norms are frozen. The scales and
-    ranges live in the callback's state: the model's ``state_dict`` stays that of the plain model.
+    ranges live in the callback's state: the model's ``state_dict`` stays that of the plain model. What a quantizer
+    learns has an optimizer of its own (Adam on the logarithms), which steps after the user's and decays to 0.
+
+    Without a phase of training this is post-training quantization: the model is quantized when ``fit`` ends, or, by
+    ``trainer.validate`` alone, on the validation data: the first batch is watched, the others are observed in float,
+    and from then on the model is quantized.
 
     Args:
-        scheme: What is quantized how; :func:`lightning_compress.int8` without one.
+        scheme: What is quantized how, or its word such as ``"w4a8"``; :func:`lightning_compress.int8` without one.
         calibrate: When ranges are observed in float.
-        phase: When training goes on with quantized values.
+        phase: When training goes on with quantized values; None for post-training quantization.
         freeze: Share of ``phase`` after which ranges and batch norm statistics stay as they are, above 0, up to 1.
+        learning_rate: Of what the quantizers learn, in units of a scale's logarithm a step.
 
     Raises:
         ValueError: If a value is out of range, or calibration ends after the phase begins.
@@ -44,37 +54,49 @@ class QuantizationAwareTraining(pl.Callback):
 
     def __init__(
         self,
-        scheme: Scheme | None = None,
+        scheme: Scheme | str | None = None,
         calibrate: Phase | None = None,
-        phase: Phase | None = None,
+        phase: Phase | None = Phase(0.75, 1.0),  # noqa: B008  # frozen
         freeze: float = 0.7,
+        learning_rate: float = 1e-3,
     ) -> None:
-        self.scheme = int8() if scheme is None else scheme
+        self.scheme = int8() if scheme is None else scheme_of(scheme) if isinstance(scheme, str) else scheme
         self.calibrate = Phase(0.7, 0.75) if calibrate is None else calibrate
-        self.phase = Phase(0.75, 1.0) if phase is None else phase
+        self.phase = phase
         self.freeze = freeze
+        self.learning_rate = learning_rate
         for name, kind in (("scheme", Scheme), ("calibrate", Phase), ("phase", Phase)):
-            if not isinstance(getattr(self, name), kind):
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (name == "phase" and value is None):
                 raise TypeError(
-                    f"QuantizationAwareTraining.{name}={getattr(self, name)!r}: accepted is a {kind.__name__}, for "
+                    f"QuantizationAwareTraining.{name}={value!r}: accepted is a {kind.__name__}, for "
                     f"instance {'int8()' if kind is Scheme else 'Phase(0.7, 0.75)'}."
                 )
         if not 0 < freeze <= 1:
             raise ValueError(
                 f"QuantizationAwareTraining.freeze={freeze!r}: accepted is a share of the phase, above 0 and up to 1."
             )
-        if self.calibrate.unit == self.phase.unit and self.calibrate.end > self.phase.begin:
+        if not learning_rate > 0:
             raise ValueError(
-                f"QuantizationAwareTraining: calibrate {self.calibrate} ends after phase {self.phase} begins; the two "
+                f"QuantizationAwareTraining.learning_rate={learning_rate!r}: accepted is a number above 0, for "
+                "instance 1e-3."
+            )
+        if phase is not None and self.calibrate.unit == phase.unit and self.calibrate.end > phase.begin:
+            raise ValueError(
+                f"QuantizationAwareTraining: calibrate {self.calibrate} ends after phase {phase} begins; the two "
                 "phases overlap. Let calibrate end where phase begins."
             )
         self.prepared: Prepared | None = None
         self._state: dict[str, Any] | None = None
+        self._optimizer_state: dict[str, Any] | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._handles: list[Any] = []
         self._tracer: Tracer | None = None
+        self._calibrating = False
 
     def phases(self) -> list[tuple[str, Phase]]:
         """Its phases with their names."""
-        return [("calibrate", self.calibrate), ("quantize", self.phase)]
+        return [("calibrate", self.calibrate)] + ([] if self.phase is None else [("quantize", self.phase)])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse sharding strategies, and let a checkpoint of another structure be refused in words."""
@@ -93,8 +115,19 @@ class QuantizationAwareTraining(pl.Callback):
             self._state = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Upgrade the layers, inert."""
+        """Upgrade the layers, inert, and watch the optimizers."""
         self._attach(pl_module)
+        assert self.prepared is not None
+        if self._optimizer_state is not None or self.prepared.learned():
+            self._learn()
+        for optimizer in trainer.optimizers:
+            self._handles.append(optimizer.register_step_post_hook(partial(self._step, trainer)))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse phases that cannot be; switch to where the run is."""
@@ -109,15 +142,29 @@ class QuantizationAwareTraining(pl.Callback):
         """Watch the first batch, observe, quantize or freeze, as the clock says."""
         assert self.prepared is not None
         clock = read_clock(trainer, batch_idx)
-        calibrating, training = self.calibrate.progress(clock) >= 0, self.phase.progress(clock)
-        if not calibrating and training < 0:
+        calibration = self.calibrate.progress(clock)
+        training = -1.0 if self.phase is None else self.phase.progress(clock)
+        if calibration < 0 and training < 0:
             return
         if self.prepared.placement is None:
             self._trace(trainer, pl_module)
             return
-        self.prepared.enable(training >= 0)
+        if training < 0:
+            self.prepared.observe(calibration < 1)
+            return
         frozen = training >= self.freeze
-        self.prepared.observe(not frozen and (training >= 0 or self.calibrate.progress(clock) < 1))
+        if not self.prepared.enabled:
+            self._gather(trainer, once=True)
+        self.prepared.enable(True)
+        self.prepared.observe(not frozen, once=False)
+        self.prepared.begin()
+        learned = list(self.prepared.learned().values())
+        if learned and (
+            self._optimizer is None or [*map(id, self._optimizer.param_groups[0]["params"])] != [*map(id, learned)]
+        ):
+            self._learn()
+        if self._optimizer is not None:
+            self._optimizer.param_groups[0]["lr"] = self.learning_rate * max(1 - training, 0)
         if frozen:
             for norm in self.prepared.batch_norms(pl_module):
                 norm.eval()
@@ -126,6 +173,14 @@ class QuantizationAwareTraining(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop observing, so that validation never moves a range; bring the ranks together."""
+        self._after_batch(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Without a phase of training, quantize what was calibrated."""
+        if self.phase is None:
+            self._quantize(trainer, "Let calibrate span two batches at least: the first one is only watched.")
+
+    def _after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.prepared is not None
         if self._tracer is not None:
             self._tracer.__exit__(None, None, None)
@@ -134,10 +189,57 @@ class QuantizationAwareTraining(pl.Callback):
             torch.compiler.set_stance("default")
             self.prepared.place(pl_module, placement)
         elif any(a.observing for a in self.prepared.activations.values()):
-            if trainer.world_size > 1:
-                _widest(list(self.prepared.activations.values()), trainer.strategy.root_device)
+            self._gather(trainer, once=False)
             self.prepared.observe(False)
             self.prepared.enable(self.prepared.enabled)  # what was seen for the first time quantizes from now on
+
+    def _quantize(self, trainer: pl.Trainer, fix: str) -> None:
+        """End a calibration: from now on the model is quantized."""
+        assert self.prepared is not None
+        placed = self.prepared.placement is not None
+        if not placed or (
+            self.prepared.activations and not any(a.has_seen for a in self.prepared.activations.values())
+        ):
+            raise ValueError(f"QuantizationAwareTraining calibrated on no batches, so that no range is known. {fix}")
+        self._gather(trainer, once=True)
+        self.prepared.observe(False)
+        self.prepared.enable(True)
+
+    def _gather(self, trainer: pl.Trainer, once: bool) -> None:
+        """Bring what the ranks saw together: ranges after every batch, histograms once, when they are complete."""
+        assert self.prepared is not None
+        if trainer.world_size > 1:
+            found = self.prepared.activations.values()
+            _merge([a for a in found if a.observer.counts == once], trainer.strategy.root_device)
+
+    def _learn(self) -> None:
+        """An optimizer for what the quantizers learn."""
+        assert self.prepared is not None
+        self._optimizer = torch.optim.Adam(list(self.prepared.learned().values()), self.learning_rate)
+        if self._optimizer_state is not None:
+            self._optimizer.load_state_dict(self._optimizer_state)
+            self._optimizer_state = None
+
+    def _step(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Let the quantizers learn from the gradients of the user's own step."""
+        if self._optimizer is None:
+            return
+        learned = self._optimizer.param_groups[0]["params"]
+        moments = self._optimizer.state
+        for p in learned:
+            if p in moments and moments[p]["exp_avg"].shape != p.shape:  # its layer lost channels
+                del moments[p]
+        if trainer.world_size > 1:
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learned])
+            torch.distributed.all_reduce(flat)
+            parts = flat.split([p.numel() for p in learned])
+            for p, part in zip(learned, parts, strict=True):
+                p.grad = part.view_as(p) / trainer.world_size
+        for p in learned:
+            if p.grad is not None and not torch.isfinite(p.grad).all():  # a step that a loss scaler gave up
+                p.grad = None
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop watching."""
@@ -147,8 +249,41 @@ class QuantizationAwareTraining(pl.Callback):
             torch.compiler.set_stance("default")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Validate a checkpoint as it was trained."""
+        """Validate a checkpoint as it was trained; or calibrate."""
         self._attach(pl_module)
+        assert self.prepared is not None
+        alone = trainer.state.fn == TrainerFn.VALIDATING
+        self._calibrating = alone and self.phase is None and not self.prepared.enabled
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Watch the first batch of a calibration, observe the others."""
+        assert self.prepared is not None
+        if self._calibrating and self.prepared.placement is None:
+            self._trace(trainer, pl_module)
+        elif self._calibrating:
+            self.prepared.observe(True)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Place quantizers, or stop observing."""
+        if self._calibrating:
+            self._after_batch(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End a calibration."""
+        if self._calibrating:
+            self._calibrating = False
+            self._quantize(trainer, "Validate on two batches at least: the first one is only watched.")
+            rank_zero_info("QuantizationAwareTraining calibrated on the validation data: the model is quantized now.")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Test a checkpoint as it was trained."""
@@ -159,13 +294,17 @@ class QuantizationAwareTraining(pl.Callback):
         self._attach(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Scheme, places and ranges as plain values."""
+        """Scheme, places, ranges and what was learned, as plain values."""
         state = self._state if self.prepared is None else self.prepared.state_dict()
-        return {} if state is None else {"quantization": state}
+        if state is None:
+            return {}
+        optimizer = self._optimizer_state if self._optimizer is None else self._optimizer.state_dict()
+        return {"quantization": state} | ({} if optimizer is None else {"optimizer": optimizer})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where a checkpoint was written."""
         self._state = state_dict.get("quantization")
+        self._optimizer_state = state_dict.get("optimizer")
 
     def _trace(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.prepared is not None
@@ -175,11 +314,13 @@ class QuantizationAwareTraining(pl.Callback):
         self._tracer.__enter__()
 
 
-def _widest(activations: list[Any], device: torch.device) -> None:
-    """Give every rank the widest range seen by any."""
-    low, high = torch.stack([a.range.to(device) for a in activations]).unbind(1)
-    low, high = low.contiguous(), high.contiguous()
-    torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
-    torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
-    for a, least, most in zip(activations, low, high, strict=True):
-        a.range = torch.stack([least, most])
+def _merge(activations: list[ActivationFakeQuantize], device: torch.device) -> None:
+    """Give every rank what all have seen."""
+    if not activations:
+        return
+    ours = torch.cat([a.state.to(device) for a in activations])
+    gathered = [torch.empty_like(ours) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, ours)
+    states = torch.stack(gathered).split([len(a.state) for a in activations], dim=1)
+    for a, theirs in zip(activations, states, strict=True):
+        a.state = a.observer.merge(theirs)

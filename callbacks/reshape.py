@@ -34,6 +34,7 @@ def reshape(trainer: pl.Trainer, pl_module: pl.LightningModule, record: Record) 
     quantization = prepared(pl_module)
     if quantization is not None:
         quantization.layers = [layer for layer in quantization.layers if id(layer.weight) in names]
+        quantization.keep({key: record["kept"].get(name, {}) for key, name in names.items()})
     if any(isinstance(module, torch._dynamo.OptimizedModule) for module in pl_module.modules()):
         torch.compiler.reset()  # compiled code holds on to shapes and to modules that are gone
     if wrapped:

@@ -10,19 +10,73 @@ if TYPE_CHECKING:
     from lightning_compress.deploy.packed import load_packed, save_packed
     from lightning_compress.phase import Phase
     from lightning_compress.quantization.convert import convert
-    from lightning_compress.quantization.schemes import int8
+    from lightning_compress.quantization.schemes import (
+        Scheme,
+        apot4,
+        binary,
+        codebook,
+        exp4,
+        fp8,
+        int4,
+        int8,
+        log4,
+        lsq,
+        scheme,
+        ternary,
+        w2a8,
+        w4a8,
+        w8,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["Phase", "convert", "int8", "load_from_checkpoint", "load_packed", "save_packed"]
+__all__ = [
+    "Phase",
+    "Scheme",
+    "apot4",
+    "binary",
+    "codebook",
+    "convert",
+    "exp4",
+    "fp8",
+    "int4",
+    "int8",
+    "load_from_checkpoint",
+    "load_packed",
+    "log4",
+    "lsq",
+    "save_packed",
+    "scheme",
+    "ternary",
+    "w2a8",
+    "w4a8",
+    "w8",
+]
 
+_SCHEMES = (
+    "Scheme",
+    "apot4",
+    "binary",
+    "codebook",
+    "exp4",
+    "fp8",
+    "int4",
+    "int8",
+    "log4",
+    "lsq",
+    "scheme",
+    "ternary",
+    "w2a8",
+    "w4a8",
+    "w8",
+)
 # Nothing heavy at import: Hydra imports this package only to find its configuration files.
 _WHERE = {
     "Phase": "phase",
     "convert": "quantization.convert",
-    "int8": "quantization.schemes",
     "load_from_checkpoint": "checkpoint",
     "load_packed": "deploy.packed",
     "save_packed": "deploy.packed",
+    **dict.fromkeys(_SCHEMES, "quantization.schemes"),
 }
 
 

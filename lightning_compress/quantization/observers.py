@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ class Observer(ABC):
 
     See :func:`lightning_compress.testing.check_observer`.
     """
+
+    counts: ClassVar[bool] = False
+    """Whether the state counts every value once; it is then complete before the range is used."""
 
     def start(self) -> Tensor:
         """The state that has seen nothing."""
@@ -91,6 +95,8 @@ class Histogram(Observer):
     The bins reach to a power of two. Where values lie beyond it, bins of the same side are joined until they fit: so
     the state depends neither on the order of batches nor on how ranks share them. It is (lowest, highest, counts).
     """
+
+    counts = True
 
     @abstractmethod
     def choose(self, low: Tensor, high: Tensor, counts: Tensor, width: Tensor, quantizer: Quantizer) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_compress.layers import QUANTIZABLE, find_layers, modules_by_name
+from lightning_compress.layers import QUANTIZABLE, find_layers, matches, modules_by_name
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize, attach, upgrade, weights
 from lightning_compress.quantization.placement import Placement
 from lightning_compress.quantization.schemes import Scheme
@@ -31,7 +31,10 @@ class Prepared:
         self.layers, self.skipped = find_layers(model, QUANTIZABLE, scheme.include, scheme.exclude)
         self.placement: Placement | None = None
         self.activations: dict[str, ActivationFakeQuantize] = {}
-        upgrade(self.layers, scheme.weight, scheme.weight_granularity == "channel")
+        _check_overrides(scheme, [layer.name for layer in self.layers])
+        for layer in self.layers:
+            theirs = scheme.for_layer(layer.name)
+            upgrade([layer], theirs.weight, theirs.weight_granularity)
 
     @property
     def enabled(self) -> bool:
@@ -41,28 +44,48 @@ class Prepared:
     def place(self, model: nn.Module, placement: Placement) -> None:
         """Put the activation quantizers where a placement says."""
         self.placement = placement
-        if self.scheme.inputs is None:
-            return
         modules = modules_by_name(model)
+        readers = {place: layer for layer, place in reversed(placement.feeds.items())}
         for kind, names in (("input", placement.inputs), ("output", placement.outputs)):
             for name in names:
-                activation = ActivationFakeQuantize(self.scheme.inputs, self.scheme.observer, kind == "input")
-                self.activations[f"{name}:{kind}"] = activation
-                attach(modules[name], activation)
+                place = f"{name}:{kind}"
+                scheme = self.scheme.for_layer(readers.get(place, name))
+                if scheme.inputs is not None:
+                    self.activations[place] = ActivationFakeQuantize(scheme.inputs, scheme.observer, kind == "input")
+                    attach(modules[name], self.activations[place])
         # compiled code does not notice new hooks (torch._dynamo.config.skip_nnmodule_hook_guards)
         torch.compiler.reset()
 
-    def observe(self, on: bool) -> None:
-        """Whether the ranges of the activations follow what is seen."""
+    def observe(self, on: bool, once: bool = True) -> None:
+        """Whether the ranges of the activations follow what is seen; without ``once`` not those that count values."""
         for activation in self.activations.values():
-            activation.observing = on
+            activation.observing = on and (once or not activation.observer.counts or not activation.has_seen)
 
     def enable(self, on: bool) -> None:
         """Whether the layers compute with quantized values; an activation that has seen nothing stays in float."""
         for layer in self.layers:
             weights(layer.module)[layer.parameter].enabled = on
         for activation in self.activations.values():
-            activation.enabled = on and bool(activation.range[0] <= activation.range[1])
+            activation.enabled = on and activation.has_seen
+
+    def begin(self) -> None:
+        """Let what is learned begin from the present weights and ranges; what has begun goes on."""
+        for layer in self.layers:
+            weights(layer.module)[layer.parameter].begin(layer.weight)
+        for activation in self.activations.values():
+            activation.begin()
+
+    def keep(self, kept: Mapping[int, Mapping[int, Tensor]]) -> None:
+        """Follow a change of shape: kept indices by axis, by the id of the weight."""
+        for layer in self.layers:
+            weights(layer.module)[layer.parameter].keep(layer.weight, kept.get(id(layer.weight), {}))
+
+    def learned(self) -> dict[str, nn.Parameter]:
+        """The logarithms of what training learns of the quantizers, by place and field."""
+        return {f"{place}:{name}": log for place, q in self._quantizers().items() for name, log in q.logarithms.items()}
+
+    def _quantizers(self) -> dict[str, Any]:
+        return {layer.name: weights(layer.module)[layer.parameter] for layer in self.layers} | self.activations
 
     def state_dict(self) -> dict[str, Any]:
         """Scheme, places and ranges as plain values."""
@@ -74,7 +97,9 @@ class Prepared:
                 "folds": dict(self.placement.folds),
                 "feeds": dict(self.placement.feeds),
             }
-            state["ranges"] = {name: a.range.detach().cpu() for name, a in self.activations.items()}
+            state["ranges"] = {name: a.state.detach().cpu() for name, a in self.activations.items()}
+            held = {name: q.to_state() for name, q in self._quantizers().items()}
+            state["learned"] = {name: values for name, values in held.items() if values}
         return state
 
     def load_state_dict(self, model: nn.Module, state: dict[str, Any]) -> None:
@@ -95,7 +120,11 @@ class Prepared:
             if self.placement is None:
                 self.place(model, placement)
             for name, activation in self.activations.items():
-                activation.range = state["ranges"][name].clone()
+                activation.state = state["ranges"][name].clone()
+            quantizers = self._quantizers()
+            for name, values in state.get("learned", {}).items():
+                if name in quantizers:
+                    quantizers[name].from_state(values)
         self.enable(state["enabled"])
 
     def batch_norms(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -118,3 +147,12 @@ def prepare(model: nn.Module, scheme: Scheme) -> Prepared:
 def prepared(model: nn.Module) -> Prepared | None:
     """The fake-quantized layers of a model, if it was prepared."""
     return model.__dict__.get(_ATTRIBUTE)
+
+
+def _check_overrides(scheme: Scheme, names: Sequence[str]) -> None:
+    for pattern in scheme.overrides:
+        if not any(matches(name, [pattern]) for name in names):
+            raise ValueError(
+                f"overrides={pattern!r} matches no layer. The layers are: {', '.join(names) or 'none'}. Give a name, a "
+                "prefix of a name, or a glob such as 'encoder.*'."
+            )

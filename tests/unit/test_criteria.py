@@ -45,7 +45,7 @@ def test_magnitude_is_the_absolute_weight(module: nn.Module) -> None:
 def test_magnitude_scores_the_stored_weight_of_a_quantized_layer() -> None:
     module = nn.Linear(4, 4)
     stored = module.weight.detach().clone()
-    upgrade([Layer("fc", module)], Affine(2, symmetric=True), per_channel=False)
+    upgrade([Layer("fc", module)], Affine(2, symmetric=True), "tensor")
     weights(module)["weight"].enabled = True
     assert torch.equal(Magnitude().score(Layer("fc", module)), stored.abs())
 

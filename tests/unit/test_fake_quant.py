@@ -51,7 +51,7 @@ def make(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
 
 def upgraded(model: nn.Module, bits: int = 3, per_channel: bool = True) -> list[Layer]:
     layers = find_layers(model, QUANTIZABLE)[0]
-    upgrade(layers, Affine(bits, symmetric=True), per_channel)
+    upgrade(layers, Affine(bits, symmetric=True), "channel" if per_channel else "tensor")
     return layers
 
 
@@ -194,7 +194,7 @@ def test_codes_are_int8_and_stand_for_the_fake_quantized_weight() -> None:
     model, _ = make("transposed2d")
     (layer,) = upgraded(model, 8)
     quantizer = weights(model)["weight"]
-    codes, (scale, _, axis) = quantizer.codes(layer.weight)
+    codes, (scale, _, axis, *_) = quantizer.codes(layer.weight)
     quantizer.enabled = True
     assert codes.dtype == torch.int8
     assert axis == 1

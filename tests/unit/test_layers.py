@@ -108,7 +108,7 @@ def test_out_axis_is_the_axis_of_the_output_channels(module: nn.Module, axis: in
 def test_the_weight_of_a_layer_is_the_stored_one_whatever_the_module_shows() -> None:
     module = nn.Linear(3, 3)
     stored = module.weight
-    upgrade([Layer("fc", module)], Affine(2, symmetric=True), per_channel=False)
+    upgrade([Layer("fc", module)], Affine(2, symmetric=True), "tensor")
     weights(module)["weight"].enabled = True
     assert not torch.equal(module.weight, stored)
     assert Layer("fc", module).weight is stored
