@@ -66,7 +66,7 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The output."""
         x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.pos
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.pos
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)[:, 0])

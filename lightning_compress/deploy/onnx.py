@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from lightning_compress.deploy.forward import ForwardOnly, Inputs, input_names, with_batch
+from lightning_compress.deploy.runner import Kernels
 
 __all__ = ["Runner", "export"]
+
+_INTEGER = (
+    *("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm"),
+    *("DynamicQuantizeMatMul", "QLinearConvTranspose", "DynamicQuantizeLSTM"),
+)
+_FLOAT = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU", "RNN")
 
 
 def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
@@ -65,15 +73,23 @@ class Runner:
     runtime = "onnxruntime"
 
     def __init__(self, path: Path, example_outputs: Any) -> None:
+        self.path = path
+        self.session = self.session_of(path)
+        self.names = [value.name for value in self.session.get_inputs()]
+        self.structure = torch.utils._pytree.tree_structure(example_outputs)
+
+    @staticmethod
+    def session_of(path: Path, optimized: Path | None = None) -> Any:
+        """A session, which also writes the optimized graph if told where."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.names = [value.name for value in self.session.get_inputs()]
-        self.structure = torch.utils._pytree.tree_structure(example_outputs)
+        options.log_severity_level = 4 if optimized else 3
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def feed(self, inputs: Inputs) -> dict[str, Any]:
         """The file's inputs by name."""
@@ -84,6 +100,21 @@ class Runner:
         """The outputs as tensors, in the model's own structure."""
         outputs = [torch.from_numpy(x) for x in self.session.run(None, self.feed(inputs))]
         return tree_unflatten(outputs, self.structure)
+
+    def integer_kernels(self) -> Kernels:
+        """Counted from the graph that onnxruntime made of the file: operations that read a stored weight, by type."""
+        import onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "optimized.onnx")
+            self.session_of(self.path, path)
+            graph = onnx.load(path).graph
+        stored = {value.name for value in graph.initializer}
+        stored |= {
+            x for node in graph.node if "Dequantize" in node.op_type for x in node.output if node.input[0] in stored
+        }
+        heavy = [n.op_type for n in graph.node if n.op_type in (*_INTEGER, *_FLOAT) and stored & set(n.input[1:])]
+        return Kernels(sum(kind in _INTEGER for kind in heavy), len(heavy))
 
     def prepare(self, inputs: Inputs) -> Any:
         """A call without arguments that runs the file and nothing else, to be timed."""

@@ -12,6 +12,7 @@ _LEVEL = 19
 
 
 def weigh(path: Path) -> tuple[int, int]:
-    """Bytes of a file, raw and compressed by zstd at level 19."""
-    data = path.read_bytes()
+    """Bytes of a file, raw and compressed by zstd at level 19; with the weights beside an OpenVINO file."""
+    weights = path.with_suffix(".bin")
+    data = path.read_bytes() + (weights.read_bytes() if path.suffix == ".xml" else b"")
     return len(data), len(zstandard.ZstdCompressor(level=_LEVEL).compress(data))

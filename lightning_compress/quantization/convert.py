@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.ao.quantization.fx._decomposed
@@ -13,10 +13,12 @@ from lightning_compress.layers import Layer, modules_by_name
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize, weights
 from lightning_compress.quantization.placement import Placement
 from lightning_compress.quantization.prepare import prepared
-from lightning_compress.quantization.quantizers import Affine
-from lightning_compress.quantization.schemes import Scheme
+from lightning_compress.quantization.quantizers import QParams, Quantizer, along
 
-__all__ = ["convert", "to_float"]
+__all__ = ["Activations", "convert", "to_float"]
+
+Activations = Literal["uint8", "int8"]
+_LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -36,41 +38,76 @@ class _Codes:
         )
 
 
-class _QuantizeDequantize:
-    """The operations that stand where an activation's fake quantization stood."""
+class _Rounded(_Codes):
+    """The same weight as floats on the codes' grid, with the operation that gives the codes back."""
 
-    def __init__(self, activation: ActivationFakeQuantize) -> None:
-        scale, zero_point, _ = activation.qparams()
-        self.scale, self.zero_point = float(scale), int(zero_point)
-        self.bits = activation.quantizer.bits
+    def __init__(self, codes: Tensor, scale: Tensor, axis: int) -> None:
+        super().__init__(codes, scale, axis)
+        self.values = codes.float() * along(scale, axis, codes)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        ops, rest = torch.ops.quantized_decomposed, (self.scale, self.zero_point, self.axis, -128, 127, torch.int8)
+        return ops.dequantize_per_channel(ops.quantize_per_channel(self.values, *rest), *rest)
+
+
+class _QuantizeDequantize:
+    """The operations that stand where an activation's fake quantization stood.
+
+    Args:
+        activation: The fake quantization.
+        kind: The integers of the file; a type shifts the zero point by 128 against the other, which is exact.
+    """
+
+    def __init__(self, activation: ActivationFakeQuantize, kind: Activations) -> None:
+        qparams = activation.qparams()
+        first, last = _ends(activation.quantizer, qparams)
+        self.lowest, self.highest = _LIMITS[kind]
+        self.dtype = torch.uint8 if kind == "uint8" else torch.int8
+        self.scale = float(qparams.scale)
+        self.zero_point = int(qparams.zero_point) - first + self.lowest
+        self.limits = None
+        if last - first < 255:  # the operation saturates at 8 bits only
+            begin = (first - int(qparams.zero_point)) * self.scale
+            self.limits = begin, begin + (last - first) * self.scale
 
     def __call__(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or not torch.is_floating_point(x):
             return x
-        if self.bits < 8:  # the operation saturates at 8 bits only
-            lowest = -self.zero_point * self.scale
-            x = x.clamp(lowest, lowest + (2**self.bits - 1) * self.scale)
-        ops = torch.ops.quantized_decomposed
-        q = ops.quantize_per_tensor(x, self.scale, self.zero_point, 0, 255, torch.uint8)
-        return ops.dequantize_per_tensor(q, self.scale, self.zero_point, 0, 255, torch.uint8)
+        if self.limits is not None:
+            x = x.clamp(*self.limits)
+        ops, rest = torch.ops.quantized_decomposed, (self.lowest, self.highest, self.dtype)
+        q = ops.quantize_per_tensor(x, self.scale, self.zero_point, *rest)
+        return ops.dequantize_per_tensor(q, self.scale, self.zero_point, *rest)
 
 
-def convert(model: Module) -> Module:
+def convert(model: Module, activations: Activations = "uint8", rounded_weights: bool = False) -> Module:
     """A copy for export: integer weights, explicit QDQ operations, batch norm folded, in eval mode on the CPU.
 
     A folded batch norm scales its layer's codes' scales, not the codes: what ships are the trained integers. Only a
     channel so faint that its bias does not fit 32 bits in its steps is rounded to a larger scale.
 
+    Args:
+        model: The quantized model.
+        activations: Integers that the activations' codes are written as, ``"uint8"`` or ``"int8"``; both compute the
+            same.
+        rounded_weights: Write weights as floats on their grid with a quantize operation, for converters that fold it.
+
     Raises:
-        ValueError: If the model is not quantized, or its scheme has no form in integer kernels.
+        ValueError: If the model is not quantized, its scheme has no form in integer kernels, or the integers are no
+            such type.
+
+    Example:
+        >>> convert(model, activations="int8")  # doctest: +SKIP
     """
+    if activations not in _LIMITS:
+        accepted = " and ".join(map(repr, _LIMITS))
+        raise ValueError(f"activations={activations!r}: accepted are {accepted}. Take what the runtime computes in.")
     quantization = prepared(model)
     if quantization is None or not quantization.enabled:
         raise ValueError(
             "The model is not quantized: no QuantizationAwareTraining phase has begun. Train through its phase, or "
             "export the float model."
         )
-    _check_affine(quantization.scheme)
     model = copy.deepcopy(model).cpu().eval()
     quantization = prepared(model)
     assert quantization is not None
@@ -78,27 +115,49 @@ def convert(model: Module) -> Module:
     placement = quantization.placement or Placement()
     folds = placement.folds
     modules = modules_by_name(model)
+    for name, activation in quantization.activations.items():
+        if activation.enabled:
+            _check_inputs(name, activation)
     for layer in quantization.layers:
         feed = quantization.activations.get(placement.feeds.get(layer.name, ""))
         step = float(feed.qparams().scale) if feed is not None and feed.enabled else None
-        _store_codes(layer, modules[folds[layer.name]] if layer.name in folds else None, step)
+        codes = _codes(layer, modules[folds[layer.name]] if layer.name in folds else None, step)
+        weights(layer.module)[layer.parameter] = (_Rounded if rounded_weights else _Codes)(*codes)
     for norm in folds.values():
         _replace(model, norm, _identity_like(modules[norm]))
     for activation in quantization.activations.values():
         if activation.enabled:
-            activation.quantize = _QuantizeDequantize(activation)  # type: ignore[method-assign]
+            activation.quantize = _QuantizeDequantize(activation, activations)  # type: ignore[method-assign]
     return model
 
 
-def _check_affine(scheme: Scheme) -> None:
-    for name, quantizer, symmetric in (("weight", scheme.weight, True), ("inputs", scheme.inputs, False)):
-        fits = isinstance(quantizer, Affine) and quantizer.symmetric == symmetric
-        if not (fits or quantizer is None):
-            kind = f"Affine(symmetric={symmetric})"
-            raise ValueError(
-                f"Scheme.{name}={quantizer!r} has no form in integer kernels, so it is simulated only. For export take "
-                f"{name}={kind}."
-            )
+def _ends(quantizer: Quantizer, qparams: QParams) -> tuple[int, int]:
+    """The first and the last code."""
+    most = torch.finfo(torch.float32).max / 4
+    low, high = quantizer.quantize(torch.tensor([-most, most]), qparams).tolist()
+    return int(low), int(high)
+
+
+def _check_inputs(name: str, activation: ActivationFakeQuantize) -> None:
+    """Raise unless an activation's codes are up to 256 equal steps."""
+    qparams = activation.qparams()
+    first, last = _ends(activation.quantizer, qparams)
+    codes = torch.arange(first, last + 1, dtype=torch.float32)
+    if len(codes) > 256 or not _in_equal_steps(activation.quantizer, codes, qparams):
+        raise ValueError(_simulated_only("inputs", activation.quantizer, name))
+
+
+def _in_equal_steps(quantizer: Quantizer, codes: Tensor, qparams: QParams) -> bool:
+    scale, zero_point = (along(t, qparams.axis, codes) for t in qparams[:2])
+    return torch.allclose(quantizer.dequantize(codes, qparams), (codes - zero_point) * scale, rtol=1e-4, atol=0)
+
+
+def _simulated_only(field: str, quantizer: Quantizer, name: str) -> str:
+    fix = "weight=Affine(8, symmetric=True)" if field == "weight" else "inputs=Affine(8)"
+    return (
+        f"Scheme.{field}={quantizer!r} has no form in integer kernels at {name}, so it is simulated only: its accuracy "
+        f"is that of the PyTorch model, its bytes are those of save_packed. For export take codes in equal steps: {fix}."
+    )
 
 
 def to_float(model: Module) -> Module:
@@ -112,10 +171,18 @@ def to_float(model: Module) -> Module:
 
 
 @torch.no_grad()
-def _store_codes(layer: Layer, norm: Any, step: float | None) -> None:
-    """Replace a weight's fake quantization by its codes, with the norm folded in; step is the scale of the input."""
+def _codes(layer: Layer, norm: Any, step: float | None) -> tuple[Tensor, Tensor, int]:
+    """A weight's codes, scales and their axis, with the norm folded in; step is the scale of the input."""
     fake_quantize = weights(layer.module)[layer.parameter]
-    codes, (scale, _, axis) = fake_quantize.codes(layer.weight)
+    codes, qparams = fake_quantize.codes(layer.weight)
+    if qparams.axis is not None and qparams.scale.numel() != layer.weight.shape[fake_quantize.axis]:
+        raise ValueError(
+            f"group={fake_quantize.group} at {layer.name}: no runtime's kernels take a scale a group, so it is simulated "
+            "only; its bytes are those of save_packed. For export take a scale a channel or a tensor."
+        )
+    if qparams.zero_point.any() or not _in_equal_steps(fake_quantize.quantizer, codes.float(), qparams):
+        raise ValueError(_simulated_only("weight", fake_quantize.quantizer, layer.name))
+    scale, axis = qparams.scale.detach(), qparams.axis
     if axis is None:
         axis, scale = layer.out_axis, scale.expand(layer.weight.shape[layer.out_axis]).clone()
     if norm is not None:
@@ -135,8 +202,7 @@ def _store_codes(layer: Layer, norm: Any, step: float | None) -> None:
         # integer kernels hold a bias as 32 bits in steps of both scales: a pruned or faint channel would overflow them
         lowest = own_bias.detach().abs().view(-1, floor.numel()).amax(0) * 2**-30 / step
         floor = torch.maximum(floor, lowest)
-    codes = (codes * (scale / floor).view(shape)).round().to(torch.int8)
-    weights(layer.module)[layer.parameter] = _Codes(codes, floor, axis)
+    return (codes * (scale / floor).view(shape)).round().to(torch.int8), floor, axis
 
 
 def _identity_like(norm: nn.Module) -> nn.Module:

@@ -195,7 +195,7 @@ def test_a_norm_that_is_not_folded_stays() -> None:
 def test_the_codes_that_ship_are_those_that_were_trained() -> None:
     model = negative_gamma()
     quantize(model, IMAGES)
-    trained, (scale, _, _) = weights(model[0])["weight"].codes(model[0].weight)
+    trained, (scale, *_) = weights(model[0])["weight"].codes(model[0].weight)
     factor = model[1].weight / (model[1].running_var + model[1].eps).sqrt()
     shipped = weights(convert(model)[0])["weight"]
     signs = torch.tensor([-1, 1, -1, 1]).view(4, 1, 1, 1)

@@ -1,0 +1,165 @@
+"""ExecuTorch: write a .pte file for the XNNPACK kernels of phones and boards, and run it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
+
+from lightning_compress.deploy.forward import Inputs, with_batch
+from lightning_compress.deploy.graph import capture, quantize_inputs_at_run_time, tensors_of
+from lightning_compress.deploy.runner import Kernels, in_batches
+
+__all__ = ["Runner", "export"]
+
+_HEAVY = ("XNNConv2d", "XNNDepthwiseConv2d", "XNNConvTranspose2d", "XNNFullyConnected")
+
+
+def export(model: nn.Module, inputs: Inputs, path: Path, batch_size: int = 1) -> None:
+    """Write a .pte file of one batch size, with all that XNNPACK takes in its kernels.
+
+    An operation whose output is not quantized (the last layer) finds the range of its input as it runs.
+
+    Args:
+        model: In eval mode on the CPU; converted with int8 activations, or in float.
+        inputs: Example inputs.
+        path: The file to write.
+        batch_size: Batch size of the file.
+    """
+    with _quiet():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+        inputs = with_batch(inputs, batch_size)
+        graph, tensors = capture(model, inputs), tensors_of(inputs)
+        quantize_inputs_at_run_time(graph)
+        with torch.no_grad():
+            program = to_edge_transform_and_lower(
+                torch.export.export(graph, tensors),
+                partitioner=[XnnpackPartitioner()],
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            ).to_executorch()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(program.buffer)
+
+
+class Runner:
+    """Runs a .pte file with the ExecuTorch runtime, single-threaded; batches of another size run in pieces.
+
+    Args:
+        path: The file.
+        example_outputs: Outputs of the model, whose structure the runner gives back.
+    """
+
+    runtime = "executorch"
+
+    def __init__(self, path: Path, example_outputs: Any) -> None:
+        with _quiet():
+            import executorch.kernels.quantized  # noqa: F401  # registers quantize and dequantize
+            from executorch.extension.pybindings import portable_lib
+            from executorch.runtime import Runtime, Verification
+
+            _one_thread(portable_lib)
+            self.path = path
+            self.program = Runtime.get().load_program(path, verification=Verification.Minimal)
+            self.method = self.program.load_method("forward")
+        metadata = self.method.metadata
+        sizes = [metadata.input_tensor_meta(i).sizes() for i in range(metadata.num_inputs())]
+        self.batch_size = next((size[0] for size in sizes if size), 1)
+        self.structure = torch.utils._pytree.tree_structure(example_outputs)
+
+    def _run(self, inputs: Inputs) -> list[Tensor]:
+        return [x.clone() for x in self.method.execute([x.detach().contiguous() for x in tensors_of(inputs)])]
+
+    def __call__(self, inputs: Inputs) -> Any:
+        """The outputs as tensors, in the model's own structure."""
+        return tree_unflatten(in_batches(self._run, inputs, self.batch_size), self.structure)
+
+    def prepare(self, inputs: Inputs) -> Any:
+        """A call without arguments that runs the file once and nothing else, to be timed."""
+        feed = [x.detach().contiguous() for x in tensors_of(with_batch(inputs, self.batch_size))]
+        return lambda: self.method.execute(feed)
+
+    def integer_kernels(self) -> Kernels:
+        """Counted from the file: the types that XNNPACK's operations read, and operations left to portable kernels."""
+        return _count(self.path.read_bytes())
+
+
+def _count(file: bytes) -> Kernels:
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    program = deserialize_pte_binary(file).program
+    integer = total = 0
+    for plan in program.execution_plan:
+        total += sum(op.name.split("::")[-1] in _PORTABLE for op in plan.operators)
+        for delegate in plan.delegates:
+            if delegate.id != "XnnpackBackend":
+                continue
+            graph = _xnnpack_graph(program.backend_delegate_data[delegate.processed.index].data)
+            types = _datatypes(graph)
+            for node in graph["xnodes"]:
+                if node["xnode_union_type"] not in _HEAVY:
+                    continue
+                args = node["xnode_union"]
+                args = args.get("node", args)
+                total += 1
+                read = [types.get(args[key], "") for key in ("input1_id", "filter_id")]
+                integer += all("int8" in kind or "int4" in kind for kind in read)
+    return Kernels(integer, total)
+
+
+_PORTABLE = ("addmm", "mm", "linear", "convolution")
+
+
+def _xnnpack_graph(data: bytes) -> dict[str, Any]:
+    """The graph of a delegate: a header that tells where it lies, then a flatbuffer."""
+    from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize
+    from executorch.exir._serialize._flatbuffer import _flatc_decompile
+
+    header = xnnpack_graph_serialize.XNNHeader.from_bytes(data[: xnnpack_graph_serialize.XNNHeader.EXPECTED_LENGTH])
+    begin, size = header.flatbuffer_offset, header.flatbuffer_size
+    schema = Path(xnnpack_graph_serialize.__file__).with_name("schema.fbs")
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "schema.bin")
+        binary.write_bytes(data[begin : begin + size])
+        _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
+        return json.loads(re.sub(r"\b(?:inf|nan)\b", "0.0", Path(folder, "schema.json").read_text()))
+
+
+def _datatypes(graph: dict[str, Any]) -> dict[int, str]:
+    types = {}
+    for value in graph["xvalues"]:
+        union = value["xvalue_union"]
+        tensor = union.get("tensor_value", union)
+        types[tensor.get("id_out", 0)] = str(tensor.get("datatype", ""))
+    return types
+
+
+def _one_thread(library: Any) -> None:
+    """Set the size of the runtime's pool of threads, where this build has one."""
+    set_threads = getattr(library, "_unsafe_reset_threadpool", None)
+    if set_threads is not None:
+        set_threads(1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the converter's remarks on its own insides."""
+    root = logging.getLogger()
+    level = root.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            root.setLevel(level)

@@ -1,0 +1,122 @@
+"""PyTorch: write a .pt2 file (torch.export), and run it compiled by Inductor, with its integer kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from lightning_compress.deploy.forward import Inputs, with_batch
+from lightning_compress.deploy.graph import capture, tensors_of
+from lightning_compress.deploy.runner import Kernels, in_batches
+
+__all__ = ["Runner", "export"]
+
+_INTEGER = ("onednn::qconv_pointwise", "onednn::qlinear_pointwise")
+_FLOAT = ("aten::addmm", "aten::mm", "aten::convolution", "mkldnn::_convolution_pointwise", "mkldnn::_linear_pointwise")
+
+
+def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
+    """Write the exported program with integer weights and a dynamic batch axis.
+
+    Args:
+        model: In eval mode on the CPU; converted with uint8 activations, or in float.
+        inputs: Example inputs.
+        path: The file to write.
+    """
+    inputs = with_batch(inputs, 2)  # torch.export takes an axis of length 1 for a constant
+    size, tensors = inputs.batch_size, tensors_of(inputs)
+    graph = capture(model, inputs, dynamic=True)
+    batch = {0: torch.export.Dim.DYNAMIC}
+    shapes = tuple(batch if x.dim() and x.shape[0] == size else None for x in tensors)
+    with torch.no_grad():
+        program = torch.export.export(graph, tensors, dynamic_shapes=shapes)
+    program._example_inputs = None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.export.save(program, path)
+
+
+class Runner:
+    """Runs a .pt2 file compiled by Inductor for the first batch size it meets; other sizes run in pieces of that.
+
+    Args:
+        path: The file.
+        example_outputs: Outputs of the model, whose structure the runner gives back.
+    """
+
+    runtime = "inductor"
+
+    def __init__(self, path: Path, example_outputs: Any) -> None:
+        self.program = torch.export.load(path).module()
+        self.structure = torch.utils._pytree.tree_structure(example_outputs)
+        self.batch_size = 0
+        self._compiled: dict[int, Any] = {}
+        self._last: tuple[Any, tuple[Tensor, ...]] | None = None
+
+    def _compile(self, tensors: tuple[Tensor, ...], size: int) -> Any:
+        if size not in self._compiled:
+            with _frozen(), torch.no_grad():
+                compiled = torch.compile(self.program, dynamic=False)
+                compiled(*tensors)
+            self._compiled[size] = compiled
+        return self._compiled[size]
+
+    def _run(self, inputs: Inputs) -> list[Tensor]:
+        tensors = tensors_of(inputs)
+        with _one_thread(), _frozen(), torch.no_grad():
+            outputs = self._compile(tensors, inputs.batch_size)(*tensors)
+        return [x.clone() for x in tree_leaves(outputs)]
+
+    def __call__(self, inputs: Inputs) -> Any:
+        """The outputs as tensors, in the model's own structure."""
+        self.batch_size = self.batch_size or inputs.batch_size
+        return tree_unflatten(in_batches(self._run, inputs, self.batch_size), self.structure)
+
+    def prepare(self, inputs: Inputs) -> Any:
+        """A call without arguments that runs the file and nothing else, to be timed."""
+        tensors = tensors_of(inputs)
+        compiled = self._compile(tensors, inputs.batch_size)
+        self._last = compiled, tensors
+
+        def call() -> Any:
+            with torch.no_grad():
+                return compiled(*tensors)
+
+        return call
+
+    def integer_kernels(self) -> Kernels:
+        """Counted in a profile of the last prepared call."""
+        if self._last is None:
+            return Kernels(0, 0)
+        compiled, tensors = self._last
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+            compiled(*tensors)
+        counts = {event.key: event.count for event in profiled.key_averages()}
+        integer = sum(counts.get(name, 0) for name in _INTEGER)
+        return Kernels(integer, integer + sum(counts.get(name, 0) for name in _FLOAT))
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """With weights as constants, which the integer patterns need."""
+    from torch._inductor import config
+
+    with config.patch(freezing=True):
+        yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
