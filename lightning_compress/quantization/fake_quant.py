@@ -138,8 +138,13 @@ class WeightFakeQuantize(_FakeQuantize):
         if not self.enabled:
             return weight
         with torch.autocast(weight.device.type, enabled=False):
-            values, _ = self._grouped(weight.float())
-            return self._ungrouped(self.quantizer.fake_quantize(values, self.qparams(weight)), weight).to(weight.dtype)
+            values, axis = self._grouped(weight.float())
+            learned = self._learned(weight.device)
+            if learned is None:
+                values = self.quantizer.fake_quantize_fitted(values, axis)
+            else:
+                values = self.quantizer.fake_quantize(values, learned)
+            return self._ungrouped(values, weight).to(weight.dtype)
 
 
 class ActivationFakeQuantize(_FakeQuantize):
