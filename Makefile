@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+ALL    := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format matrix sweep clean
+.PHONY: help install demo test test-all check format matrix sweep clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -17,11 +18,19 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	$(BIN)/pip install --quiet -c constraints-cpu.txt -e '.[all]'
 	@touch $@
 
+$(ALL): $(STAMP)
+	$(BIN)/pip install --quiet -c constraints-cpu.txt -e '.[all,all-runtimes]'
+	$(BIN)/pip check
+	@touch $@
+
 demo: install ## train, prune, quantize, export and prove a model on real images, into outputs/demo
 	$(BIN)/lightning-compress experiment=mnist_prune_int8 hydra.run.dir=outputs/demo
 
 test: install ## run all tests; prints the behaviour matrix
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+test-all: $(ALL) ## install every runtime, and run the tests of the files in each of them; nothing is skipped
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m runtimes --runtimes
 
 check: install ## lint, types, architecture, spelling
 	$(BIN)/ruff check .

@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_compress.deploy.formats import FORMATS, Format, check_formats
-from lightning_compress.deploy.forward import Inputs, replaced_forward, run_model, with_batch
+from lightning_compress.deploy.files import Pair, is_quantized, words_of_caution, write_files
+from lightning_compress.deploy.formats import FORMATS, check_formats, installed_formats, pip_command
+from lightning_compress.deploy.forward import replaced_forward
 from lightning_compress.deploy.size import weigh
-from lightning_compress.deploy.verify import Artifact, Comparison, time_together
-from lightning_compress.quantization.convert import convert, to_float
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.deploy.verify import Artifact, Comparison
 
 from .evaluate import copied, evaluate, example_inputs
 from .structure import check_strategy
@@ -28,13 +26,15 @@ _BATCH_SIZES = (1, 64)
 class Export(pl.Callback):
     """Writes the trained model as a file for each runtime, with a float twin beside it, and runs both.
 
-    A quantized model is converted to quantize/dequantize operations with its trained ranges. Every file runs over the
-    validation data inside its runtime, by the user's own validation step, and is compared with the model and timed
-    against its float twin. An export that fails is a warning with its reason and stands in the report; training and
-    checkpoints are over by then and safe.
+    A quantized model is converted to quantize/dequantize operations with its trained ranges, in the integers that the
+    runtime's kernels take. A runtime without a dynamic batch gets a file for batch 1 and one for batch 64. Every file
+    runs over the validation data inside its runtime, by the user's own validation step, and is compared with the model
+    and timed against its float twin. An export that fails is a warning with its reason and stands in the report;
+    training and checkpoints are over by then and safe.
 
     Args:
-        formats: Names of the formats; ``"onnx"``.
+        formats: Names of the formats: ``"onnx"``, ``"openvino"``, ``"executorch"``, ``"litert"``, ``"torch"``; without
+            any or with ``"all"``, all whose packages are installed, and a line says how to install the others.
         dirpath: Folder of the files; ``deploy`` below the Trainer's default_root_dir without one.
         name: Name of the files, without ending.
 
@@ -47,9 +47,11 @@ class Export(pl.Callback):
     """
 
     def __init__(
-        self, formats: Sequence[str] = ("onnx",), dirpath: str | Path | None = None, name: str = "model"
+        self, formats: Sequence[str] | None = None, dirpath: str | Path | None = None, name: str = "model"
     ) -> None:
-        self.formats = [formats] if isinstance(formats, str) else list(formats)
+        self._all = formats is None or formats == "all" or list(formats) == ["all"]
+        named = [] if self._all or formats is None else formats
+        self.formats = installed_formats() if self._all else [named] if isinstance(named, str) else list(named)
         self.dirpath = dirpath
         self.name = name
         self.artifacts: list[Artifact] = []
@@ -64,6 +66,9 @@ class Export(pl.Callback):
         if stage == "fit":
             check_strategy(trainer, self)
             check_formats(self.formats)
+            others = [name for name in FORMATS if name not in self.formats]
+            if self._all and others:
+                rank_zero_info(f"Export leaves out {', '.join(others)}. To have them: {pip_command(others)}")
 
     def folder(self, trainer: pl.Trainer) -> Path:
         """Where the files are written."""
@@ -92,14 +97,12 @@ class Export(pl.Callback):
                 "the validation step never calls the model's forward and there is no example_input_array"
             )
         reference = copy.deepcopy(pl_module).cpu().eval()
+        quantized = is_quantized(reference)
         path = self.folder(trainer) / f"{self.name}{kind.suffix}"
-        quantized = prepared(reference) is not None and prepared(reference).enabled  # type: ignore[union-attr]
-        twin = path.with_name(f"{self.name}_float{kind.suffix}")
-        kind.export(to_float(reference), inputs, twin)
-        kind.export(convert(reference) if quantized else to_float(reference), inputs, path)
-        runner = kind.runner(path, run_model(reference, inputs))
-        comparison = Comparison(reference, runner)
-        artifact = Artifact(name, runner.runtime, str(path), *weigh(path))
+        files = write_files(kind, reference, inputs, path, _BATCH_SIZES)
+        pair = Pair(kind, files, reference, inputs)
+        comparison = Comparison(reference, pair.shipped)
+        artifact = Artifact(name, pair.shipped.runtime, str(path), *weigh(path))
         measured = copied(pl_module)
         with replaced_forward(measured, comparison):
             metrics = evaluate(trainer, measured)
@@ -108,18 +111,16 @@ class Export(pl.Callback):
             metrics = {}
         self.metrics[name] = metrics
         artifact.max_abs_diff, artifact.agreement = comparison.max_abs_diff, comparison.agreement
-        artifact.latency_ms, artifact.latency_ms_float = self._latency(kind, [path, twin], reference, inputs)
+        artifact.latency_ms, artifact.latency_ms_float = pair.latency()
+        artifact.bytes_zstd_float = weigh(files.twin[_BATCH_SIZES[0]])[1]
+        artifact.integer_kernels, artifact.num_kernels = pair.integer_kernels()
+        artifact.batch = "dynamic" if kind.dynamic_batch else str(_BATCH_SIZES[0])
+        artifact.integers = kind.activations if quantized else None
+        artifact.warnings = words_of_caution(artifact) if quantized else []
+        for text in artifact.warnings:
+            rank_zero_warn(text)
         rank_zero_info(f"Export wrote {path}: {artifact.bytes:,} bytes, {artifact.bytes_zstd:,} as zstd")
         return artifact
-
-    def _latency(self, kind: Format, paths: list[Path], reference: Any, inputs: Inputs) -> list[dict[str, float]]:
-        latency: list[dict[str, float]] = [{} for _ in paths]
-        runners = [kind.runner(path, run_model(reference, inputs)) for path in paths]
-        for size in _BATCH_SIZES:
-            calls = [runner.prepare(with_batch(inputs, size)) for runner in runners]
-            for taken, ms in zip(latency, time_together(calls), strict=True):
-                taken[str(size)] = round(ms, 4)
-        return latency
 
 
 def _reason(error: BaseException) -> str:

@@ -66,7 +66,7 @@ def _latency(model: pl.LightningModule, inputs: Inputs) -> dict[str, float]:
 def _float_bytes(formats: Sequence[str], plain: pl.LightningModule, inputs: Any) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            path = Path(folder) / "float"
+            path = Path(folder) / f"float{FORMATS[formats[0]].suffix}"
             FORMATS[formats[0]].export(plain, inputs, path)
             size, packed = weigh(path)
         except Exception:  # no format, or a model that it does not take: Export says so itself at the end

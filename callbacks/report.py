@@ -204,6 +204,7 @@ class CompressionReport(pl.Callback):
             compressed.update({key: artifacts[0][key] for key in ("bytes", "bytes_zstd")})
         self._history.bins, self._history.after = _histogram(self._layers, self._history.bins)
         warnings = [f"Export to {name} failed: {why}" for name, why in (export.failures if export else {}).items()]
+        cautions = [text for artifact in artifacts for text in artifact["warnings"]]  # Export has said them
         if self.monitor is not None and self.monitor not in compressed["metrics"]:
             warnings.append(f"monitor={self.monitor!r} was not logged; logged were {', '.join(compressed['metrics'])}.")
         for text in warnings:
@@ -217,7 +218,7 @@ class CompressionReport(pl.Callback):
             "artifacts": artifacts,
             "latency_ms_pytorch": compressed.get("latency_ms", {}),
             "seconds": {},
-            "warnings": warnings,
+            "warnings": warnings + cautions,
         }
 
     def _send(self, logger: Any, step: int) -> None:

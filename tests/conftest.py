@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
+from lightning_compress.deploy.formats import FORMATS, pip_command
+
 from .zoo import MODULES
+
+_LEFT = pytest.StashKey[int]()
 
 _METHOD = re.compile(
     r"(?:(?P<method>distil|channels|layers)_)?(?P<property>\w+) (?:(?P<variant>rigl|n:m)-)?(?P<module>.+)"
@@ -26,8 +30,30 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``make test-all`` demands every runtime."""
+    parser.addoption("--runtimes", action="store_true", help="fail if the packages of a runtime are missing")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests in runtimes that are not installed to ``make test-all``, and say so."""
+    missing = [name for name, kind in FORMATS.items() if kind.missing]
+    if config.getoption("--runtimes"):
+        if missing:
+            raise pytest.UsageError(f"--runtimes: {', '.join(missing)} not installed. Run: {pip_command(missing)}")
+        return
+    left = [item for item in items if item.get_closest_marker("runtimes")]
+    if left:
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=left)
+        config.stash[_LEFT] = len(left)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print modules x properties for every method, with what became of each."""
+    left = terminalreporter.config.stash.get(_LEFT, 0)
+    if left:
+        terminalreporter.line(f"{left} tests in OpenVINO, ExecuTorch, LiteRT and Inductor are left to: make test-all")
     tables: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for outcome in ("passed", "failed", "skipped", "error"):
         for report in terminalreporter.stats.get(outcome, []):

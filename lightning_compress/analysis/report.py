@@ -221,7 +221,10 @@ def write_html(report: dict[str, Any], history: History, path: Path) -> None:
         "input bits",
     ]
     proof = [
-        [Path(a["path"]).name, a["runtime"], *(_show(a[k]) for k in ("metric", "agreement", "max_abs_diff"))]
+        [
+            *(Path(a["path"]).name, a["runtime"], *(_show(a[k]) for k in ("metric", "agreement", "max_abs_diff"))),
+            *(f"{a['integer_kernels']} of {a['num_kernels']}" if a.get("num_kernels") else "-", a.get("batch", "")),
+        ]
         for a in report["artifacts"]
     ]
     body = [
@@ -237,7 +240,10 @@ def write_html(report: dict[str, Any], history: History, path: Path) -> None:
         "<h2>Pictures</h2>",
         *pictures,
         "<h2>Proof of the files</h2>",
-        _html_table(["file", "runtime", report["metric"] or "metric", "agreement", "max abs diff"], proof),
+        _html_table(
+            ["file", "runtime", report["metric"] or "metric", "agreement", "max abs diff", "integer kernels", "batch"],
+            proof,
+        ),
         "<h2>Layers</h2>",
         _html_table(layer_names, layers),
     ]

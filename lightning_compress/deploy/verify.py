@@ -33,6 +33,12 @@ class Artifact:
         agreement: Share of samples with the same answer as the PyTorch model.
         latency_ms: Median milliseconds by batch size, one thread.
         latency_ms_float: The same of the float file.
+        bytes_zstd_float: Bytes of the float file compressed by zstd.
+        integer_kernels: How many of the operations that read a stored weight run in integer kernels.
+        num_kernels: How many such operations there are.
+        batch: ``"dynamic"``, or the batch size of the file; a file for another size lies beside it.
+        integers: Type of the activations' codes; None of a float file.
+        warnings: What one would not expect of a quantized file, in words.
     """
 
     format: str
@@ -45,6 +51,12 @@ class Artifact:
     agreement: float | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
     latency_ms_float: dict[str, float] = field(default_factory=dict)
+    bytes_zstd_float: int | None = None
+    integer_kernels: int | None = None
+    num_kernels: int | None = None
+    batch: str = "dynamic"
+    integers: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

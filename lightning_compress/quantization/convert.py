@@ -156,7 +156,7 @@ def _simulated_only(field: str, quantizer: Quantizer, name: str) -> str:
     fix = "weight=Affine(8, symmetric=True)" if field == "weight" else "inputs=Affine(8)"
     return (
         f"Scheme.{field}={quantizer!r} has no form in integer kernels at {name}, so it is simulated only: its accuracy "
-        f"is that of the PyTorch model, its bytes are those of save_packed. For export take codes in equal steps: {fix}."
+        f"is that of the PyTorch model, its bytes are those of save_packed. For export take equal steps: {fix}."
     )
 
 
@@ -177,8 +177,8 @@ def _codes(layer: Layer, norm: Any, step: float | None) -> tuple[Tensor, Tensor,
     codes, qparams = fake_quantize.codes(layer.weight)
     if qparams.axis is not None and qparams.scale.numel() != layer.weight.shape[fake_quantize.axis]:
         raise ValueError(
-            f"group={fake_quantize.group} at {layer.name}: no runtime's kernels take a scale a group, so it is simulated "
-            "only; its bytes are those of save_packed. For export take a scale a channel or a tensor."
+            f"group={fake_quantize.group} at {layer.name}: no runtime's kernels take a scale a group, so it is "
+            "simulated only; its bytes are those of save_packed. For export take a scale a channel or a tensor."
         )
     if qparams.zero_point.any() or not _in_equal_steps(fake_quantize.quantizer, codes.float(), qparams):
         raise ValueError(_simulated_only("weight", fake_quantize.quantizer, layer.name))

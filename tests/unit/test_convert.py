@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import convert, int8
-from lightning_compress.quantization import Affine, QParams, Quantizer, Scheme
+from lightning_compress.quantization import Affine, Float8, LearnedStep, QParams, Quantizer, Scheme, Ternary
+from lightning_compress.quantization import PowerOfTwo as NonLinear
 from lightning_compress.quantization.convert import to_float
 from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.prepare import prepare, prepared
@@ -153,6 +154,67 @@ def test_what_cannot_ship_as_it_was_trained_is_refused_and_never_changed(field: 
         assert_converted_alike(negative_gamma(), IMAGES, Scheme(**{field: quantizer}))
     except ValueError as error:
         assert field in str(error)  # noqa: PT017
+
+
+def written(model: nn.Module) -> set[str]:
+    program = torch.export.export(model, (IMAGES,))
+    return {
+        str(node.args[-1])
+        for node in program.graph.nodes
+        if "quantized_decomposed.quantize_per_tensor" in str(node.target)
+    }
+
+
+def test_the_other_integers_compute_the_same() -> None:
+    model = negative_gamma()
+    quantize(model, IMAGES)
+    unsigned, signed = convert(model), convert(model, "int8")
+    assert (written(unsigned), written(signed)) == ({"torch.uint8"}, {"torch.int8"})
+    assert torch.equal(run(unsigned, 3 * IMAGES), run(signed, 3 * IMAGES))
+
+
+def test_rounded_weights_compute_the_same() -> None:
+    model = negative_gamma()
+    quantize(model, IMAGES)
+    assert torch.equal(run(convert(model, rounded_weights=True), IMAGES), run(convert(model), IMAGES))
+
+
+def test_unknown_integers_are_refused() -> None:
+    model = negative_gamma()
+    quantize(model, IMAGES)
+    with pytest.raises(ValueError, match="activations='int4': accepted are 'uint8' and 'int8'"):
+        convert(model, "int4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param(Scheme(weight=LearnedStep(4, symmetric=True), inputs=LearnedStep(8)), id="learned steps"),
+        pytest.param(Scheme(weight=Ternary()), id="ternary weights"),
+        pytest.param(Scheme(inputs=Affine(8, symmetric=True)), id="symmetric activations"),
+    ],
+)
+def test_whatever_has_equal_steps_converts(scheme: Scheme) -> None:
+    assert_converted_alike(negative_gamma(), IMAGES, scheme)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        pytest.param(Scheme(weight=NonLinear(4)), "Scheme.weight=PowerOfTwo.*simulated only.*save_packed", id="log"),
+        pytest.param(Scheme(weight=Float8()), "Scheme.weight=Float8.*simulated only", id="fp8"),
+        pytest.param(
+            Scheme(weight=Affine(4, symmetric=True), weight_granularity=9),
+            "group=9 at 0: no runtime's kernels take a scale a group",
+            id="groups",
+        ),
+    ],
+)
+def test_what_no_integer_kernel_takes_is_said_to_be_simulated_only(scheme: Scheme, said: str) -> None:
+    model = negative_gamma()
+    quantize(model, IMAGES, scheme=scheme)
+    with pytest.raises(ValueError, match=said):
+        convert(model)
 
 
 @pytest.mark.parametrize("prepare_first", [False, True])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.deploy.files import words_of_caution
 from lightning_compress.deploy.forward import Inputs, replaced_forward
 from lightning_compress.deploy.verify import Artifact, Comparison, time_together
 
@@ -98,6 +99,26 @@ def test_arguments_by_name_reach_the_model_and_the_file() -> None:
 def test_an_artifact_is_plain_values() -> None:
     artifact = Artifact("onnx", "onnxruntime", "a.onnx", 10, 5, 0.9, 1e-3, 1.0, {"1": 0.5}, {"1": 1.0})
     assert Artifact(**json.loads(json.dumps(artifact.to_dict()))) == artifact
+
+
+def make_artifact(**fields: Any) -> Artifact:
+    given = {"latency_ms": {"1": 0.5, "64": 9.0}, "latency_ms_float": {"1": 1.0, "64": 10.0}, "bytes_zstd_float": 9}
+    given |= {"integer_kernels": 3, "num_kernels": 3}
+    return Artifact("onnx", "onnxruntime", "a/b.onnx", 10, 5, **{**given, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"bytes_zstd_float": 5}, "b.onnx in onnxruntime is not smaller than its float twin: 5 bytes against 5"),
+        ({"latency_ms": {"1": 1.5, "64": 9.0}}, "is not faster than its float twin at batch 1: 1.5 ms against 1"),
+        ({"integer_kernels": 1}, "runs 2 of 3 operations with stored weights in float kernels"),
+    ],
+)
+def test_what_one_would_not_expect_of_a_quantized_file_is_said(fields: dict[str, Any], said: str) -> None:
+    assert words_of_caution(make_artifact()) == []
+    (text,) = words_of_caution(make_artifact(**fields))
+    assert said in text
 
 
 def test_medians_are_milliseconds_in_the_order_of_the_calls() -> None:

@@ -1,0 +1,117 @@
+"""The files of one model in one format: the file that ships and its float twin, and how they run beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lightning_compress.deploy.formats import Format
+from lightning_compress.deploy.forward import Inputs, run_model, with_batch
+from lightning_compress.deploy.runner import Kernels
+from lightning_compress.deploy.verify import Artifact, time_together
+from lightning_compress.quantization.convert import to_float
+from lightning_compress.quantization.prepare import prepared
+
+__all__ = ["Files", "is_quantized", "words_of_caution", "write_files"]
+
+
+class Files(NamedTuple):
+    """Paths by batch size; one path for all where a file takes any batch."""
+
+    shipped: dict[int, Path]
+    twin: dict[int, Path]
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model computes with fake-quantized values."""
+    quantization = prepared(model)
+    return quantization is not None and quantization.enabled
+
+
+def write_files(kind: Format, model: nn.Module, inputs: Inputs, path: Path, sizes: Sequence[int] = (1, 64)) -> Files:
+    """Write a model, with the integers that the runtime takes if it is quantized, and its float twin.
+
+    Args:
+        kind: The format.
+        model: In eval mode on the CPU.
+        inputs: Example inputs.
+        path: The file for any batch, or for the first size: those of the others are named by their size.
+        sizes: Batch sizes.
+
+    Raises:
+        Exception: Whatever the converter says of a model that it does not take.
+    """
+    plain = to_float(model)
+    shipped = kind.convert(model) if is_quantized(model) else plain
+    files = Files({}, {})
+    for size in sizes:
+        if kind.dynamic_batch and files.shipped:
+            files.shipped[size], files.twin[size] = files.shipped[sizes[0]], files.twin[sizes[0]]
+            continue
+        ending = "" if size == sizes[0] else f"_batch{size}"
+        options = {} if kind.dynamic_batch else {"batch_size": size}
+        for module, paths, middle in ((plain, files.twin, "_float"), (shipped, files.shipped, "")):
+            paths[size] = path.with_name(f"{path.stem}{middle}{ending}{kind.suffix}")
+            kind.export(module, inputs, paths[size], **options)
+    return files
+
+
+class Pair:
+    """A file and its float twin in their runtime.
+
+    Args:
+        kind: The format.
+        files: Their paths.
+        model: The PyTorch model, for the structure of its outputs.
+        inputs: Example inputs.
+    """
+
+    def __init__(self, kind: Format, files: Files, model: nn.Module, inputs: Inputs) -> None:
+        self.inputs, outputs = inputs, run_model(model, with_batch(inputs, 1))
+        made: dict[Path, Any] = {}
+        self.runners: dict[int, tuple[Any, Any]] = {}
+        for size in files.shipped:
+            pair = files.shipped[size], files.twin[size]
+            for path in pair:
+                if path not in made:
+                    made[path] = kind.runner(path, outputs)
+            self.runners[size] = made[pair[0]], made[pair[1]]
+
+    @property
+    def shipped(self) -> Any:
+        """The runner of the file that ships, of the first batch size where it has one."""
+        return next(iter(self.runners.values()))[0]
+
+    def latency(self, seconds: float = 1.0) -> tuple[dict[str, float], dict[str, float]]:
+        """Median milliseconds by batch size of the file and of its twin, interleaved, one thread."""
+        taken: tuple[dict[str, float], dict[str, float]] = ({}, {})
+        for size, pair in self.runners.items():
+            calls = [runner.prepare(with_batch(self.inputs, size)) for runner in pair]
+            for times, ms in zip(taken, time_together(calls, seconds), strict=True):
+                times[str(size)] = round(ms, 4)
+        return taken
+
+    def integer_kernels(self) -> Kernels:
+        """How the file's operations run."""
+        return self.shipped.integer_kernels()
+
+
+def words_of_caution(artifact: Artifact) -> list[str]:
+    """What a user would not expect of a quantized file, in words."""
+    file, said = f"{Path(artifact.path).name} in {artifact.runtime}", []
+    if artifact.bytes_zstd >= (artifact.bytes_zstd_float or artifact.bytes_zstd + 1):
+        said.append(
+            f"{file} is not smaller than its float twin: {artifact.bytes_zstd:,} bytes against "
+            f"{artifact.bytes_zstd_float:,} as zstd."
+        )
+    for size, ms in artifact.latency_ms.items():
+        before = artifact.latency_ms_float[size]
+        if ms >= before:
+            said.append(f"{file} is not faster than its float twin at batch {size}: {ms:.3g} ms against {before:.3g}.")
+    integer, total = artifact.integer_kernels or 0, artifact.num_kernels or 0
+    if integer < total:
+        said.append(f"{file} runs {total - integer} of {total} operations with stored weights in float kernels.")
+    return said
