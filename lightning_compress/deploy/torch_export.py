@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from lightning_compress.deploy.forward import Inputs, with_batch
@@ -19,8 +20,8 @@ from lightning_compress.deploy.runner import Kernels, in_batches
 
 __all__ = ["Runner", "export"]
 
-_INTEGER = ("onednn::qconv_pointwise", "onednn::qlinear_pointwise")
-_FLOAT = ("aten::addmm", "aten::mm", "aten::convolution", "mkldnn::_convolution_pointwise", "mkldnn::_linear_pointwise")
+_INTEGER = re.compile(r"aoti_torch_\w*(?:qconv|qlinear)\w*\(")
+_FLOAT = re.compile(r"aoti_torch_\w*(?:addmm|[^b]mm_|mkldnn_\w*convolution|mkl\w*linear|cpu_convolution)\w*\(")
 
 
 def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
@@ -58,13 +59,15 @@ class Runner:
         self.structure = torch.utils._pytree.tree_structure(example_outputs)
         self.batch_size = 64  # compiling takes longer than running
         self._compiled: dict[int, Any] = {}
-        self._last: tuple[Any, tuple[Tensor, ...]] | None = None
+        self._kernels = Kernels(0, 0)
 
     def _compile(self, tensors: tuple[Tensor, ...], size: int) -> Any:
         if size not in self._compiled:
             with _frozen(), torch.no_grad():
                 compiled = torch.compile(self.program, dynamic=False)
-                compiled(*tensors)
+                _, code = run_and_get_code(compiled, *tensors)
+            found = [len(pattern.findall("\n".join(code))) for pattern in (_INTEGER, _FLOAT)]
+            self._kernels = Kernels(found[0], sum(found))
             self._compiled[size] = compiled
         return self._compiled[size]
 
@@ -81,8 +84,8 @@ class Runner:
     def prepare(self, inputs: Inputs) -> Any:
         """A call without arguments that runs the file and nothing else, to be timed."""
         tensors = tensors_of(inputs)
-        compiled = self._compile(tensors, inputs.batch_size)
-        self._last = compiled, tensors
+        with _one_thread():
+            compiled = self._compile(tensors, inputs.batch_size)
 
         def call() -> Any:
             with torch.no_grad():
@@ -91,23 +94,16 @@ class Runner:
         return call
 
     def integer_kernels(self) -> Kernels:
-        """Counted in a profile of the last prepared call."""
-        if self._last is None:
-            return Kernels(0, 0)
-        compiled, tensors = self._last
-        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiled:
-            compiled(*tensors)
-        counts = {event.key: event.count for event in profiled.key_averages()}
-        integer = sum(counts.get(name, 0) for name in _INTEGER)
-        return Kernels(integer, integer + sum(counts.get(name, 0) for name in _FLOAT))
+        """Counted in the code that Inductor wrote; zero before anything has run."""
+        return self._kernels
 
 
 @contextmanager
 def _frozen() -> Iterator[None]:
-    """With weights as constants, which the integer patterns need."""
+    """With weights as constants, which the integer patterns need, and kernels called from C++."""
     from torch._inductor import config
 
-    with config.patch(freezing=True):
+    with config.patch(freezing=True, cpp_wrapper=True):
         yield
 
 
