@@ -130,9 +130,14 @@ def test_sweep_returns_the_objective(tmp_path: Path) -> None:
     assert value == report["artifacts"][0]["metric"]
 
 
-@pytest.mark.parametrize(
-    "recipe", ["magnitude", "int8", "prune_int8", "finetune", "distill", "channels", "layers", "rigl", "n_of_m"]
-)
+RECIPES = {
+    **dict.fromkeys(["magnitude", "finetune", "distill", "channels", "layers", "rigl", "n_of_m"], 32),
+    **dict.fromkeys(["int8", "prune_int8", "ptq"], 8),
+    "ternary": 2,
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_takes_a_users_own_classes(recipe: str, tmp_path: Path) -> None:
     command(
         *("model._target_=tests.zoo.MLP", "data._target_=lightning.pytorch.LightningDataModule.from_datasets"),
@@ -142,7 +147,7 @@ def test_every_recipe_takes_a_users_own_classes(recipe: str, tmp_path: Path) -> 
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["artifacts"][0]["agreement"] >= 0.99
     bits = {row["weight_bits"] for row in report["layers"]}
-    assert bits == ({8} if "int8" in recipe else {32})
+    assert bits == {RECIPES[recipe]}
 
 
 def test_plain_trainer_script(tmp_path: Path) -> None:
@@ -186,7 +191,8 @@ def test_foreign_application_never_trains_uncompressed_by_mistake(tmp_path: Path
         (["experiment=mnist_prune_int8", "init_from=no.ckpt"], "init_from='no.ckpt': there is no such checkpoint"),
         (["experiment=mnist_prune_int8", "compression.prune.sparsity=90"], "GradualPruning.sparsity=90"),
         (["experiment=mnist_prune_int8", "compression.export.formats=[tflite9]"], "formats='tflite9': accepted are"),
-        (["experiment=mnist_prune_int8", "compression.quantize.scheme=int8"], "accepted is a Scheme"),
+        (["experiment=mnist_prune_int8", "compression.quantize.scheme=int9"], "scheme='int9'"),
+        (["experiment=mnist_prune_int8", "compression.quantize.scheme=8"], "accepted is a Scheme"),
     ],
 )
 def test_wrong_configuration_is_refused_in_words(overrides: list[str], message: str, tmp_path: Path) -> None:
