@@ -1,4 +1,4 @@
-"""What our pruning is compared with: other people's code, or plain torch that shares none of ours.
+"""What our pruning and quantization are compared with: other people's code, or plain torch that shares none of ours.
 
 Every method takes the same trained model, the same batches in the same order and the same number of steps.
 """
@@ -16,12 +16,23 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.tasks import Batches, Classifier, Data, Task, TaskData
 
-__all__ = ["PEERS", "STRUCTURED_PEERS", "Budget", "accuracy", "dense", "fit", "num_macs", "train", "weights_of"]
+__all__ = [
+    "PEERS",
+    "QUANTIZED_PEERS",
+    "STRUCTURED_PEERS",
+    "Budget",
+    "accuracy",
+    "dense",
+    "fit",
+    "num_macs",
+    "train",
+    "weights_of",
+]
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 RAMP, EVERY = 0.5, 5  # the mask grows over this share of the steps, every so many
@@ -224,6 +235,33 @@ def global_group_magnitude(model: nn.Module, budget: Budget, fewer: float) -> nn
     return _group_magnitude(model, budget, fewer, together=True)
 
 
+class _TernaryWeight(nn.Module):
+    """-s, 0 or s, cut at 0.7 times the mean magnitude, s the mean of what is larger; straight-through gradient."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        w = weight.detach()
+        large = w.abs() > 0.7 * w.abs().mean()
+        return w.sign() * large * w.abs()[large].mean() + (weight - w)
+
+
+def _input8(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The input rounded to 8 bits of the range of this very batch."""
+    x = args[0].detach()
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=1e-12)
+    zero_point = (-low / scale).round()
+    rounded = ((x / scale + zero_point).round().clamp(0, 255) - zero_point) * scale
+    return (rounded + (args[0] - x),)
+
+
+def naive_ternary(model: nn.Module, budget: Budget, target: float) -> nn.Module:
+    """Ternary weights of all layers, refitted every step, one scale a tensor (TWN, Li 2016, arXiv:1605.04711)."""
+    for module in [module for module in model.modules() if isinstance(module, WEIGHTED)]:
+        parametrize.register_parametrization(module, "weight", _TernaryWeight())
+        module.register_forward_pre_hook(_input8)
+    return train(model, budget)
+
+
 PEERS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {
     "global magnitude": global_magnitude,
     "uniform magnitude": uniform_magnitude,
@@ -236,3 +274,5 @@ STRUCTURED_PEERS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {
     "torch-pruning GroupMagnitude": group_magnitude,
     "torch-pruning GroupMagnitude, global": global_group_magnitude,
 }
+
+QUANTIZED_PEERS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {"naive_ternary": naive_ternary}

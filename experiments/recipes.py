@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from lightning_compress.callbacks import ChannelPruning, GradualPruning, KnowledgeDistillation
+from lightning_compress.callbacks import (
+    ChannelPruning,
+    GradualPruning,
+    KnowledgeDistillation,
+    QuantizationAwareTraining,
+)
 from torch import nn
 
 from experiments.baselines import Budget, fit
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import LAMP
+from lightning_compress.quantization import (
+    AdditivePowerOfTwo,
+    Affine,
+    Exponential,
+    LearnedStep,
+    MovingAverage,
+    PowerOfTwo,
+    Scheme,
+    apot4,
+    codebook,
+    exp4,
+    int8,
+    log4,
+    lsq,
+    ternary,
+    w4a8,
+)
 
-__all__ = ["OURS", "STRUCTURED_OURS"]
+__all__ = ["OURS", "QUANTIZED", "SCHEMES", "STRUCTURED_OURS"]
+
+Method = Callable[[nn.Module, Budget, float], nn.Module]
 
 
 def pruned(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
@@ -26,5 +51,46 @@ def narrowed(model: nn.Module, budget: Budget, fewer: float) -> nn.Module:
     return fit(model, budget, [shrink, KnowledgeDistillation(alpha=0.5, temperature=2.0)])
 
 
-OURS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {"ours": pruned}
-STRUCTURED_OURS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {"ours, channels": narrowed}
+def _quantize(scheme: Scheme, learning_rate: float = 1e-3) -> QuantizationAwareTraining:
+    """Nearly the whole run in quantized values, whose ranges follow the last ten batches or so."""
+    scheme = replace(scheme, observer=MovingAverage(0.1))
+    return QuantizationAwareTraining(scheme, Phase(0.0, 0.02), Phase(0.02, 1.0), 0.9, learning_rate)
+
+
+def quantized(scheme: Scheme) -> Method:
+    """A scheme alone, without a teacher."""
+    return lambda model, budget, target: fit(model, budget, [_quantize(scheme)])
+
+
+def learned_at_its_rate(model: nn.Module, budget: Budget, target: float) -> nn.Module:
+    """Weights and activations of 4 bits, whose steps are learned at the rate of the weights."""
+    return fit(model, budget, [_quantize(lsq(4), budget.rate)])
+
+
+def ternarized(model: nn.Module, budget: Budget, target: float) -> nn.Module:
+    """Learned scales, taught by the model as it was."""
+    return fit(model, budget, [_quantize(ternary()), KnowledgeDistillation(temperature=4.0)])
+
+
+SCHEMES = {
+    "int8": int8(),
+    "w4a8": w4a8(),
+    "log4": log4(),
+    "exp4": exp4(),
+    "apot4": apot4(),
+    "codebook4": codebook(4),
+    "affine3": Scheme(Affine(3, symmetric=True)),
+    "w3a8": Scheme(LearnedStep(3, symmetric=True)),
+    "log3": Scheme(PowerOfTwo(3)),
+    "exp3": Scheme(Exponential(3)),
+    "apot3": Scheme(AdditivePowerOfTwo(3)),
+    "ternary_alone": ternary(),
+}
+
+OURS: dict[str, Method] = {"ours": pruned}
+STRUCTURED_OURS: dict[str, Method] = {"ours, channels": narrowed}
+QUANTIZED: dict[str, Method] = {
+    "ternary": ternarized,
+    "lsq4": learned_at_its_rate,
+    **{name: quantized(scheme) for name, scheme in SCHEMES.items()},
+}

@@ -11,43 +11,22 @@ Small dense models, which collapse at high rates, are tuned among 1/4, 1/2 and 1
 from __future__ import annotations
 
 import argparse
-import logging
 import math
-import multiprocessing
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-from rich.progress import track
-from torch import nn
-
-from experiments.baselines import PEERS, STRUCTURED_PEERS, Budget, accuracy, dense, num_macs, train, weights_of
+from experiments.baselines import PEERS, STRUCTURED_PEERS
+from experiments.jobs import DENSE, FACTORS, MORE, SMALL, Job, Run, best_factors, load, plain, pool
 from experiments.recipes import OURS, STRUCTURED_OURS
-from experiments.tasks import TASKS, Data, Task, data_folder
+from experiments.tasks import TASKS, data_folder
 
-FACTORS, OF_SMALL = (1.0, 2.0, 4.0), (0.25, 0.5, 1.0)
+OF_SMALL = (0.25, 0.5, 1.0)
 CURVE = (0.8, 0.9, 0.95, 0.98, 0.99)
-DENSE, MORE, SMALL = "dense", "dense + C", "small dense"
 ON_CURVE = ("ours", "global magnitude", "random", SMALL)
 FEWER_MACS = 4.0
 FLOOR, ITS_RATE_FROM = "random", "global magnitude"
-FAILED = 20.0  # per cent: a network that has collapsed
-
-METHODS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {
-    **OURS,
-    **PEERS,
-    MORE: dense,
-    **STRUCTURED_OURS,
-    **STRUCTURED_PEERS,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,152 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--data", type=Path, help="folder of mnist70k.npz and fsdd.npz")
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="keeps the dense models")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training.
-
-    Args:
-        task: Name of the task.
-        method: Name of the method. ``"dense"`` trains the model that the others start from; ``"small dense"`` a narrow
-            one, no larger than what pruning leaves, for as many epochs as dense and compressed training together.
-        target: Share of weights dropped below 1; how many times fewer multiplications above.
-        factor: Learning rate in units of the task's.
-        seed: Seed of initial weights and batches.
-        cut: Train on five sixths of the training part and measure on the last.
-        data: Folder of the data.
-        folder: Where the dense models are kept.
-    """
-
-    task: str
-    method: str
-    target: float
-    factor: float
-    seed: int
-    cut: bool
-    data: Path
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Run:
-    """What became of a job: accuracy in per cent, what was reached of the target, and what went wrong."""
-
-    job: Job
-    accuracy: float
-    reached: float
-    seconds: float
-    failure: str = ""
-
-
-@cache
-def _load(task: str, folder: Path) -> Data:
-    return TASKS[task].load(folder)
-
-
-def trained(job: Job, data: Data) -> nn.Module:
-    """The dense model of a task and seed, from its file where there is one."""
-    task = TASKS[job.task]
-    path = job.folder / f"{task.name}-{job.seed}{'-cut' if job.cut else ''}.pt"
-    torch.manual_seed(job.seed)
-    model = task.build()
-    if path.is_file():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model
-    train(model, Budget(task, data, job.seed, task.epochs, task.learning_rate))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path.with_suffix(".part"))
-    path.with_suffix(".part").rename(path)
-    return model
-
-
-def _small(task: Task, target: float, example: torch.Tensor) -> nn.Module:
-    """The widest model that is no larger than what the target leaves: in weights, or in multiplications above 1."""
-    whole, allowed = task.build(), 1 - target if target < 1 else 1 / target
-
-    def size(model: nn.Module) -> int:
-        return num_macs(model, example) if target > 1 else sum(w.numel() for w in weights_of(model))
-
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (middle, high) if size(task.build(middle)) <= allowed * size(whole) else (low, middle)
-    return task.build(low)
-
-
-def do(job: Job) -> Run:
-    """Train and measure."""
-    task, begin = TASKS[job.task], time.perf_counter()
-    data = _load(job.task, job.data)
-    data, example = data.cut(job.seed) if job.cut else data, data.x_train[:1]
-    try:
-        if job.method == DENSE:
-            model = trained(job, data)
-        elif job.method == SMALL:
-            torch.manual_seed(job.seed)
-            model = _small(task, job.target, example)
-            epochs = task.epochs + task.compress_epochs
-            train(model, Budget(task, data, job.seed, epochs, task.learning_rate * job.factor))
-        else:
-            seed = job.seed + 1000  # other batches than the dense training's
-            budget = Budget(task, data, seed, task.compress_epochs, task.compress_rate * job.factor)
-            model = METHODS[job.method](trained(job, data), budget, job.target)
-        result = accuracy(model, data)
-        reached = _reached(model, task, job.target, example)
-    except Exception as error:  # a method that breaks is a row of the table, not the end of it
-        return Run(job, math.nan, math.nan, time.perf_counter() - begin, f"{type(error).__name__}: {error}")
-    broken = "" if result >= FAILED else "collapsed"
-    return Run(job, result, reached, time.perf_counter() - begin, broken)
-
-
-def _reached(model: nn.Module, task: Task, target: float, example: torch.Tensor) -> float:
-    """Share of the dense model's weights that are zero or gone; or how many times fewer multiplications."""
-    whole = task.build()
-    if target > 1:
-        return num_macs(whole, example) / num_macs(model, example)
-    left = sum(int(torch.count_nonzero(w)) for w in weights_of(model))
-    return 1 - left / sum(w.numel() for w in weights_of(whole))
-
-
-def quiet() -> None:
-    """One thread, no denormals, no chatter."""
-    """One thread, no warnings."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-Mapper = Callable[[str, Iterable[Job]], list[Run]]
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[Mapper]:
-    """Runs jobs in processes."""
-    if workers == 1:
-        quiet()
-        yield lambda name, jobs: [do(job) for job in track(list(jobs), name)]
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=quiet) as pool:
-
-        def run_all(name: str, jobs: Iterable[Job]) -> list[Run]:
-            todo = list(jobs)
-            return list(track(pool.map(do, todo), name, total=len(todo)))
-
-        yield run_all
-
-
-def _best_factors(runs: Iterable[Run]) -> dict[tuple[str, str, float], float]:
-    """By task, method and target: the factor with the highest mean accuracy on the cut."""
-    found: dict[tuple[str, str, float], dict[float, list[float]]] = {}
-    for run in runs:
-        value = 0.0 if math.isnan(run.accuracy) else run.accuracy
-        key = (run.job.task, run.job.method, run.job.target)
-        found.setdefault(key, {}).setdefault(run.job.factor, []).append(value)
-    return {key: max(values, key=lambda factor: mean(values[factor])) for key, values in found.items()}
 
 
 def _row(runs: list[Run], tuned: bool) -> dict[str, Any]:
@@ -247,7 +80,7 @@ def run(
     curve = curve and not structured
     base = Job("", DENSE, 0.0, 1.0, 0, False, data_folder(data), folder)
     for name in names:
-        _load(name, base.data)  # what is missing is said before anything is trained
+        load(name, base.data)  # what is missing is said before anything is trained
 
     def jobs(name: str, method: str, target: float, factor: float, num: int, cut: bool) -> list[Job]:
         job = replace(base, task=name, method=method, target=target, factor=factor, cut=cut)
@@ -256,7 +89,7 @@ def run(
     def targets(name: str, method: str) -> tuple[float, ...]:
         return (0.0,) if method == MORE else points[name]
 
-    with _pool(workers) as run_all:
+    with pool(workers) as run_all:
         todo = [job for name in names for job in jobs(name, DENSE, 0.0, 1.0, tune_seeds, True)]
         start = [job for name in names for job in jobs(name, DENSE, 0.0, 1.0, seeds, False)]
         denses = run_all("dense models", [*todo, *start])[len(todo) :]
@@ -270,7 +103,7 @@ def run(
             for job in jobs(name, method, target, factor, tune_seeds, True)
         ]
         tuning = run_all("learning rates", todo)
-        best = _best_factors(tuning)
+        best = best_factors(tuning)
         asked = [(name, method, target, best[name, method, target], True) for name, method, target in best]
         if FLOOR in chosen and ITS_RATE_FROM in chosen:
             best |= {(n, FLOOR, t): factor for (n, method, t), factor in best.items() if method == ITS_RATE_FROM}
@@ -291,8 +124,8 @@ def run(
     return {
         "headline": _headline(rows, points),
         "rows": rows,
-        "failures": [_plain(run) for run in everything if run.failure],
-        "runs": [_plain(run) for run in everything],
+        "failures": [plain(run) for run in everything if run.failure],
+        "runs": [plain(run) for run in everything],
     }
 
 
@@ -309,8 +142,3 @@ def _headline(rows: list[dict[str, Any]], points: dict[str, tuple[float, ...]]) 
                     best = max(those, key=lambda row: row["accuracy"])
                     found |= {f"{name}@{label}_{key}": best["accuracy"], f"{name}@{label}_{key}_sd": best["sd"]}
     return found
-
-
-def _plain(run: Run) -> dict[str, Any]:
-    job = {key: value for key, value in vars(run.job).items() if key not in ("data", "folder")}
-    return {**job, "accuracy": run.accuracy, "reached": run.reached, "failure": run.failure}

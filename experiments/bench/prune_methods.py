@@ -21,7 +21,7 @@ from rich.progress import track
 from torch import nn
 
 from experiments.baselines import Budget, accuracy, dense, fit, weights_of
-from experiments.bench.prune_accuracy import Job, quiet, trained
+from experiments.jobs import Job, quiet, trained
 from experiments.tasks import TASKS, data_folder
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import (

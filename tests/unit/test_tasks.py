@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from experiments import tasks
-from experiments.baselines import PEERS, Budget, accuracy, dense, fit, num_macs, train, weights_of
-from experiments.bench.prune_accuracy import Job, Run, _best_factors, _row
-from experiments.recipes import OURS
+from experiments.baselines import PEERS, QUANTIZED_PEERS, Budget, accuracy, dense, fit, num_macs, train, weights_of
+from experiments.bench.prune_accuracy import _row
+from experiments.jobs import Job, Run, best_factors, smallest_scale
+from experiments.recipes import OURS, QUANTIZED
 from experiments.tasks import TASKS, Batches, Data, data_folder, mfcc, roll3, roll6_mask6
 from lightning_compress.layers import find_layers
 from lightning_compress.pruning import Element, Masks, SparedMagnitude
@@ -123,6 +124,17 @@ def test_methods_reach_their_sparsity(name: str) -> None:
     assert left / sum(w.numel() for w in weights_of(model)) == pytest.approx(0.1, abs=2e-3)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["ternary", "naive_ternary"])
+def test_ternary_weights_take_three_values(name: str) -> None:
+    model, budget = TASKS["mnist1d"].build(), Budget(TASKS["mnist1d"], toy(), 1, 20, 0.02)  # 120 steps
+    model = {**QUANTIZED, **QUANTIZED_PEERS}[name](model, budget, 0.0)
+    for weight in weights_of(model):
+        rows = weight.flatten(1) if name == "ternary" else weight.flatten()[None]
+        assert all(len(row.unique()) <= 3 for row in rows)
+    assert (smallest_scale(model) > 0) == (name == "ternary")
+
+
 def test_a_cut_takes_a_sixth_and_shares_nothing() -> None:
     data = Data(torch.arange(600.0), torch.arange(600), torch.empty(0), torch.empty(0))
     cut = data.cut(0)
@@ -154,7 +166,7 @@ def test_the_rate_is_chosen_on_the_mean_and_failures_are_counted() -> None:
         return Run(Job("fsdd", "random", 0.9, factor, seed, True, Path(), Path()), value, 0.9, 1.0, failure)
 
     runs = [run(1, 0, 90), run(1, 1, 80), run(2, 0, 86), run(2, 1, 86), run(4, 0, float("nan"), "ValueError: no")]
-    assert _best_factors(runs) == {("fsdd", "random", 0.9): 2}
+    assert best_factors(runs) == {("fsdd", "random", 0.9): 2}
     row = _row([run(1, 0, 90), run(1, 1, 10, "collapsed")], tuned=True)
     assert (row["accuracy"], row["failed"], row["rate"], row["target"]) == (50, 1, "1x", "0.9")
 
