@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_compress.phase import Phase
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize
 from lightning_compress.quantization.placement import Tracer
-from lightning_compress.quantization.prepare import Prepared, prepare
+from lightning_compress.quantization.prepare import Prepared, prepare, prepared
 from lightning_compress.quantization.schemes import Scheme, int8
 from lightning_compress.quantization.schemes import scheme as scheme_of
 
@@ -21,6 +21,8 @@ from .clock import check_run, read_clock
 from .structure import check_strategy, check_structure_on_load
 
 __all__ = ["QuantizationAwareTraining"]
+
+_TWO_BATCHES = "Validate on two batches at least: the first one is only watched."
 
 
 class QuantizationAwareTraining(pl.Callback):
@@ -117,17 +119,20 @@ class QuantizationAwareTraining(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Upgrade the layers, inert, and watch the optimizers."""
         self._attach(pl_module)
-        assert self.prepared is not None
-        if self._optimizer_state is not None or self.prepared.learned():
-            self._learn()
+        self._learn()
         for optimizer in trainer.optimizers:
             self._handles.append(optimizer.register_step_post_hook(partial(self._step, trainer)))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the optimizers."""
+        """Leave the optimizers; refuse a calibration for which Lightning found no batch to validate on."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if stage != "validate" or self.phase is not None:
+            return
+        found = prepared(pl_module)
+        if not (self._state["enabled"] if self._state else found is not None and found.enabled):
+            raise _calibrated_on_nothing(_TWO_BATCHES)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse phases that cannot be; switch to where the run is."""
@@ -158,11 +163,7 @@ class QuantizationAwareTraining(pl.Callback):
         self.prepared.enable(True)
         self.prepared.observe(not frozen, once=False)
         self.prepared.begin()
-        learned = list(self.prepared.learned().values())
-        if learned and (
-            self._optimizer is None or [*map(id, self._optimizer.param_groups[0]["params"])] != [*map(id, learned)]
-        ):
-            self._learn()
+        self._learn()
         if self._optimizer is not None:
             self._optimizer.param_groups[0]["lr"] = self.learning_rate * max(1 - training, 0)
         if frozen:
@@ -200,7 +201,7 @@ class QuantizationAwareTraining(pl.Callback):
         if not placed or (
             self.prepared.activations and not any(a.has_seen for a in self.prepared.activations.values())
         ):
-            raise ValueError(f"QuantizationAwareTraining calibrated on no batches, so that no range is known. {fix}")
+            raise _calibrated_on_nothing(fix)
         self._gather(trainer, once=True)
         self.prepared.observe(False)
         self.prepared.enable(True)
@@ -209,13 +210,24 @@ class QuantizationAwareTraining(pl.Callback):
         """Bring what the ranks saw together: ranges after every batch, histograms once, when they are complete."""
         assert self.prepared is not None
         if trainer.world_size > 1:
+            late = self.prepared.enabled and not once  # what is seen for the first time in training
             found = self.prepared.activations.values()
-            _merge([a for a in found if a.observer.counts == once], trainer.strategy.root_device)
+            due = [a for a in found if a.observer.counts == once or (late and a.observing)]
+            _merge(due, trainer.strategy.root_device)
 
     def _learn(self) -> None:
-        """An optimizer for what the quantizers learn."""
+        """An optimizer for what the quantizers learn; what it knows of those that stay is kept."""
         assert self.prepared is not None
-        self._optimizer = torch.optim.Adam(list(self.prepared.learned().values()), self.learning_rate)
+        learned = list(self.prepared.learned().values())
+        known = [] if self._optimizer is None else self._optimizer.param_groups[0]["params"]
+        if self._optimizer_state is None and [*map(id, known)] == [*map(id, learned)]:
+            return
+        before = {} if self._optimizer is None else self._optimizer.state
+        self._optimizer = torch.optim.Adam(learned, self.learning_rate) if learned else None
+        if self._optimizer is None:
+            return
+        self._optimizer.zero_grad()
+        self._optimizer.state.update({p: before[p] for p in learned if p in before})
         if self._optimizer_state is not None:
             self._optimizer.load_state_dict(self._optimizer_state)
             self._optimizer_state = None
@@ -282,7 +294,7 @@ class QuantizationAwareTraining(pl.Callback):
         """End a calibration."""
         if self._calibrating:
             self._calibrating = False
-            self._quantize(trainer, "Validate on two batches at least: the first one is only watched.")
+            self._quantize(trainer, _TWO_BATCHES)
             rank_zero_info("QuantizationAwareTraining calibrated on the validation data: the model is quantized now.")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -304,7 +316,7 @@ class QuantizationAwareTraining(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where a checkpoint was written."""
         self._state = state_dict.get("quantization")
-        self._optimizer_state = state_dict.get("optimizer")
+        self._optimizer, self._optimizer_state = None, state_dict.get("optimizer")
 
     def _trace(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.prepared is not None
@@ -312,6 +324,10 @@ class QuantizationAwareTraining(pl.Callback):
         self._tracer = Tracer(pl_module, names, skip_root_calls=int(trainer.strategy.model is not pl_module))
         torch.compiler.set_stance("force_eager")
         self._tracer.__enter__()
+
+
+def _calibrated_on_nothing(fix: str) -> ValueError:
+    return ValueError(f"QuantizationAwareTraining calibrated on no batches, so that no range is known. {fix}")
 
 
 def _merge(activations: list[ActivationFakeQuantize], device: torch.device) -> None:

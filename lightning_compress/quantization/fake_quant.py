@@ -67,9 +67,8 @@ class _FakeQuantize:
     def from_state(self, state: dict[str, Any]) -> None:
         """Take up the state of :meth:`to_state`."""
         logarithms = {k.removeprefix("log_"): v.clone() for k, v in state.items() if k.startswith("log_")}
-        if state:
-            self.held = QParams(**{k: v for k, v in state.items() if not k.startswith("log_")})
-            self.logarithms = {name: nn.Parameter(value) for name, value in logarithms.items()}
+        self.held = QParams(**{k: v for k, v in state.items() if not k.startswith("log_")}) if state else None
+        self.logarithms = {name: nn.Parameter(value) for name, value in logarithms.items()}
 
 
 class WeightFakeQuantize(_FakeQuantize):
@@ -123,7 +122,7 @@ class WeightFakeQuantize(_FakeQuantize):
             for_channels = partial(_select, index=index)
             self.held = _each(self.held, lambda name, x: x if name in ("axis", "levels") else for_channels(x))
             for log in self.logarithms.values():
-                log.data = for_channels(log.data)
+                log.data, log.grad = for_channels(log.data), None
 
     def codes(self, weight: Tensor) -> tuple[Tensor, QParams]:
         """Integer codes of the weight, as int8 (uint8 where they begin at 0), and their parameters."""

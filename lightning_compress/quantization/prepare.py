@@ -106,9 +106,10 @@ class Prepared:
         """Take places and ranges of a checkpoint.
 
         Raises:
-            ValueError: If the model has no module where the checkpoint quantizes one.
+            ValueError: If the model has no module where the checkpoint quantizes one, or its scheme is another.
         """
         if "placement" in state:
+            _check_scheme(state["scheme"], self.scheme.to_state())
             placement = Placement(**state["placement"])
             known = modules_by_name(model)
             unknown = [name for name in (*placement.inputs, *placement.outputs) if name not in known]
@@ -119,12 +120,10 @@ class Prepared:
                 )
             if self.placement is None:
                 self.place(model, placement)
-            for name, activation in self.activations.items():
-                activation.state = state["ranges"][name].clone()
-            quantizers = self._quantizers()
-            for name, values in state.get("learned", {}).items():
-                if name in quantizers:
-                    quantizers[name].from_state(values)
+        for name, activation in self.activations.items():
+            activation.state = state["ranges"][name].clone() if "ranges" in state else activation.observer.start()
+        for name, quantizer in self._quantizers().items():
+            quantizer.from_state(state.get("learned", {}).get(name, {}))
         self.enable(state["enabled"])
 
     def batch_norms(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -147,6 +146,22 @@ def prepare(model: nn.Module, scheme: Scheme) -> Prepared:
 def prepared(model: nn.Module) -> Prepared | None:
     """The fake-quantized layers of a model, if it was prepared."""
     return model.__dict__.get(_ATTRIBUTE)
+
+
+def _check_scheme(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    for name in ours:
+        if name in theirs and _differ(theirs[name], ours[name]):
+            raise ValueError(
+                f"The checkpoint is quantized by another scheme: {name} is {theirs[name]!r} there and {ours[name]!r} "
+                "here. Give the scheme that it was trained with, or a checkpoint from before its calibration."
+            )
+
+
+def _differ(a: Any, b: Any) -> bool:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() != b.keys() or any(_differ(a[key], b[key]) for key in a)
+    plain = (bool, int, float, str, list, type(None))
+    return bool(a != b) if isinstance(a, plain) else type(a) is not type(b)
 
 
 def _check_overrides(scheme: Scheme, names: Sequence[str]) -> None:
