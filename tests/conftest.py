@@ -16,7 +16,8 @@ from .zoo import MODULES
 _LEFT = pytest.StashKey[int]()
 
 _METHOD = re.compile(
-    r"(?:(?P<method>distil|channels|layers)_)?(?P<property>\w+) (?:(?P<variant>rigl|n:m)-)?(?P<module>.+)"
+    r"(?:(?P<method>distil|channels|layers)_)?(?P<property>\w+) "
+    r"(?:(?P<variant>rigl|n:m|ternary|ptq|log4|w4a8|int4)-)?(?P<module>.+)"
 )
 
 

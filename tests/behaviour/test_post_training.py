@@ -1,0 +1,189 @@
+"""Post-training quantization: by ``trainer.validate`` alone, and at the end of ``fit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning_compress.callbacks import Export, QuantizationAwareTraining
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_compress
+from lightning_compress.phase import Phase
+from lightning_compress.quantization import MSE, Affine, Observer, Percentile, Scheme, int8
+from lightning_compress.quantization.placement import Tracer
+from lightning_compress.quantization.prepare import prepare, prepared
+
+from ..harness import SaveAfter, assert_equal_outputs, callback_of, differences, make_module, make_trainer, outputs
+from ..zoo import BATCHES, MODULES
+
+SCHEMES = {
+    "int8": int8(),
+    "percentile": Scheme(observer=Percentile(0.99)),
+    "mse": Scheme(Affine(4, symmetric=True), Affine(4), MSE(), exclude=[]),
+}
+
+
+def make(folder: Path, scheme: Scheme | str = "int8", **options: Any) -> pl.Trainer:
+    return make_trainer(folder, callbacks=[QuantizationAwareTraining(scheme, phase=None)], **options)
+
+
+def validate(trainer: pl.Trainer, module: pl.LightningModule, **options: Any) -> dict[str, float]:
+    return trainer.validate(module, verbose=False, **options)[0]
+
+
+def by_hand(module: pl.LightningModule, scheme: Scheme, num_batches: int = BATCHES) -> pl.LightningModule:
+    """The same with the engine alone: the first batch is watched, the others are observed."""
+    module.eval()
+    found = prepare(module, scheme)
+    batches = [x for x, _ in zip(module.val_dataloader(), range(num_batches), strict=False)]
+    with torch.no_grad():
+        with Tracer(module, {layer.name.removesuffix("." + layer.parameter) for layer in found.layers}) as tracer:
+            module(batches[0][0])
+        found.place(module, tracer.placement)
+        found.observe(True)
+        for batch in batches[1:]:
+            module(batch[0])
+        found.observe(False)
+    found.enable(True)
+    return module
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv+bn+residual", "attention", "lstm", "tied", "reused"])
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_validation_calibrates_as_the_engine_does_by_hand(scheme: str, name: str, tmp_path: Path) -> None:
+    """The first call gives the float model's metrics; from then on they are those of the quantized model."""
+    module, trainer = make_module(name), make(tmp_path, SCHEMES[scheme])
+    plain = validate(make_trainer(tmp_path, callbacks=[]), make_module(name))
+    first, second, third = (validate(trainer, module) for _ in range(3))
+    assert first == pytest.approx(plain, abs=1e-6)  # attention has a fused kernel where no module is hooked
+    assert second == third != first
+    reference = by_hand(make_module(name), SCHEMES[scheme])
+    assert_equal_outputs(module, reference)
+    assert not differences(prepared(module).state_dict(), prepared(reference).state_dict())
+    assert validate(make_trainer(tmp_path, callbacks=[]), reference) == second
+
+
+@pytest.mark.parametrize("name", list(MODULES), ids=lambda name: f"ptq-{name}")
+def test_validate_alone(name: str, tmp_path: Path) -> None:
+    """What validation calibrated is saved and loaded; no weight moves."""
+    module, trainer = make_module(name), make(tmp_path)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    validate(trainer, module)
+    assert prepared(module).enabled
+    if before:  # foreign builds a part in configure_model
+        assert not differences(before, {key: module.state_dict()[key] for key in before})
+    trainer.save_checkpoint(tmp_path / "ptq.ckpt")
+    assert_equal_outputs(lightning_compress.load_from_checkpoint(MODULES[name], tmp_path / "ptq.ckpt"), module)
+    fresh = make_module(name)
+    again = make(tmp_path)
+    assert validate(again, fresh, ckpt_path=tmp_path / "ptq.ckpt") == validate(trainer, module)
+    assert_equal_outputs(fresh, module)
+    assert not differences(prepared(fresh).state_dict(), prepared(module).state_dict())
+
+
+def test_a_second_validation_leaves_the_ranges(tmp_path: Path) -> None:
+    module, trainer = make_module("mlp"), make(tmp_path)
+    validate(trainer, module)
+    state = prepared(module).state_dict()
+    louder = TensorDataset(100 * module.tensors()[0], module.tensors()[1])
+    trainer.validate(module, DataLoader(louder, 2), verbose=False)
+    assert not differences(state, prepared(module).state_dict())
+
+
+def test_validation_within_fit_calibrates_nothing(tmp_path: Path) -> None:
+    """In a fit the training data calibrate, in the phase that says so."""
+    seen: list[bool] = []
+
+    class Watch(pl.Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(prepared(pl_module).placement is not None)
+
+    qat = QuantizationAwareTraining("int8", Phase(0.5, 0.75), None)
+    module = make_module("mlp")
+    make_trainer(tmp_path, callbacks=[Watch(), qat]).fit(module)
+    assert seen == [False, False, False, False, True, True, True]  # the sanity check, then 6 epochs
+    assert prepared(module).enabled
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+@pytest.mark.parametrize("observer", [Percentile(), None])
+def test_calibrating_on_no_batches_is_refused(limit: int, observer: Observer | None, tmp_path: Path) -> None:
+    scheme = int8() if observer is None else Scheme(observer=observer)
+    module = make_module("mlp")
+    with pytest.raises(ValueError, match=r"calibrated on no batches.*Validate on two batches at least"):
+        make(tmp_path, scheme, limit_val_batches=limit).validate(module, verbose=False)
+    assert prepared(module) is None or not prepared(module).enabled
+    validate(make(tmp_path, scheme, limit_val_batches=2), module)
+    assert prepared(module).enabled
+
+
+def test_a_quantized_model_may_be_validated_on_no_batches(tmp_path: Path) -> None:
+    module, trainer = make_module("mlp"), make(tmp_path)
+    validate(trainer, module)
+    trainer.save_checkpoint(tmp_path / "ptq.ckpt")
+    make(tmp_path, limit_val_batches=0).validate(module, verbose=False)
+    make(tmp_path, limit_val_batches=0).validate(make_module("mlp"), ckpt_path=tmp_path / "ptq.ckpt", verbose=False)
+    make_trainer(tmp_path, callbacks=[QuantizationAwareTraining()], limit_val_batches=0).validate(make_module("mlp"))
+
+
+def test_a_run_that_stops_before_it_calibrates_says_so(tmp_path: Path) -> None:
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.should_stop = True
+
+    callbacks = [QuantizationAwareTraining("int8", Phase(0.5, 1.0), None), Stop()]
+    with pytest.raises(ValueError, match=r"calibrated on no batches.*Let calibrate span two batches at least"):
+        make_trainer(tmp_path, callbacks=callbacks).fit(make_module("mlp"))
+
+
+def test_fit_quantizes_at_its_end_before_the_export(tmp_path: Path) -> None:
+    """The last training step and the last validation are those of the float model; the file is the quantized one."""
+    enabled: dict[str, bool] = {}
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            enabled["last batch"] = prepared(pl_module).enabled
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            enabled["last validation"] = prepared(pl_module).enabled
+
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            enabled["end"] = prepared(pl_module).enabled
+
+    export = Export(["onnx"])
+    callbacks = [export, Watch(), QuantizationAwareTraining("int8", Phase(0.8, 1.0), None)]
+    module, trainer = make_module("mlp"), make_trainer(tmp_path, callbacks=callbacks)
+    trainer.fit(module)
+    assert enabled == {"last batch": False, "last validation": False, "end": True}
+    assert not export.failures
+    assert export.artifacts[0].integers == "uint8"
+    assert export.artifacts[0].agreement >= 0.99
+    plain = make_module("mlp")
+    make_trainer(tmp_path, callbacks=[]).fit(plain)
+    torch.manual_seed(0)
+    assert differences(outputs(module), outputs(plain))
+
+
+def test_what_calibrated_is_the_training_data(tmp_path: Path) -> None:
+    """Ranges are those of the batches of the calibration, with the weights of then."""
+    folder, qat = tmp_path, QuantizationAwareTraining(Scheme(observer=Percentile(1.0)), Phase(0.5, 0.75), None)
+    module = make_module("reused")
+    make_trainer(folder, callbacks=[qat, SaveAfter(folder, (12, 18))]).fit(module)
+    saved = torch.load(folder / "18.ckpt", weights_only=True)["callbacks"]["QuantizationAwareTraining"]
+    assert not differences(saved["quantization"]["ranges"], prepared(module).state_dict()["ranges"])
+    x = module.tensors()[0]
+    state = saved["quantization"]["ranges"]["first:input"]
+    assert state[:2].tolist() == [float(x.min()), float(x.max())]
+    assert int(state[2:].sum()) == 5 * x.numel()  # six batches, the first of them only watched
+
+
+def test_a_callback_without_training_learns_nothing(tmp_path: Path) -> None:
+    module = make_module("mlp")
+    trainer = make_trainer(tmp_path, callbacks=[QuantizationAwareTraining("ternary", Phase(0.5, 0.75), None)])
+    trainer.fit(module)
+    assert not prepared(module).learned()
+    assert "optimizer" not in callback_of(trainer, QuantizationAwareTraining).state_dict()
