@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
@@ -29,9 +30,10 @@ def main() -> None:
     result = module.run(**options)
     table = Table(title=name, box=box.SIMPLE_HEAD)
     for i, column in enumerate(result["rows"][0]):
-        table.add_column(column, justify="right" if i else "left")
+        words = any(isinstance(row[column], str) and " " in row[column] for row in result["rows"])
+        table.add_column(column, justify="left" if words or not i else "right", overflow="fold")
     for row in result["rows"]:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
     console = Console()
     console.print(table)
     console.print("headline: " + ", ".join(f"{key} {value:.4g}" for key, value in result["headline"].items()))

@@ -302,7 +302,7 @@ class Float8(Quantizer):
     def __post_init__(self) -> None:
         """Refuse what torch has no type for."""
         if self.format not in ("e4m3", "e5m2"):
-            raise ValueError(f"Float8.format={self.format!r}: accepted are 'e4m3' and 'e5m2'.")
+            raise ValueError(f"Float8.format={self.format!r}: accepted are 'e4m3' and 'e5m2'. Take 'e4m3' if in doubt.")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -64,16 +64,15 @@ class Scheme:
 
     def __post_init__(self) -> None:
         """Refuse parts of the wrong kind, which Hydra's _target_ would let pass."""
-        for name, kind, optional in (
-            ("weight", Quantizer, False),
-            ("inputs", Quantizer, True),
-            ("observer", Observer, False),
+        for name, kind, optional, example in (
+            ("weight", Quantizer, False, "Affine(8, symmetric=True)"),
+            ("inputs", Quantizer, True, "Affine(8)"),
+            ("observer", Observer, False, "MovingAverage()"),
         ):
             value = getattr(self, name)
             if not (isinstance(value, kind) or (optional and value is None)):
-                raise TypeError(
-                    f"Scheme.{name}={value!r}: accepted is a {kind.__name__}, for instance {kind.__module__}."
-                )
+                what = f"{'an' if kind is Observer else 'a'} {kind.__name__}{' or None' if optional else ''}"
+                raise TypeError(f"Scheme.{name}={value!r}: accepted is {what}, for instance {example}.")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         size = self.weight_granularity

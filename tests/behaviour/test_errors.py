@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lightning_compress.callbacks import (
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_compress
+from experiments.bench import errors
 from lightning_compress.layers import Layer
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import BatchNormScale, Linear, Rounds, Taylor, Wanda
@@ -93,7 +95,6 @@ CASES: dict[str, Case] = {
     "scope='all'": (lambda _: GradualPruning(scope="all"), ValueError, "scope='all': accepted are 'global'"),
     "every=0": (lambda _: GradualPruning(every=0), ValueError, "every=0: accepted is a whole number"),
     "criterion='l1'": (lambda _: GradualPruning(criterion="l1"), TypeError, "criterion='l1': accepted is a Criterion"),
-    "scheme='int8'": (lambda _: QuantizationAwareTraining("int8"), TypeError, "scheme='int8': accepted is a Scheme"),
     "freeze=0": (lambda _: QuantizationAwareTraining(freeze=0), ValueError, "freeze=0: accepted is a share"),
     "bits=9": (lambda _: Affine(9), ValueError, "bits=9: accepted are the whole numbers 2..8"),
     "weight=8": (lambda _: Scheme(weight=8), TypeError, "Scheme.weight=8: accepted is a Quantizer"),
@@ -184,6 +185,86 @@ def test_refused_before_training(given: str, tmp_path: Path) -> None:
     with pytest.raises(kind, match=message) as caught:
         call(tmp_path)
     assert len(str(caught.value).split()) >= 8, "an error says what is accepted and how to fix it"
+
+
+WORDS = "accepted are int8, w8, int4, w4a8, w2a8, ternary, binary, log4, exp4, apot4, codebook, fp8, lsq"
+LAYER = r"matches no layer. The layers are: layer\. Give a name"
+NO_BATCHES = "calibrated on no batches, so that no range is known"
+SIMULATED = "has no form in integer kernels at .*simulated only: .*bytes are those of save_packed. For export take"
+# of every input of `python -m experiments.bench errors`, which prints the table
+SAID: dict[str, tuple[type[Exception], str]] = {
+    "scheme('w4a9')": (ValueError, rf"scheme='w4a9': {WORDS}\. Did you mean 'w4a8'"),
+    "QuantizationAwareTraining('int')": (ValueError, rf"scheme='int': {WORDS}\. Did you mean 'int8'"),
+    "QuantizationAwareTraining(8)": (TypeError, r"scheme=8: accepted is a Scheme, for instance int8\(\)"),
+    **{
+        f"{kind}({bits})": (
+            ValueError,
+            rf"{kind}\.bits={bits}: accepted are the whole numbers 2\.\.8, for instance {kind}",
+        )
+        for kind in ("Affine", "LearnedStep", "LearnedClip", "PowerOfTwo", "AdditivePowerOfTwo", "Codebook")
+        for bits in (1, 9)
+    },
+    "Exponential(2)": (ValueError, r"Exponential\.bits=2: accepted are the whole numbers 3\.\.8"),
+    "Affine(4.0)": (ValueError, r"Affine\.bits=4\.0: accepted are the whole numbers"),
+    "Float8('e3m4')": (ValueError, r"Float8\.format='e3m4': accepted are 'e4m3' and 'e5m2'"),
+    "MovingAverage(0)": (ValueError, r"MovingAverage\.rate=0: accepted is a share above 0 and up to 1"),
+    "Percentile(99.9)": (ValueError, r"Percentile\.share=99\.9: accepted is a share above 0 and up to 1"),
+    "Scheme(weight=8)": (TypeError, r"Scheme\.weight=8: accepted is a Quantizer"),
+    "Scheme(inputs='int8')": (TypeError, r"Scheme\.inputs='int8': accepted is a Quantizer or None, for"),
+    "Scheme(observer=Affine())": (TypeError, r"Scheme\.observer=Affine\(.*accepted is an Observer"),
+    "Scheme(observer=MinMax)": (TypeError, r"Scheme\.observer=<class .*accepted is an Observer"),
+    "Scheme(weight_granularity='row')": (
+        ValueError,
+        "weight_granularity='row': accepted are 'channel' and 'tensor', or",
+    ),
+    "Scheme(weight_granularity=0)": (ValueError, "weight_granularity=0: accepted are 'channel' and 'tensor', or"),
+    "int8(overrides={'head': 4})": (TypeError, r"overrides\['head'\]=4: accepted is a Scheme"),
+    "int8(overrides={'head': int8(['a'])})": (ValueError, r"overrides\['head'\] has an include, .*of its own"),
+    "fit: int8(overrides={'haed': w8()})": (ValueError, rf"overrides='haed' {LAYER}"),
+    "fit: int8(include=['haed'])": (ValueError, rf"include='haed' {LAYER}"),
+    "fit: int8(exclude=['haed'])": (ValueError, rf"exclude='haed' {LAYER}"),
+    "learning_rate=0": (ValueError, "learning_rate=0: accepted is a number above 0"),
+    "learning_rate=nan": (ValueError, "learning_rate=nan: accepted is a number above 0"),
+    "freeze=1.5": (ValueError, "freeze=1.5: accepted is a share of the phase, above 0 and up to 1"),
+    "calibrate=0.7": (TypeError, "calibrate=0.7: accepted is a Phase"),
+    "phase=0.75": (TypeError, "phase=0.75: accepted is a Phase"),
+    "calibrate=Phase(0.5, 0.9)": (ValueError, "phases overlap. Let calibrate end where phase begins"),
+    "validate: limit_val_batches=0": (ValueError, rf"{NO_BATCHES}\. Validate on two batches at least"),
+    "validate: limit_val_batches=1": (ValueError, rf"{NO_BATCHES}\. Validate on two batches at least"),
+    "fit: calibrate of one batch, phase=None": (ValueError, rf"{NO_BATCHES}\. Let calibrate span two batches at least"),
+    "test: a ternary checkpoint, scheme int8": (
+        ValueError,
+        "quantized by another scheme: weight is .*LearnedStep.* there and .*Affine.* here. Give the scheme",
+    ),
+    "Export(['tflite'])": (ValueError, "formats='tflite': accepted are 'onnx', .*'torch'. Name one"),
+    "check_formats(['coreml'])": (ValueError, "formats='coreml': accepted are 'onnx', .*'torch'. Name one"),
+    **{
+        f"{name} without its packages": (
+            ModuleNotFoundError,
+            rf"'{name}' needs .*not installed. Run: pip install 'lightning-compress\[{name}\]'",
+        )
+        for name in ("onnx", "openvino", "executorch", "litert")
+    },
+    "convert: not quantized": (ValueError, "The model is not quantized: .*Train through its phase, or"),
+    "convert: activations='int4'": (ValueError, "activations='int4': accepted are 'uint8' and 'int8'"),
+    "convert: log4()": (ValueError, rf"Scheme\.weight=PowerOfTwo.* {SIMULATED} equal steps: weight=Affine"),
+    "convert: inputs=Float8()": (ValueError, rf"Scheme\.inputs=Float8.* {SIMULATED} equal steps: inputs=Affine"),
+    "convert: weight_granularity=4": (ValueError, "group=4 at 0: no runtime's kernels take a scale a group"),
+    "export: a way that depends on the data": (Exception, "data-dependent expression"),
+}
+
+
+def test_every_input_of_the_table_has_a_message() -> None:
+    assert errors.CASES.keys() == SAID.keys()
+
+
+@pytest.mark.parametrize("given", list(SAID))
+def test_what_quantization_and_export_say(given: str) -> None:
+    error = errors.message(given)
+    kind, said = SAID[given]
+    assert isinstance(error, kind)
+    assert re.search(said, str(error)), str(error)
+    assert len(str(error).split()) >= 8, "an error says what is accepted and how to fix it"
 
 
 def test_a_failing_export_costs_no_checkpoint(tmp_path: Path) -> None:
