@@ -56,6 +56,16 @@ class Prepared:
         # compiled code does not notice new hooks (torch._dynamo.config.skip_nnmodule_hook_guards)
         torch.compiler.reset()
 
+    def _displace(self, model: nn.Module) -> None:
+        """Take the activation quantizers away."""
+        if self.placement is not None:
+            for module in model.modules():
+                for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                    for key in [key for key, hook in hooks.items() if isinstance(hook, ActivationFakeQuantize)]:
+                        del hooks[key]
+            self.placement, self.activations = None, {}
+            torch.compiler.reset()
+
     def observe(self, on: bool, once: bool = True) -> None:
         """Whether the ranges of the activations follow what is seen; without ``once`` not those that count values."""
         for activation in self.activations.values():
@@ -118,10 +128,13 @@ class Prepared:
                     f"The checkpoint quantizes modules that this model has not: {', '.join(unknown[:8])}. "
                     "Load it into the model it was made from."
                 )
-            if self.placement is None:
+            if self.placement != placement:
+                self._displace(model)
                 self.place(model, placement)
-        for name, activation in self.activations.items():
-            activation.state = state["ranges"][name].clone() if "ranges" in state else activation.observer.start()
+            for name, activation in self.activations.items():
+                activation.state = state["ranges"][name].clone()
+        else:
+            self._displace(model)
         for name, quantizer in self._quantizers().items():
             quantizer.from_state(state.get("learned", {}).get(name, {}))
         self.enable(state["enabled"])

@@ -168,6 +168,17 @@ def test_resume(method: str, name: str, runs: Any, tmp_path: Path) -> None:
         assert not differences(expected, snapshot(trainer_again, again)), f"resumed after {batches} batches"
 
 
+@pytest.mark.parametrize("method", ["ternary", "int4"])
+def test_a_run_resumed_from_an_earlier_checkpoint_forgets_the_later_one(method: str, runs: Any, tmp_path: Path) -> None:
+    """The same module and callbacks go on from batch 11, then from 2, as a fresh one does."""
+    trainer, module, folder = runs(method, "mlp")
+    again, first = make_module("mlp"), make(tmp_path, method)
+    for batches in (11, 2, 8):
+        second = make_trainer(tmp_path, callbacks=first.callbacks, max_epochs=EPOCHS)
+        second.fit(again, ckpt_path=folder / f"{batches}.ckpt", weights_only=True)
+        assert not differences(snapshot(trainer, module), snapshot(second, again)), batches
+
+
 @complete
 def test_test(method: str, name: str, runs: Any, tmp_path: Path) -> None:
     """One trainer and one module test checkpoints of any phase, forth and back."""
