@@ -15,9 +15,8 @@ from lightning_compress.quantization import Affine, Percentile, Scheme
 from lightning_compress.quantization.prepare import prepared
 
 from ..harness import callback_of, differences, make_module, snapshot
-from ..zoo import MODULES
 from .ddp import write
-from .test_quantization import LEARNED, make
+from .test_quantization import IN_TWO_PROCESSES, LEARNED, make
 
 
 class Counted(Percentile):
@@ -63,7 +62,7 @@ def train(method: str, name: str, folder: Path) -> str:
 
 def main(path: Path) -> None:
     """All methods and modules."""
-    cells = {f"{method}-{name}": (method, name) for method in ("ternary", "ptq", "int4") for name in MODULES}
+    cells = {f"{method}-{name}": (method, name) for method, name in IN_TWO_PROCESSES}
     with tempfile.TemporaryDirectory() as folder:
         write(path, list(cells), lambda cell: train(*cells[cell], Path(folder)))
 
