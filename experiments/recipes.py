@@ -69,7 +69,7 @@ def learned_at_its_rate(model: nn.Module, budget: Budget, target: float) -> nn.M
 
 def ternarized(model: nn.Module, budget: Budget, target: float) -> nn.Module:
     """Learned scales, taught by the model as it was."""
-    return fit(model, budget, [_quantize(ternary()), KnowledgeDistillation(temperature=4.0)])
+    return fit(model, budget, [_quantize(ternary()), KnowledgeDistillation(alpha=0.5, temperature=4.0)])
 
 
 SCHEMES = {

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=list(TASKS), action="append", dest="tasks", help="all without it")
     parser.add_argument("--scheme", choices=SCHEMES, action="append", dest="schemes", help="all without it")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tune-seeds", type=int, default=3, help="seeds on which learning rates are chosen")
+    parser.add_argument("--tune-seeds", type=int, default=1, help="seeds on which learning rates are chosen")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--data", type=Path, help="folder of mnist70k.npz and fsdd.npz")
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="keeps the dense models")
@@ -61,7 +61,7 @@ def run(
     tasks: list[str] | None = None,
     schemes: list[str] | None = None,
     seeds: int = 3,
-    tune_seeds: int = 3,
+    tune_seeds: int = 1,
     workers: int = 2,
     data: Path | None = None,
     folder: Path = Path("outputs/bench"),
