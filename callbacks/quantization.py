@@ -11,6 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.phase import Phase
+from lightning_compress.quantization.correct import BiasCorrection
+from lightning_compress.quantization.equalize import ChainTracer, equalize
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize
 from lightning_compress.quantization.placement import Tracer
 from lightning_compress.quantization.prepare import Prepared, prepare, prepared
@@ -44,6 +46,10 @@ class QuantizationAwareTraining(pl.Callback):
         phase: When training goes on with quantized values; None for post-training quantization.
         freeze: Share of ``phase`` after which ranges and batch norm statistics stay as they are, above 0, up to 1.
         learning_rate: Of what the quantizers learn, in units of a scale's logarithm a step.
+        equalize: Before the ranges are observed, move scales between layers so that their channels have like ranges
+            (Nagel 2019, arXiv:1906.04721). Changes weights, so it is for ``trainer.validate`` with ``phase=None``.
+        correct_bias: Take the mean error of the quantized weights out of the biases, or the folded batch norms' means;
+            for ``trainer.validate`` with ``phase=None``, too.
 
     Raises:
         ValueError: If a value is out of range, or calibration ends after the phase begins.
@@ -61,12 +67,16 @@ class QuantizationAwareTraining(pl.Callback):
         phase: Phase | None = Phase(0.75, 1.0),  # noqa: B008  # frozen
         freeze: float = 0.7,
         learning_rate: float = 1e-3,
+        equalize: bool = False,
+        correct_bias: bool = False,
     ) -> None:
         self.scheme = int8() if scheme is None else scheme_of(scheme) if isinstance(scheme, str) else scheme
         self.calibrate = Phase(0.7, 0.75) if calibrate is None else calibrate
         self.phase = phase
         self.freeze = freeze
         self.learning_rate = learning_rate
+        self.equalize = equalize
+        self.correct_bias = correct_bias
         for name, kind in (("scheme", Scheme), ("calibrate", Phase), ("phase", Phase)):
             value = getattr(self, name)
             if not isinstance(value, kind) and not (name == "phase" and value is None):
@@ -88,17 +98,29 @@ class QuantizationAwareTraining(pl.Callback):
                 f"QuantizationAwareTraining: calibrate {self.calibrate} ends after phase {phase} begins; the two "
                 "phases overlap. Let calibrate end where phase begins."
             )
+        if phase is not None:
+            self._refuse_options(f"phase={phase}", "Set phase=None, or leave it out.")
         self.prepared: Prepared | None = None
         self._state: dict[str, Any] | None = None
         self._optimizer_state: dict[str, Any] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._handles: list[Any] = []
         self._tracer: Tracer | None = None
+        self._chain_tracer: ChainTracer | None = None
+        self._correction: BiasCorrection | None = None
         self._calibrating = False
 
     def phases(self) -> list[tuple[str, Phase]]:
         """Its phases with their names."""
         return [("calibrate", self.calibrate)] + ([] if self.phase is None else [("quantize", self.phase)])
+
+    def _refuse_options(self, found: str, fix: str) -> None:
+        for name in ("equalize", "correct_bias"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"QuantizationAwareTraining.{name}=True with {found}: it changes weights once, after training; "
+                    f"accepted is phase=None, calibrated by trainer.validate alone. {fix}"
+                )
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse sharding strategies, and let a checkpoint of another structure be refused in words."""
@@ -118,6 +140,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Upgrade the layers, inert, and watch the optimizers."""
+        self._refuse_options("trainer.fit", "Fit without this callback, then validate with it.")
         self._attach(pl_module)
         self._learn()
         for optimizer in trainer.optimizers:
@@ -204,7 +227,30 @@ class QuantizationAwareTraining(pl.Callback):
             raise _calibrated_on_nothing(fix)
         self._gather(trainer, once=True)
         self.prepared.observe(False)
+        if self.correct_bias:
+            self._correct(trainer, fix)
         self.prepared.enable(True)
+
+    def _correct(self, trainer: pl.Trainer, fix: str) -> None:
+        """Correct the biases by what all ranks saw."""
+        correction = self._stop_correction()
+        if correction is None:  # weights alone are quantized, and the only batch was watched
+            raise _calibrated_on_nothing(fix)
+        for name, sums in correction.sums.items():
+            correction.sums[name] = trainer.strategy.reduce(
+                sums.to(trainer.strategy.root_device), reduce_op="sum"
+            ).cpu()
+        correction.apply()
+        if correction.left:
+            left = "; ".join(f"{name}: {reason}" for name, reason in correction.left.items())
+            rank_zero_info(f"QuantizationAwareTraining corrects no bias of {left}")
+
+    def _stop_correction(self) -> BiasCorrection | None:
+        correction, self._correction = self._correction, None
+        if correction is not None:
+            correction.remove()
+            torch.compiler.set_stance("default")
+        return correction
 
     def _gather(self, trainer: pl.Trainer, once: bool) -> None:
         """Bring what the ranks saw together: ranges after every batch, histograms once, when they are complete."""
@@ -255,6 +301,10 @@ class QuantizationAwareTraining(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop watching."""
+        if self._chain_tracer is not None:
+            self._chain_tracer.__exit__(None, None, None)
+            self._chain_tracer = None
+        self._stop_correction()
         if self._tracer is not None:
             self._tracer.__exit__(None, None, None)
             self._tracer = None
@@ -274,8 +324,14 @@ class QuantizationAwareTraining(pl.Callback):
         assert self.prepared is not None
         if self._calibrating and self.prepared.placement is None:
             self._trace(trainer, pl_module)
+            if self.equalize:
+                self._chain_tracer = ChainTracer(pl_module, self.prepared.layers)
+                self._chain_tracer.__enter__()
         elif self._calibrating:
             self.prepared.observe(True)
+            if self.correct_bias and self._correction is None:
+                self._correction = BiasCorrection(self.prepared.layers, self.prepared.folded(pl_module))
+                torch.compiler.set_stance("force_eager")
 
     def on_validation_batch_end(
         self,
@@ -287,8 +343,16 @@ class QuantizationAwareTraining(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Place quantizers, or stop observing."""
-        if self._calibrating:
-            self._after_batch(trainer, pl_module)
+        if not self._calibrating:
+            return
+        tracer, self._chain_tracer = self._chain_tracer, None
+        if tracer is not None:
+            tracer.use(outputs)
+            tracer.__exit__(None, None, None)
+        self._after_batch(trainer, pl_module)
+        if tracer is not None:
+            assert self.prepared is not None
+            equalize(pl_module, self.prepared.layers, trainer.strategy.broadcast(tracer.chains))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End a calibration."""

@@ -141,8 +141,12 @@ class Prepared:
 
     def batch_norms(self, model: nn.Module) -> Iterator[nn.Module]:
         """The batch norms that are folded into quantized layers."""
+        yield from self.folded(model).values()
+
+    def folded(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The batch norm that is folded into a layer, by the layer's name."""
         modules = modules_by_name(model)
-        yield from (modules[name] for name in (self.placement.folds.values() if self.placement else ()))
+        return {layer: modules[norm] for layer, norm in (self.placement.folds if self.placement else {}).items()}
 
 
 def prepare(model: nn.Module, scheme: Scheme) -> Prepared:

@@ -187,3 +187,59 @@ def test_a_callback_without_training_learns_nothing(tmp_path: Path) -> None:
     trainer.fit(module)
     assert not prepared(module).learned()
     assert "optimizer" not in callback_of(trainer, QuantizationAwareTraining).state_dict()
+
+
+OPTIONS = {"equalize": True, "correct_bias": True}
+
+
+def with_options(folder: Path, scheme: Scheme | str = "int8", **options: Any) -> pl.Trainer:
+    return make_trainer(folder, callbacks=[QuantizationAwareTraining(scheme, phase=None, **OPTIONS)], **options)
+
+
+@pytest.mark.parametrize("name", list(MODULES), ids=lambda name: f"ptq-options-{name}")
+def test_equalized_and_corrected(name: str, tmp_path: Path) -> None:
+    """The weights that changed are saved and loaded, and a later validation leaves them alone."""
+    plain = validate(make_trainer(tmp_path, callbacks=[]), make_module(name))
+    module, trainer = make_module(name), with_options(tmp_path)
+    assert validate(trainer, module) == pytest.approx(plain, rel=1e-4, abs=1e-5)  # of the float model still
+    assert not any(hook for m in module.modules() for hook in m._forward_hooks.values() if "_see" in str(hook))
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    second = validate(trainer, module)
+    assert not differences(before, module.state_dict())
+    trainer.save_checkpoint(tmp_path / "ptq.ckpt")
+    assert_equal_outputs(lightning_compress.load_from_checkpoint(MODULES[name], tmp_path / "ptq.ckpt"), module)
+    fresh = make_module(name)
+    assert validate(with_options(tmp_path), fresh, ckpt_path=tmp_path / "ptq.ckpt") == second
+    assert_equal_outputs(fresh, module)
+
+
+@pytest.mark.parametrize("option", list(OPTIONS))
+def test_options_that_change_weights_are_for_validation_alone(option: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{option}=True with phase=.*accepted is phase=None"):
+        QuantizationAwareTraining(**{option: True})
+    qat: Any = QuantizationAwareTraining(phase=None, **{option: True})
+    module = make_module("mlp")
+    with pytest.raises(ValueError, match=rf"{option}=True with trainer.fit.*then validate with it"):
+        make_trainer(tmp_path, callbacks=[qat]).fit(module)
+    assert prepared(module) is None
+
+
+def test_correcting_on_the_watched_batch_alone_is_refused(tmp_path: Path) -> None:
+    module = make_module("mlp")
+    with pytest.raises(ValueError, match="calibrated on no batches"):
+        with_options(tmp_path, "w8", limit_val_batches=1).validate(module, verbose=False)
+    validate(with_options(tmp_path, "w8", limit_val_batches=2), module)
+    assert prepared(module).enabled
+
+
+def test_an_error_while_calibrating_leaves_no_hook(tmp_path: Path) -> None:
+    class Fail(pl.Callback):
+        def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            if args[2] == 1:
+                raise RuntimeError("stop")
+
+    module = make_module("conv+bn+residual")
+    callbacks = [Fail(), QuantizationAwareTraining("int8", phase=None, **OPTIONS)]
+    with pytest.raises(RuntimeError, match="stop"):
+        make_trainer(tmp_path, callbacks=callbacks).validate(module, verbose=False)
+    assert not any("_see" in str(hook) for m in module.modules() for hook in m._forward_hooks.values())
