@@ -14,7 +14,7 @@ from lightning_compress.phase import Phase
 from lightning_compress.quantization import Affine, Percentile, Scheme
 from lightning_compress.quantization.prepare import prepared
 
-from ..harness import callback_of, differences, make_module, snapshot
+from ..harness import callback_of, differences, make_module, make_trainer, snapshot
 from .ddp import write
 from .test_quantization import IN_TWO_PROCESSES, LEARNED, make
 
@@ -32,13 +32,17 @@ class Counted(Percentile):
 def train(method: str, name: str, folder: Path) -> str:
     """ "ok", or what is wrong."""
     module = make_module(name)
-    trainer = make(folder, method, devices=2, strategy="ddp_find_unused_parameters_true")
+    if method == "options":
+        options = QuantizationAwareTraining(phase=None, equalize=True, correct_bias=True)
+        trainer = make_trainer(folder, callbacks=[options], devices=2, strategy="ddp")
+    else:
+        trainer = make(folder, method, devices=2, strategy="ddp_find_unused_parameters_true")
     if method == "ptq":
         Counted.num_values = 0
         scheme = Scheme(Affine(8, symmetric=True), observer=Counted(0.999))
         index = trainer.callbacks.index(callback_of(trainer, QuantizationAwareTraining))
         trainer.callbacks[index] = QuantizationAwareTraining(scheme, Phase(1 / 3, 1.0), None)
-    trainer.fit(module)
+    trainer.validate(module, verbose=False) if method == "options" else trainer.fit(module)
     found = prepared(module)
     mine = {
         "weights": {n: p.detach() for n, p in module.named_parameters()},

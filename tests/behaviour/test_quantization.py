@@ -46,7 +46,7 @@ SAVED = (2, 4, 6, 8, 11)  # in pruning, in calibration, after it, in training, a
 END = "end.ckpt"
 LEARNED = ("ternary", "w4a8", "int4")
 IN_TWO_PROCESSES = [(method, name) for method in ("ternary", "ptq") for name in MODULES]
-IN_TWO_PROCESSES += [("int4", "mlp"), ("int4", "conv+bn+residual")]
+IN_TWO_PROCESSES += [(method, name) for method in ("int4", "options") for name in ("mlp", "conv+bn+residual")]
 
 
 def quantization(method: str) -> QuantizationAwareTraining:
