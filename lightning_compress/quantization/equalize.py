@@ -193,11 +193,14 @@ def equalize(
 ) -> None:
     """Give the channels between two layers equal ranges in both, in place; the function in eval mode stays.
 
-    A range is the largest magnitude of a channel's weights, batch norm folded in: r1 of the first layer's output
-    channel, r2 of the second's input channel. The first is divided by s = sqrt(r1 r2) / r2, the second multiplied. With
-    a batch norm between, its weight and bias are divided: it is they that scale the channel, and the weight before it
-    may then have any scale a channel. So a layer with one scale a tensor and a batch norm gets output channels of one
-    range, which the norm's running statistics follow.
+    A range is the largest magnitude of a channel's weights: r1 of the first layer's output channel, r2 of the second's
+    input channel. The first is divided by s = sqrt(r1 r2) / r2, the second multiplied. The bias counts as a weight, or
+    a channel that is nearly constant would be blown up.
+
+    With a batch norm between, its weight and bias are divided: it is they that scale the channel. The weight before it
+    may then have any scale a channel, so that what is at stake are the second layer and the activation between, whose
+    range is r1 = |bias| + 3 |weight| of the norm. A layer with one scale a tensor and a batch norm gets output channels
+    of one range, which the norm's running statistics follow.
 
     Args:
         model: The model.
@@ -225,7 +228,12 @@ def equalize(
 def _balance(first: Layer, norm: Any, second: Layer, second_norm: Any) -> Tensor:
     """Move scales from one layer to the next; the scales."""
     num = _num_outputs(first)
-    ranges = _ranges(first, num, outputs=True) * (1 if norm is None else _factor(norm).abs())
+    if norm is not None:
+        ranges = 3 * norm.weight.abs() + (0 if norm.bias is None else norm.bias.abs())
+    else:
+        bias = first.module._parameters.get("bias")
+        ranges = _ranges(first, num, outputs=True)
+        ranges = ranges if bias is None else torch.maximum(ranges, bias.abs())
     weight = second.weight.detach()
     if second_norm is not None:
         weight = weight * _spread(second, _factor(second_norm), outputs=True)

@@ -141,13 +141,15 @@ def test_the_error_of_eight_bits_with_one_scale_shrinks(name: str) -> None:
 def test_ranges_of_a_pair_agree_and_a_second_time_moves_nothing() -> None:
     model: Any = randomized(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)))
     badly_scaled(model, [("0", "2"), ("2", "3")])
-    r1, r2 = model[0].weight.detach().abs().amax(1), model[2].weight.detach().abs().amax(0)
+    r1 = torch.maximum(model[0].weight.detach().abs().amax(1), model[0].bias.detach().abs())
+    r2 = model[2].weight.detach().abs().amax(0)
     single: Any = copy.deepcopy(model)
     equalize(single, prepare(single, PER_TENSOR).layers, Chains([("0", "2")]), num_sweeps=1)
     assert torch.allclose(single[0].weight, model[0].weight * (r2 / (r1 * r2).sqrt()).unsqueeze(1))
     equalized(model, noise(5, 6))
     for a, b in ((0, 2), (2, 3)):
-        assert torch.allclose(model[a].weight.abs().amax(1), model[b].weight.abs().amax(0), rtol=5e-3)
+        ranges = torch.maximum(model[a].weight.abs().amax(1), model[a].bias.abs())
+        assert torch.allclose(ranges, model[b].weight.abs().amax(0), rtol=5e-3)
     again = copy.deepcopy(model)
     equalized(again, noise(5, 6))
     assert largest_difference(again.state_dict(), model.state_dict()) < 5e-3
@@ -184,6 +186,20 @@ def test_dead_and_pruned_channels_stay() -> None:
     equalized(model, noise(5, 6))
     assert all(torch.equal(p == 0, z) for p, z in zip(model.parameters(), zeros, strict=True))
     assert largest_difference(run(model, noise(5, 6)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_channel_that_is_nearly_constant_is_not_blown_up(norm: bool) -> None:
+    """Weight decay leaves such channels, and the activation has one scale."""
+    first = nn.Sequential(nn.Linear(6, 8), *[nn.BatchNorm1d(8)] * norm, nn.ReLU())
+    model: Any = randomized(nn.Sequential(first, nn.Linear(8, 3))).eval()
+    with torch.no_grad():
+        model[0][int(norm)].weight[0] = 1e-9
+        model[0][int(norm)].bias[0] = 0.3
+    before = run(model[0], noise(5, 6)).max()
+    equalized(model, noise(5, 6))
+    after = run(model[0], noise(5, 6))
+    assert after[0, 0] < after.max() < 4 * before
 
 
 class Uses(nn.Module):
