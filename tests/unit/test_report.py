@@ -150,7 +150,7 @@ def test_the_page_shows_tables_pictures_and_facts_and_loads_nothing(tmp_path: Pa
     text, page = page_of(report, make_history(), tmp_path)
     assert page.open == []
     assert page.rows[: 1 + len(summary_rows(report))] == [headers(report), *summary_rows(report)]
-    assert ["model.onnx", "onnxruntime", "0.974", "0.9975", "0.0123"] in page.rows
+    assert ["model.onnx", "onnxruntime", "0.974", "0.9975", "0.0123", "-", ""] in page.rows
     assert ["net.<0>", "Linear", "235k", "235k", "52.9k", "90.0%", "8", "8"] in page.rows
     assert page.addresses == []
     assert len(page.images) == 3
