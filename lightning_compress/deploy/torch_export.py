@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from lightning_compress.deploy.forward import Inputs, with_batch
