@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
-from torch._inductor.utils import run_and_get_code
+from torch._inductor.graph import GraphLowering
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from lightning_compress.deploy.forward import Inputs, with_batch
@@ -63,10 +64,11 @@ class Runner:
 
     def _compile(self, tensors: tuple[Tensor, ...], size: int) -> Any:
         if size not in self._compiled:
-            with _frozen(), torch.no_grad():
-                # a module of its own for each size: of one module, the second compilation undoes the first
+            code: list[str] = []
+            keep = patch.object(GraphLowering, "save_output_code", code.append)  # run_and_get_code forgets all before
+            with _frozen(), torch.no_grad(), keep:
                 compiled = torch.compile(self.program.module(), dynamic=False)
-                _, code = run_and_get_code(compiled, *tensors)
+                compiled(*tensors)
             found = [len(pattern.findall("\n".join(code))) for pattern in (_INTEGER, _FLOAT)]
             self._kernels = Kernels(found[0], sum(found))
             self._compiled[size] = compiled
