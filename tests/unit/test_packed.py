@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import zstandard
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -18,8 +21,13 @@ import lightning_compress
 from lightning_compress.deploy import packed
 from lightning_compress.deploy.packed import load_packed, save_packed
 from lightning_compress.pruning.surgery import apply_record
+from lightning_compress.quantization import Codebook, Float8, LearnedStep, Scheme
+from lightning_compress.quantization.fake_quant import weights
+from lightning_compress.quantization.prepare import prepare, prepared
+from lightning_compress.quantization.quantizers import Affine
+from lightning_compress.quantization.schemes import apot4, binary, codebook, exp4, fp8, int4, int8, log4, lsq, ternary
 
-from .helpers import noise, randomized
+from .helpers import noise, quantize, randomized, run
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 COMPLEX = [torch.complex64, torch.complex128]
@@ -48,7 +56,7 @@ def sparse(*shape: int, share: float = 0.9, seed: int = 0) -> Tensor:
 
 def entries(path: Path) -> dict[str, dict]:
     with safe_open(path, "np") as file:
-        return json.loads(file.metadata()["lightning_compress.packed"])["tensors"]
+        return json.loads(zstandard.ZstdDecompressor().decompress(file.get_tensor("index").tobytes()))["tensors"]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.95, 1.0])
@@ -72,7 +80,7 @@ def test_every_bit_pattern(dtype: torch.dtype, num: int, tmp_path: Path) -> None
 def test_negative_zeros_stay_negative(dtype: torch.dtype, tmp_path: Path) -> None:
     value = (sparse(50, 20) * noise(50, 20, seed=1).sign()).to(dtype)
     assert_round_trip({"mixed": value, "all": torch.full((70,), -0.0).to(dtype), "dense": value[0, :2]}, tmp_path / "x")
-    assert entries(tmp_path / "x")["mixed"]["encoding"] == "bitmask+signs"
+    assert entries(tmp_path / "x")["mixed"]["encoding"] == "gaps+signs"
 
 
 def test_signs_of_zeros_cost_a_bit_each_and_nothing_where_all_are_alike(tmp_path: Path) -> None:
@@ -147,14 +155,14 @@ def test_a_sparse_tensor_is_small(tmp_path: Path) -> None:
     value = noise(500, 1000)
     save_packed({"weight": torch.where(value.abs() > 1.645, value, 0.0)}, tmp_path / "x")
     assert (tmp_path / "x").stat().st_size < 0.1 * 4 * 500_000
-    assert entries(tmp_path / "x")["weight"]["encoding"] == "bitmask"
+    assert entries(tmp_path / "x")["weight"]["encoding"] == "gaps"
     save_packed({"weight": noise(500, 1000)}, tmp_path / "x")
     assert (tmp_path / "x").stat().st_size < 0.9 * 4 * 500_000
 
 
 def test_safetensors_reads_the_container(tmp_path: Path) -> None:
     save_packed({"weight": sparse(30, 30)}, tmp_path / "x")
-    assert safetensors.torch.load_file(tmp_path / "x")["weight"].dtype == torch.uint8
+    assert safetensors.torch.load_file(tmp_path / "x")["data"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize(
@@ -208,14 +216,14 @@ def test_foreign_files_are_refused_and_not_unpickled(tmp_path: Path) -> None:
 
 def test_a_later_encoding_or_version_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = packed._encode
-    monkeypatch.setattr(packed, "_encode", lambda v: ({**encode(v)[0], "encoding": "codes"}, encode(v)[1]))
+    monkeypatch.setattr(packed, "_encode", lambda v: ({**encode(v)[0], "encoding": "runs"}, encode(v)[1]))
     save_packed({"a": noise(3)}, tmp_path / "x")
-    with pytest.raises(ValueError, match="encoding 'codes' is not known"):
+    with pytest.raises(ValueError, match="encoding 'runs' is not known"):
         load_packed(tmp_path / "x")
-    monkeypatch.setattr(packed, "_VERSION", 2)
+    monkeypatch.setattr(packed, "_VERSION", 3)
     save_packed({"a": noise(3)}, tmp_path / "x")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="version 2, and this package reads version 1"):
+    with pytest.raises(ValueError, match="version 3, and this package reads the versions up to 2"):
         load_packed(tmp_path / "x")
 
 
@@ -272,6 +280,201 @@ def test_a_model_without_some_channels_and_a_block_loads_into_a_dense_one(tmp_pa
     assert torch.equal(dense(noise(2, 4)), small(noise(2, 4)))
     load_packed(tmp_path / "dense", dense)
     assert torch.equal(dense(noise(2, 4)), net(2)(noise(2, 4)))
+
+
+# A file of version 1: a has 1.5, -2.25 and a -0.0, b is tied to it, c is 0, 1, 2.
+VERSION_1 = (
+    "c-oaw%}T^D5YBqi+a5j2;6boxO>wvO4ZI3^v886yv>UcfN|P=~DZ58s$h*FbZy`8IPa+})!Z0)6&oJ{gBmNDL=Z&zeV3y@MBm>m4T3aPmm2=&+"
+    "oiOI2WqczFNMJ~TcRZpgBv&*F;{}c5Fi64JuIIMz1U7~d3sxwjJLA$6*c1x;+&VxCWv!WYDu@({>jK?;V<m0F%;wz4N*Ui)eUool-3zBhoz<Fom"
+    "B%=UGiSA$)W7LiDGE=w+UGcdgYy3l^2Z2KHagj@=#13LEoDR>U~Y}x1Xp$+LohKMVVMQsSFOv^2y3tw23SQF|CL4QPgb-Hu5Zx(?Dg{V^!ObwIV"
+    "a?Bx+yupzuWImFwE}Q{KbQgZV7qX?I#30d@Q~I=yRSi"
+)
+
+
+def test_a_file_of_the_first_version_loads(tmp_path: Path) -> None:
+    whole = zlib.decompress(base64.b85decode(VERSION_1))
+    (tmp_path / "x").write_bytes(whole)
+    value = torch.zeros(8, 8)
+    value[1, 3], value[4, 4], value[5, 0] = 1.5, -2.25, -0.0
+    assert_same(load_packed(tmp_path / "x"), {"a": value, "b": value, "c": torch.arange(3.0)})
+    (tmp_path / "x").write_bytes(whole.replace(b"bitmask", b"bitmusk"))
+    with pytest.raises(ValueError, match="checksum of its index"):
+        load_packed(tmp_path / "x")
+
+
+def test_few_values_are_a_table(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = noise(256)
+    for num, most in ((2, 0.126), (3, 0.21), (16, 0.51), (256, 1.01)):
+        value = levels[torch.randint(num, (200, 300), generator=generator)]
+        assert_round_trip({"weight": value}, tmp_path / "x")
+        assert entries(tmp_path / "x")["weight"]["encoding"] == "table"
+        assert (tmp_path / "x").stat().st_size < most * value.numel() + 1500
+    assert_round_trip(
+        {"half": value.half(), "bool": value > 0, "int": (value > 0).int(), "first": value}, tmp_path / "x"
+    )
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.9999, 1.0])
+@pytest.mark.parametrize("shape", [(1, 70_000), (300, 784), (7,)])
+def test_distances_of_any_length(share: float, shape: tuple[int, ...], tmp_path: Path) -> None:
+    assert_round_trip({"weight": sparse(*shape, share=share).sign()}, tmp_path / "x")
+    ends = torch.zeros(2000)
+    ends[0] = ends[-1] = ends[256] = ends[511] = 1.5
+    assert_round_trip({"ends": ends}, tmp_path / "x")
+
+
+def shown(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with the weights as the layers show them, every zero +0."""
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        for parameter in weights(module):
+            state[f"{name}.{parameter}".lstrip(".")] = getattr(module, parameter).detach() + 0.0
+    return dict(sorted(state.items()))
+
+
+def net(seed: int = 0) -> nn.Module:
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3), nn.Flatten()]
+    model = randomized(nn.Sequential(*layers, nn.Linear(4 * 8 * 8, 10), nn.Unflatten(1, (2, 5)), nn.LSTM(5, 6)), seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(noise(*p.shape, seed=seed).abs() > 1)
+    return model
+
+
+SCHEMES = {
+    "int8": int8(),
+    "int4": int4(),
+    "w4 a tensor": Scheme(Affine(4, symmetric=True), None, weight_granularity="tensor"),
+    "w4 in groups": Scheme(Affine(4, symmetric=True), None, weight_granularity=8),
+    "asymmetric a channel": Scheme(Affine(8), None),
+    "asymmetric a tensor": Scheme(Affine(3), None, weight_granularity="tensor"),
+    "lsq": lsq(3),
+    "codebook": codebook(3),
+    "codebook a channel": Scheme(Codebook(4), None),
+    "codebook and codes": Scheme(Codebook(4), LearnedStep(8)),
+    "ternary": ternary(),
+    "binary": binary(),
+    "log4": log4(),
+    "exp4": exp4(),
+    "apot4": apot4(),
+    "fp8": fp8(),
+    "e5m2": Scheme(Float8("e5m2"), None),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantized_model_is_what_its_layers_show(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    x, model = noise(4, 3, 8, 8).to(dtype), net().to(dtype)
+    quantization = quantize(model, x, scheme=SCHEMES[name])
+    quantization.begin()
+    for log in quantization.learned().values():
+        log.data += 0.1  # as if trained
+    save_packed(model, tmp_path / "x")
+    state = load_packed(tmp_path / "x")
+    assert_same(state, shown(model))
+    loaded = net(1).to(dtype).eval()
+    assert_same(load_packed(tmp_path / "x", loaded), state)
+    assert torch.equal(run(loaded, x)[0], run(model, x)[0])
+    assert (prepared(loaded) is None) == (not quantization.activations)
+    save_packed(loaded, tmp_path / "again")
+    assert_same(load_packed(tmp_path / "again"), state)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_code_costs_no_more_than_its_bits(name: str, tmp_path: Path) -> None:
+    model = randomized(nn.Sequential(nn.Linear(512, 256, bias=False)))
+    prepare(model, SCHEMES[name]).enable(True)
+    save_packed(model, tmp_path / "x")
+    assert_same(load_packed(tmp_path / "x"), shown(model))
+    bits = SCHEMES[name].weight.bits + (32 / 8 if "groups" in name else 0)  # a scale for eight weights
+    bits += 1.5 if name == "asymmetric a channel" else 0  # the zero of a channel is any code: levels are -255..255
+    assert (tmp_path / "x").stat().st_size < bits / 8 * 256 * 512 + 4 * 256 + 2000
+
+
+def test_a_model_whose_quantization_has_not_begun_is_float(tmp_path: Path) -> None:
+    model = net()
+    prepare(model, int4())
+    save_packed(model, tmp_path / "x")
+    assert_same(load_packed(tmp_path / "x"), dict(net().state_dict()))
+
+
+class Halves(Affine):
+    """A user's own, whose levels are no multiples of the scale."""
+
+    def fake_quantize(self, x: Tensor, qparams: object) -> Tensor:
+        return (x * 2).round() / 2
+
+    def fake_quantize_fitted(self, x: Tensor, axis: int | None) -> Tensor:
+        return (x * 2).round() / 2
+
+
+def test_a_quantizer_that_does_not_scale_levels_is_stored_as_shown(tmp_path: Path) -> None:
+    model = net()
+    prepare(model, Scheme(Halves(4, symmetric=True), None)).enable(True)
+    save_packed(model, tmp_path / "x")
+    assert_same(load_packed(tmp_path / "x"), shown(model))
+
+
+def test_tied_quantized_weights_are_stored_once(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(40, 40, bias=False), "b": nn.Linear(40, 40, bias=False)})
+    model["a"].weight = model["b"].weight
+    prepare(model, codebook(4)).enable(True)
+    save_packed(model, tmp_path / "x")
+    state = load_packed(tmp_path / "x")
+    assert state["a.weight"] is state["b.weight"]
+    assert_same(state, shown(model))
+
+
+def test_a_quantized_model_without_some_channels_loads_into_a_dense_one(tmp_path: Path) -> None:
+    small = randomized(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)))
+    kept = torch.tensor([0, 2, 5])
+    record = {
+        "kept": {"0.weight": {0: kept}, "0.bias": {0: kept}, "2.weight": {1: kept}},
+        "attributes": {"0": {"out_features": 3}, "2": {"in_features": 3}},
+        "removed": [],
+    }
+    apply_record(small, record)
+    quantize(small, noise(9, 4))
+    save_packed(small, tmp_path / "x")
+    dense = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    load_packed(tmp_path / "x", dense)
+    assert torch.equal(run(dense, noise(2, 4)), run(small, noise(2, 4)))
+
+
+def test_a_pruned_quantized_layer_comes_near_its_entropy(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(784, 300, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(sparse(300, 784, share=0.95))
+    prepare(model, codebook(4)).enable(True)
+    save_packed(model, tmp_path / "x")
+    weight = model[0].weight.flatten()
+    counts = weight.unique(return_counts=True)[1].double() / len(weight)
+    entropy = float(-(counts * counts.log2()).sum()) * len(weight) / 8
+    assert (tmp_path / "x").stat().st_size < 1.03 * entropy + 500
+
+
+def test_a_fresh_process_computes_the_same(tmp_path: Path) -> None:
+    x, model = noise(4, 3, 8, 8), net()
+    quantize(model, x)
+    save_packed(model, tmp_path / "x")
+    torch.save({"x": x, "y": run(model, x)[0]}, tmp_path / "io")
+    code = (
+        "import sys, torch; from tests.unit.test_packed import net; import lightning_compress as c\n"
+        "io = torch.load(sys.argv[1]); model = net(1).eval(); c.load_packed(sys.argv[2], model)\n"
+        "assert torch.equal(model(io['x'])[0], io['y'])"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "io", tmp_path / "x"], check=True, timeout=120)
+
+
+def test_a_model_that_is_not_the_quantized_one_is_refused(tmp_path: Path) -> None:
+    model = net()
+    quantize(model, noise(4, 3, 8, 8))
+    save_packed(model, tmp_path / "x")
+    with pytest.raises(ValueError, match="is of another model"):
+        load_packed(tmp_path / "x", nn.Sequential(nn.Linear(3, 2)))
 
 
 def test_the_package_exports_both() -> None:
