@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from lightning_compress.callbacks import Export
 from lightning_compress.deploy import FORMATS, formats
 from lightning_compress.deploy.formats import check_formats, installed_formats, pip_command
 
@@ -45,3 +46,8 @@ def test_the_command_names_extras_of_this_distribution(pytestconfig: pytest.Conf
     text = (pytestconfig.rootpath / "pyproject.toml").read_text()
     for kind in FORMATS.values():
         assert not kind.extra or f"\n{kind.extra} = [" in text
+
+
+def test_without_names_or_with_all_every_installed_format_is_exported() -> None:
+    assert Export().formats == Export("all").formats == Export(["all"]).formats == installed_formats()
+    assert Export("onnx").formats == Export(["onnx"]).formats == ["onnx"]
