@@ -1,38 +1,89 @@
-"""Bytes of a 90 % pruned ResNet-50-size checkpoint as it is stored here and elsewhere, against its dense ``.pt`` file.
+"""Packed checkpoints: bytes of a large pruned one beside other formats, and how small a network can be sent.
 
+resnet50: a 90 % pruned ResNet-50-size checkpoint as it is stored here and elsewhere, against its dense ``.pt`` file.
 The same state dict each time: convolutions and the last layer pruned together by magnitude, norms and buffers dense.
 COO and CSR are torch's layouts in a ``.pt`` file, CSR with 32-bit indices. Every way is decoded again and compared bit
 for bit. Single-threaded, from memory to memory but for ours, which goes through the file; medians.
+
+lenet300, lenet5: the networks of Deep Compression (Han 2016, arXiv:1510.00149) on MNIST. A dense model is trained, then
+pruned and quantized in one fit by our callbacks, and packed. Its control is the same dense model trained on for as many
+epochs, at the same rate, on the same batches. The file is read in a fresh process and tested there, once, on the whole
+test part; its bytes, all of them, are compared with four a parameter. Sparsity, bits and rates were chosen on a sixth
+of the training part. Mean and sample deviation over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import math
+import multiprocessing
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
 import zstandard
-from torch import Tensor
+from lightning_compress.callbacks import GradualPruning, KnowledgeDistillation, QuantizationAwareTraining
+from rich.progress import track
+from torch import Tensor, nn
 
+from experiments.baselines import Budget, accuracy, fit, train
 from experiments.bench.step_overhead import resnet50
+from experiments.jobs import quiet
+from experiments.tasks import LENET5, TASKS, Data, Task, data_folder
 from lightning_compress.deploy.packed import load_packed, save_packed
 from lightning_compress.layers import find_layers
-from lightning_compress.pruning import Element, Magnitude, Masks
+from lightning_compress.phase import Phase
+from lightning_compress.pruning import LAMP, Element, Magnitude, Masks
+from lightning_compress.quantization import Codebook, Scheme
 
 SPARSITY, LEVEL = 0.9, 9
+_COLUMNS = ("file", "mb", "times smaller", "exact", "encode_s", "decode_s", "error", "dense error")
 State = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is compressed.
+
+    Args:
+        task: The network, its data, and its dense training.
+        sparsity: Share of the weights that are dropped.
+        bits: Bits of an index into a layer's codebook.
+        epochs: Epochs of compression, and of the control.
+        rate: Learning rate at the start of these.
+    """
+
+    task: Task
+    sparsity: float
+    bits: int
+    epochs: int
+    rate: float
+
+
+RECIPES = {
+    "lenet300": Recipe(TASKS["lenet300"], 0.94, 3, 12, 0.1),
+    "lenet5": Recipe(LENET5, 0.97, 3, 6, 0.05),
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--repeats."""
-    parser.add_argument("--repeats", type=int, default=5)
+    """What to run, and where data and trained models lie."""
+    parser.add_argument("--net", choices=["resnet50", *RECIPES], action="append", dest="nets", help="all without it")
+    parser.add_argument("--repeats", type=int, default=5, help="of the timings of resnet50")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--data", type=Path, help="folder of mnist70k.npz")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="keeps the dense models")
 
 
 def to_pt(value: Any) -> bytes:
@@ -115,8 +166,8 @@ def is_same(a: State, b: State) -> bool:
     return a.keys() == b.keys() and all(torch.equal(bits[0][n], bits[1][n]) and a[n].dtype == b[n].dtype for n in a)
 
 
-def run(repeats: int = 5) -> dict[str, Any]:
-    """Headline: resnet50_ratio, exact, encode_s, decode_s of ours."""
+def _formats(repeats: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Headline and rows of resnet50."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "Sparse (CSR tensor|invariant)")
     model = resnet50()
@@ -153,13 +204,133 @@ def run(repeats: int = 5) -> dict[str, Any]:
         {
             "file": name,
             "mb": sizes[name] / 1e6,
-            "ratio": sizes[name] / sizes[".pt"],
+            "times smaller": sizes[".pt"] / sizes[name],
             "exact": int(exact[name]),
             "encode_s": median(t for t, _ in times),
             "decode_s": median(t for _, t in times),
+            "error": "-",
+            "dense error": "-",
         }
         for name, times in taken.items()
     ]
     ours = next(row for row in rows if row["file"] == "ours")
-    headline = {"resnet50_ratio": ours["ratio"], **{key: ours[key] for key in ("exact", "encode_s", "decode_s")}}
-    return {"headline": headline, "rows": rows}
+    headline: dict[str, Any] = {key: ours[key] for key in ("exact", "encode_s", "decode_s")}
+    return {"resnet50_ratio": sizes["ours"] / sizes[".pt"], **headline}, rows
+
+
+def compressed(model: nn.Module, budget: Budget, recipe: Recipe) -> nn.Module:
+    """Half of the run to prune, then quantized to a codebook a layer, taught by the model as it was."""
+    scheme = Scheme(weight=Codebook(recipe.bits), inputs=None, weight_granularity="tensor")
+    callbacks = [
+        GradualPruning(recipe.sparsity, LAMP(power=0.5), phase=Phase(0.0, 0.5)),
+        QuantizationAwareTraining(scheme, calibrate=Phase(0.5, 0.6), phase=Phase(0.6, 1.0)),
+        KnowledgeDistillation(temperature=4.0),
+    ]
+    return fit(model, budget, callbacks)
+
+
+def tested(net: str, path: str, folder: str) -> float:
+    """Error in per cent of a packed file; called in a fresh process."""
+    task = RECIPES[net].task
+    model = task.build()
+    load_packed(path, model)
+    return 100 - accuracy(model, task.load(Path(folder)))
+
+
+def _kept(path: Path, build: Callable[[], nn.Module], make: Callable[[nn.Module], Any]) -> nn.Module:
+    """A trained model, from its file where there is one."""
+    model = build()
+    if path.is_file():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+    make(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
+    return model
+
+
+def do(net: str, seed: int, data_folder: Path, folder: Path, cut: bool = False) -> dict[str, Any]:
+    """One network of one seed: dense, control, compressed, packed and tested.
+
+    With ``cut``, for tuning, all on the training part, and the packed file in this process.
+    """
+    begin, recipe = time.perf_counter(), RECIPES[net]
+    task, data = recipe.task, recipe.task.load(data_folder)
+    data = data.cut(seed) if cut else data
+    name = f"{task.name}-{seed}{'-cut' if cut else ''}"
+    budget = Budget(task, data, seed + 1000, recipe.epochs, recipe.rate)
+
+    def dense() -> nn.Module:
+        torch.manual_seed(seed)
+        first = Budget(task, data, seed, task.epochs, task.learning_rate)
+        return _kept(folder / f"{name}.pt", task.build, lambda model: train(model, first))
+
+    control = folder / f"{name}-{recipe.epochs}-at-{recipe.rate:g}.pt"
+    dense_error = 100 - accuracy(_kept(control, dense, lambda model: train(model, budget)), data)
+    path = folder / f"{name}.safetensors"
+    model = compressed(dense(), budget, recipe)
+    save_packed(model, path)
+    if cut:
+        error = _error_here(task, path, data)
+    else:
+        code = "import sys; from experiments.bench.packed import tested; print(tested(*sys.argv[1:]))"
+        command = [sys.executable, "-c", code, net, str(path), str(data_folder)]
+        error = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    raw = 4 * sum(p.numel() for p in model.parameters())
+    return {
+        "net": net,
+        "seed": seed,
+        "bytes": path.stat().st_size,
+        "ratio": raw / path.stat().st_size,
+        "error": error,
+        "dense_error": dense_error,
+        "error_before_packing": 100 - accuracy(model, data),
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _error_here(task: Task, path: Path, data: Data) -> float:
+    model = task.build()
+    load_packed(path, model)
+    return 100 - accuracy(model, data)
+
+
+def _spread(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+def run(
+    nets: list[str] | None = None,
+    repeats: int = 5,
+    seeds: int = 3,
+    workers: int = 2,
+    data: Path | None = None,
+    folder: Path = Path("outputs/bench"),
+) -> dict[str, Any]:
+    """Headline: resnet50_ratio, exact, encode_s, decode_s of ours; ratio, error and the control's error of the nets."""
+    chosen = nets or ["resnet50", *RECIPES]
+    trained = [net for net in chosen if net in RECIPES]
+    headline, rows = _formats(repeats) if "resnet50" in chosen else ({}, [])
+    for net in trained:
+        RECIPES[net].task.load(data_folder(data))  # what is missing is said before anything is trained
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), quiet) as pool:
+        futures = [pool.submit(do, net, seed, data_folder(data), folder) for net in trained for seed in range(seeds)]
+        runs = [future.result() for future in track(futures, "networks")]
+    for net in trained:
+        own = [run for run in runs if run["net"] == net]
+        values = {key: [run[key] for run in own] for key in ("ratio", "bytes", "error", "dense_error")}
+        keys = ("ratio", "error", "dense_error")
+        headline |= {f"{net}_{key}": mean(values[key]) for key in keys}
+        headline |= {f"{net}_{key}_sd": _spread(values[key]) for key in keys}
+        rows.append(
+            {
+                **dict.fromkeys(_COLUMNS, "-"),
+                "file": f"{net}, ours",
+                "mb": mean(values["bytes"]) / 1e6,
+                "times smaller": mean(values["ratio"]),
+                "error": f"{mean(values['error']):.3f} +- {_spread(values['error']):.3f}",
+                "dense error": f"{mean(values['dense_error']):.3f} +- {_spread(values['dense_error']):.3f}",
+            }
+        )
+    return {"headline": headline, "rows": rows, "runs": runs}

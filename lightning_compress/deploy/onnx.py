@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
@@ -58,8 +59,82 @@ def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
             node.doc_string = None
         for value in program.model.graph.initializers.values():
             value.metadata_props.clear()
+        _select_codes(program.model.graph)
+        _integer_biases(program.model.graph)
+        _own_zero_points(program.model.graph)
         path.parent.mkdir(parents=True, exist_ok=True)
         program.save(str(path), external_data=False)
+
+
+def _select_codes(graph: Any) -> None:
+    """Parts of a quantized value taken from its codes, for what reads the part to see that it is quantized."""
+    import onnx_ir as ir
+
+    for i, node in enumerate([node for node in graph if node.op_type == "Gather"]):
+        before = node.inputs[0].producer()
+        if before is None or before.op_type != "DequantizeLinear" or before.inputs[1].const_value is None:
+            continue
+        if before.inputs[1].const_value.size != 1:
+            continue
+        after = ir.Node("", "DequantizeLinear", [node.outputs[0], *before.inputs[1:]])
+        out, codes = node.outputs[0], before.inputs[0]
+        after.outputs[0].name, after.outputs[0].type, after.outputs[0].shape = f"selected_{i}", out.type, out.shape
+        out.type = ir.TensorType(before.inputs[2].dtype)
+        out.replace_all_uses_with(after.outputs[0], replace_graph_outputs=True)
+        after.replace_input_with(0, out)
+        node.replace_input_with(0, codes)
+        graph.insert_after(node, after)
+
+
+def _integer_biases(graph: Any) -> None:
+    """Biases of linear layers in 32 bits, in steps of input times weight: for onnxruntime's integer kernel to take them.
+
+    It would else keep a last layer, whose output is not quantized, in float.
+    """
+    import onnx_ir as ir
+
+    for i, node in enumerate([node for node in graph if node.op_type == "Gemm" and len(node.inputs) == 3]):
+        scales, bias = [_scale(graph, value) for value in node.inputs[:2]], graph.initializers.get(node.inputs[2].name)
+        if bias is None or any(scale is None for scale in scales):
+            continue
+        step = (scales[0] * scales[1]).astype(np.float32)
+        codes = np.round(bias.const_value.numpy() / step).astype(np.int32)
+        parts = [_stored(graph, f"bias_{i}_{key}", x) for key, x in (("codes", codes), ("scale", step))]
+        dequantize = ir.Node("", "DequantizeLinear", parts, [ir.AttrInt64("axis", 0)])
+        dequantize.outputs[0].name = f"bias_{i}"
+        graph.insert_before(node, dequantize)
+        node.replace_input_with(2, dequantize.outputs[0])
+
+
+def _scale(graph: Any, value: Any) -> Any:
+    """The step of a value that was quantized, and perhaps reshaped; None of another."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Reshape", "Flatten", "Transpose"):
+        node = node.inputs[0].producer()
+    known = node is not None and node.op_type == "DequantizeLinear" and node.inputs[1].name in graph.initializers
+    return node.inputs[1].const_value.numpy() if known else None
+
+
+def _own_zero_points(graph: Any) -> None:
+    """A zero point for each weight: OpenVINO computes in float where a linear layer and a convolution share one.
+
+    The exporter stores equal tensors once.
+    """
+    weights = [n for n in graph if n.op_type == "DequantizeLinear" and n.inputs[0].name in graph.initializers]
+    for i, node in enumerate(n for n in weights if len(n.inputs) == 3):
+        own = _stored(graph, f"zero_point_{i}", node.inputs[2].const_value.numpy())
+        node.replace_input_with(2, own)
+    for value in [v for v in graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
+        del graph.initializers[value.name]
+
+
+def _stored(graph: Any, name: str, array: np.ndarray) -> Any:
+    import onnx_ir as ir
+
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.dtype, value.shape = value.const_value.dtype, value.const_value.shape
+    graph.register_initializer(value)
+    return value
 
 
 class Runner:

@@ -36,9 +36,8 @@ MODELS: dict[str, tuple[Any, Tensor]] = {
     "mlp": (wide, IMAGES),
 }
 
-# operations that a runtime is known to leave in float: onnxruntime the last Gemm, whose output is not quantized;
-# OpenVINO linear layers that lead into a residual sum; Inductor one convolution of an image of 8 x 8
-IN_FLOAT = {"onnx": dict.fromkeys(MODELS, 1), "openvino": {"tokens": 1}, "torch": {"residual": 1}}
+# operations that a runtime is known to leave in float: Inductor one convolution of an image of 8 x 8
+IN_FLOAT = {"torch": {"residual": 1}}
 
 
 def files_of(name: str, key: str, folder: Path) -> tuple[nn.Module, Tensor, Files, Pair]:
@@ -61,7 +60,10 @@ def test_a_file_computes_in_integer_kernels_what_was_trained(name: str, key: str
     assert largest_difference(got, expected) < 0.05 * float(expected.abs().max())
     twin = pair.runners[1][1](Inputs((x,), {}))
     torch.testing.assert_close(twin, plain, rtol=1e-3, atol=1e-3)
+    before = x.clone()
     pair.latency(seconds=0.0)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(pair.shipped(Inputs((x,), {})), got)
     integer, total = pair.integer_kernels()
     assert total == sum(p.dim() > 1 for p in model.parameters())
     assert total - integer <= IN_FLOAT.get(key, {}).get(name, 0)
