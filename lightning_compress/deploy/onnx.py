@@ -87,9 +87,9 @@ def _select_codes(graph: Any) -> None:
 
 
 def _integer_biases(graph: Any) -> None:
-    """Biases of linear layers in 32 bits, in steps of input times weight: for onnxruntime's integer kernel to take them.
+    """Biases of linear layers in 32 bits, in steps of input times weight.
 
-    It would else keep a last layer, whose output is not quantized, in float.
+    For onnxruntime, which would else keep a last layer, whose output is not quantized, in float.
     """
     import onnx_ir as ir
 
@@ -131,8 +131,8 @@ def _own_zero_points(graph: Any) -> None:
 def _stored(graph: Any, name: str, array: np.ndarray) -> Any:
     import onnx_ir as ir
 
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.dtype, value.shape = value.const_value.dtype, value.const_value.shape
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
     graph.register_initializer(value)
     return value
 
