@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_compress.deploy.files import Pair, is_quantized, words_of_caution, write_files
+from lightning_compress.deploy.files import Pair, is_quantized, try_format, words_of_caution, write_files
 from lightning_compress.deploy.formats import FORMATS, check_formats, installed_formats, pip_command
-from lightning_compress.deploy.forward import replaced_forward
+from lightning_compress.deploy.forward import Inputs, replaced_forward
 from lightning_compress.deploy.size import weigh
 from lightning_compress.deploy.verify import Artifact, Comparison
+from lightning_compress.quantization.convert import check_convertible
 
 from .evaluate import copied, evaluate, example_inputs
 from .structure import check_strategy
@@ -29,17 +32,20 @@ class Export(pl.Callback):
     A quantized model is converted to quantize/dequantize operations with its trained ranges, in the integers that the
     runtime's kernels take. A runtime without a dynamic batch gets a file for batch 1 and one for batch 64. Every file
     runs over the validation data inside its runtime, by the user's own validation step, and is compared with the model
-    and timed against its float twin. An export that fails is a warning with its reason and stands in the report;
-    training and checkpoints are over by then and safe.
+    and timed against its float twin. Formats that are named are rehearsed before the first step: the model as it is
+    then is written in float and run once, so that what a runtime cannot take is an error before training and not after.
+    An export that fails later is a warning with its reason and stands in the report; training and checkpoints are over
+    by then and safe.
 
     Args:
         formats: Names of the formats: ``"onnx"``, ``"openvino"``, ``"executorch"``, ``"litert"``, ``"torch"``; without
             any or with ``"all"``, all whose packages are installed, and a line says how to install the others.
         dirpath: Folder of the files; ``deploy`` below the Trainer's default_root_dir without one.
         name: Name of the files, without ending.
+        rehearse: Whether formats that are named are tried before training.
 
     Raises:
-        ValueError: If a format is unknown.
+        ValueError: If a format is unknown; before training starts, if a runtime cannot take the model.
         ModuleNotFoundError: If a format's packages are missing, before training starts, with the pip command.
 
     Example:
@@ -47,13 +53,18 @@ class Export(pl.Callback):
     """
 
     def __init__(
-        self, formats: Sequence[str] | None = None, dirpath: str | Path | None = None, name: str = "model"
+        self,
+        formats: Sequence[str] | None = None,
+        dirpath: str | Path | None = None,
+        name: str = "model",
+        rehearse: bool = True,
     ) -> None:
         self._all = formats is None or formats == "all" or list(formats) == ["all"]
         named = [] if self._all or formats is None else formats
         self.formats = installed_formats() if self._all else [named] if isinstance(named, str) else list(named)
         self.dirpath = dirpath
         self.name = name
+        self.rehearse = rehearse
         self.artifacts: list[Artifact] = []
         self.metrics: dict[str, dict[str, float]] = {}
         self.failures: dict[str, str] = {}
@@ -69,6 +80,35 @@ class Export(pl.Callback):
             others = [name for name in FORMATS if name not in self.formats]
             if self._all and others:
                 rank_zero_info(f"Export leaves out {', '.join(others)}. To have them: {pip_command(others)}")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what a runtime cannot take, before the first step."""
+        if self._all or not self.rehearse or trainer.global_step:
+            return
+        refused = self._rehearse(trainer, pl_module) if trainer.is_global_zero else None
+        refused = trainer.strategy.broadcast(refused)
+        if refused is not None:
+            name, reason = refused
+            others = ", ".join(map(repr, self.formats[: self.formats.index(name)])) or "none before it"
+            raise ValueError(
+                f"Export.formats={name!r} cannot take {type(pl_module).__name__}: {reason}. Accepted is a model that "
+                f"the format's converter and runtime know ({others} took it). Change that part of the model, leave "
+                f"{name!r} out, or train first and see with Export(rehearse=False)."
+            )
+
+    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[str, str] | None:
+        """The first format that fails, and why."""
+        name = self.formats[0]
+        with isolate_rng(), TemporaryDirectory() as folder:
+            try:
+                inputs = _inputs(trainer, pl_module)
+                reference = copy.deepcopy(pl_module).cpu().eval()
+                check_convertible(reference)
+                for name in self.formats:
+                    try_format(FORMATS[name], reference, inputs, Path(folder))
+            except Exception as error:  # whatever a converter raises
+                return name, _reason(error)
+        return None
 
     def folder(self, trainer: pl.Trainer) -> Path:
         """Where the files are written."""
@@ -91,11 +131,7 @@ class Export(pl.Callback):
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Artifact:
         kind = FORMATS[name]
-        inputs = example_inputs(trainer, pl_module)
-        if inputs is None:
-            raise RuntimeError(
-                "the validation step never calls the model's forward and there is no example_input_array"
-            )
+        inputs = _inputs(trainer, pl_module)
         reference = copy.deepcopy(pl_module).cpu().eval()
         quantized = is_quantized(reference)
         path = self.folder(trainer) / f"{self.name}{kind.suffix}"
@@ -121,6 +157,13 @@ class Export(pl.Callback):
             rank_zero_warn(text)
         rank_zero_info(f"Export wrote {path}: {artifact.bytes:,} bytes, {artifact.bytes_zstd:,} as zstd")
         return artifact
+
+
+def _inputs(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Inputs:
+    inputs = example_inputs(trainer, pl_module)
+    if inputs is None:
+        raise RuntimeError("the validation step never calls the model's forward and there is no example_input_array")
+    return inputs
 
 
 def _reason(error: BaseException) -> str:

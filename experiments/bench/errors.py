@@ -79,9 +79,27 @@ def _without(package: str) -> None:
         check_formats([package])
 
 
+class _Strange(BoringModel):
+    """An operation that few runtimes have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.svdvals(super().forward(x).unsqueeze(0)).sum().expand(len(x), 2)
+
+
 class _Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if float(x.mean()) > 0 else -x
+
+
+def _exported(folder: Path, name: str) -> None:
+    _trainer(folder, Export([name]), limit_train_batches=4, limit_val_batches=2).fit(_Strange())
+
+
+def _logarithmic(folder: Path) -> None:
+    callback = QuantizationAwareTraining("log4", Phase(0.25, 0.5), Phase(0.5, 1.0))
+    trainer = _trainer(folder, callback, limit_train_batches=4, limit_val_batches=2)
+    trainer.callbacks.append(Export(["onnx"]))  # type: ignore[attr-defined]
+    trainer.fit(BoringModel())
 
 
 def _resumed_with_another(folder: Path) -> None:
@@ -146,6 +164,16 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "export: a way that depends on the data": lambda f: FORMATS["torch"].export(
         _Branch().eval(), Inputs((torch.randn(2, 3),), {}), f / "model.pt2"
     ),
+    **{
+        f"fit: Export([{name!r}]) of linalg.svdvals": lambda f, name=name: _exported(f, name)  # type: ignore[misc]
+        for name in ("onnx", "openvino", "executorch", "litert")
+        if not FORMATS[name].missing
+    },
+    "fit: log4 and Export(['onnx'])": _logarithmic,
+    "equalize=True, phase=Phase(0.75, 1)": lambda _: _QAT(equalize=True),
+    "correct_bias=True, phase=Phase(0.75, 1)": lambda _: _QAT(correct_bias=True),
+    "fit: equalize=True, phase=None": lambda f: _fit(f, _QAT(phase=None, equalize=True)),
+    "fit: correct_bias=True, phase=None": lambda f: _fit(f, _QAT(phase=None, correct_bias=True)),
     "Scheme(observer=MinMax)": lambda _: Scheme(observer=MinMax),  # type: ignore[arg-type]
 }
 

@@ -15,7 +15,7 @@ from lightning_compress.deploy.verify import Artifact, time_together
 from lightning_compress.quantization.convert import to_float
 from lightning_compress.quantization.prepare import prepared
 
-__all__ = ["Files", "is_quantized", "words_of_caution", "write_files"]
+__all__ = ["Files", "is_quantized", "try_format", "words_of_caution", "write_files"]
 
 
 class Files(NamedTuple):
@@ -57,6 +57,18 @@ def write_files(kind: Format, model: nn.Module, inputs: Inputs, path: Path, size
             paths[size] = path.with_name(f"{path.stem}{middle}{ending}{kind.suffix}")
             kind.export(module, inputs, paths[size], **options)
     return files
+
+
+def try_format(kind: Format, model: nn.Module, inputs: Inputs, folder: Path) -> None:
+    """Write a model in float, and run the file on one example; nothing is kept of it.
+
+    Raises:
+        Exception: Whatever the converter or the runtime says of a model that it does not take.
+    """
+    plain, one = to_float(model), with_batch(inputs, 1)
+    path = folder / f"rehearsal{kind.suffix}"
+    kind.export(plain, inputs, path, **({} if kind.dynamic_batch else {"batch_size": 1}))
+    kind.runner(path, run_model(plain, one))(one)
 
 
 class Pair:

@@ -15,7 +15,7 @@ from lightning_compress.quantization.placement import Placement
 from lightning_compress.quantization.prepare import prepared
 from lightning_compress.quantization.quantizers import QParams, Quantizer, along
 
-__all__ = ["Activations", "convert", "to_float"]
+__all__ = ["Activations", "check_convertible", "convert", "to_float"]
 
 Activations = Literal["uint8", "int8"]
 _LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
@@ -117,7 +117,7 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
     modules = modules_by_name(model)
     for name, activation in quantization.activations.items():
         if activation.enabled:
-            _check_inputs(name, activation)
+            _check_inputs(name, activation.quantizer, activation.qparams())
     for layer in quantization.layers:
         feed = quantization.activations.get(placement.feeds.get(layer.name, ""))
         step = float(feed.qparams().scale) if feed is not None and feed.enabled else None
@@ -138,13 +138,27 @@ def _ends(quantizer: Quantizer, qparams: QParams) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def _check_inputs(name: str, activation: ActivationFakeQuantize) -> None:
+def _check_inputs(name: str, quantizer: Quantizer, qparams: QParams) -> None:
     """Raise unless an activation's codes are up to 256 equal steps."""
-    qparams = activation.qparams()
-    first, last = _ends(activation.quantizer, qparams)
+    first, last = _ends(quantizer, qparams)
     codes = torch.arange(first, last + 1, dtype=torch.float32)
-    if len(codes) > 256 or not _in_equal_steps(activation.quantizer, codes, qparams):
-        raise ValueError(_simulated_only("inputs", activation.quantizer, name))
+    if len(codes) > 256 or not _in_equal_steps(quantizer, codes, qparams):
+        raise ValueError(_simulated_only("inputs", quantizer, name))
+
+
+def check_convertible(model: nn.Module) -> None:
+    """Raise if the scheme that a model was prepared with has no form in integer kernels; before its training, too.
+
+    Raises:
+        ValueError: Like :func:`convert`.
+    """
+    quantization = prepared(model)
+    for layer in quantization.layers if quantization is not None else []:
+        assert quantization is not None
+        _codes(layer, None, None)
+        inputs = quantization.scheme.for_layer(layer.name).inputs
+        if inputs is not None:
+            _check_inputs(layer.name, inputs, inputs.qparams(torch.tensor(-1.0), torch.tensor(1.0)))
 
 
 def _in_equal_steps(quantizer: Quantizer, codes: Tensor, qparams: QParams) -> bool:

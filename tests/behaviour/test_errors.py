@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_compress
 from experiments.bench import errors
+from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.layers import Layer
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import BatchNormScale, Linear, Rounds, Taylor, Wanda
@@ -244,6 +245,26 @@ SAID: dict[str, tuple[type[Exception], str]] = {
             rf"'{name}' needs .*not installed. Run: pip install 'lightning-compress\[{name}\]'",
         )
         for name in ("onnx", "openvino", "executorch", "litert")
+    },
+    **{
+        f"fit: Export([{name!r}]) of linalg.svdvals": (
+            ValueError,
+            rf"Export\.formats='{name}' cannot take _Strange: \w+: .*Change that part .* leave '{name}' out",
+        )
+        for name in ("onnx", "openvino", "executorch", "litert")
+        if not FORMATS[name].missing
+    },
+    "fit: log4 and Export(['onnx'])": (
+        ValueError,
+        rf"Export\.formats='onnx' cannot take BoringModel: .*PowerOfTwo.* {SIMULATED} equal steps: weight=Affine",
+    ),
+    **{
+        f"{name}=True, phase=Phase(0.75, 1)": (ValueError, rf"\.{name}=True with phase=.*accepted is phase=None, .*")
+        for name in ("equalize", "correct_bias")
+    },
+    **{
+        f"fit: {name}=True, phase=None": (ValueError, rf"\.{name}=True with trainer\.fit: .*Fit without this callback")
+        for name in ("equalize", "correct_bias")
     },
     "convert: not quantized": (ValueError, "The model is not quantized: .*Train through its phase, or"),
     "convert: activations='int4'": (ValueError, "activations='int4': accepted are 'uint8' and 'int8'"),

@@ -219,9 +219,14 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @each_module
 def test_export(name: str, tmp_path: Path) -> None:
-    """The file runs and agrees; a model that cannot be captured ends its run all the same, with the reason."""
+    """The file runs and agrees; a model that cannot be captured is refused, or ends its run with the reason."""
     module = make_module(name)
-    trainer = make_trainer(tmp_path, [export := Export(["onnx"])])
+    if name in NOT_CAPTURED:
+        refused = make_trainer(tmp_path, [Export(["onnx"])])
+        with pytest.raises(ValueError, match=r"Export.formats='onnx' cannot take \w+: .*rehearse=False"):
+            refused.fit(module)
+        assert refused.global_step == 0
+    trainer = make_trainer(tmp_path, [export := Export(["onnx"], rehearse=name not in NOT_CAPTURED)])
     if name in NOT_CAPTURED:
         with pytest.warns(UserWarning, match="Export to onnx failed"):
             trainer.fit(module)
@@ -229,5 +234,9 @@ def test_export(name: str, tmp_path: Path) -> None:
         return
     trainer.fit(module)
     assert not export.failures
+    plain, unrehearsed = make_module(name), make_trainer(tmp_path)
+    unrehearsed.fit(plain)
+    rehearsed, expected = snapshot(trainer, module), snapshot(unrehearsed, plain)
+    assert not [d for key in ("weights", "optimizers") for d in differences(rehearsed[key], expected[key])]
     assert export.artifacts[0].agreement >= 0.99
     assert (tmp_path / "report.json").exists()

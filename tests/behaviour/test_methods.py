@@ -208,7 +208,7 @@ def test_quantized(method: str, name: str, tmp_path: Path) -> None:
 @each
 def test_export(method: str, name: str, tmp_path: Path) -> None:
     module = make_module(name)
-    trainer = make(tmp_path, method, [export := Export(["onnx"])])
+    trainer = make(tmp_path, method, [export := Export(["onnx"], rehearse=False)])
     if name in NOT_CAPTURED:
         with pytest.warns(UserWarning, match="Export to onnx failed"):
             trainer.fit(module)
