@@ -32,9 +32,10 @@ class QuantizationAwareTraining(pl.Callback):
 
     Until its calibration begins the model is bitwise the plain one. At the first batch of the calibration the places
     to quantize are found by watching that batch run; then ranges are observed in float; then training goes on with
-    quantized values. For the last stretch ranges and the statistics of folded batch norms are frozen. The scales and
-    ranges live in the callback's state: the model's ``state_dict`` stays that of the plain model. What a quantizer
-    learns has an optimizer of its own (Adam on the logarithms), which steps after the user's and decays to 0.
+    quantized values. For the last stretch ranges and the statistics of folded batch norms are frozen: late, when the
+    learning rate is low, for a frozen batch norm does not hold the gradients any more. The scales and ranges live in
+    the callback's state: the model's ``state_dict`` stays that of the plain model. What a quantizer learns has an
+    optimizer of its own (Adam on the logarithms), which steps after the user's and decays to 0.
 
     Without a phase of training this is post-training quantization: the model is quantized when ``fit`` ends, or, by
     ``trainer.validate`` alone, on the validation data: the first batch is watched, the others are observed in float,
@@ -65,7 +66,7 @@ class QuantizationAwareTraining(pl.Callback):
         scheme: Scheme | str | None = None,
         calibrate: Phase | None = None,
         phase: Phase | None = Phase(0.75, 1.0),  # noqa: B008  # frozen
-        freeze: float = 0.7,
+        freeze: float = 0.9,
         learning_rate: float = 1e-3,
         equalize: bool = False,
         correct_bias: bool = False,
