@@ -24,6 +24,7 @@ from lightning_compress.quantization import (
     MovingAverage,
     PowerOfTwo,
     Scheme,
+    Ternary,
     apot4,
     codebook,
     exp4,
@@ -68,8 +69,8 @@ def learned_at_its_rate(model: nn.Module, budget: Budget, target: float) -> nn.M
 
 
 def ternarized(model: nn.Module, budget: Budget, target: float) -> nn.Module:
-    """Learned scales, taught by the model as it was."""
-    return fit(model, budget, [_quantize(ternary()), KnowledgeDistillation(alpha=0.5, temperature=4.0)])
+    """A scale a channel, fitted at every step, taught by the model as it was."""
+    return fit(model, budget, [_quantize(Scheme(Ternary())), KnowledgeDistillation(alpha=0.5, temperature=4.0)])
 
 
 SCHEMES = {
@@ -79,6 +80,7 @@ SCHEMES = {
     "exp4": exp4(),
     "apot4": apot4(),
     "codebook4": codebook(4),
+    "affine4": Scheme(Affine(4, symmetric=True)),
     "affine3": Scheme(Affine(3, symmetric=True)),
     "w3a8": Scheme(LearnedStep(3, symmetric=True)),
     "log3": Scheme(PowerOfTwo(3)),
