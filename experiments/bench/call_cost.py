@@ -31,7 +31,7 @@ def calls(num: int, channels: int, size: int) -> tuple[Callable[[], Tensor], Cal
     reordered = torch.ops.mkldnn._reorder_convolution_weight(dense, *_AROUND, shape)
 
     def in_int8() -> Tensor:
-        ends = (0.05, 0, torch.uint8, "relu", [], "")
+        ends: tuple[Any, ...] = (0.05, 0, torch.uint8, "relu", [], "")
         return torch.ops.onednn.qconv_pointwise(codes, 0.02, 128, packed, scale, zero, bias, *_AROUND, *ends)
 
     def in_float() -> Tensor:
