@@ -230,7 +230,6 @@ class QuantizationAwareTraining(pl.Callback):
         self.prepared.observe(False)
         if self.correct_bias:
             self._correct(trainer, fix)
-        self.prepared.begin()  # what would be learned is fitted once, and not anew at each forward
         self.prepared.enable(True)
 
     def _correct(self, trainer: pl.Trainer, fix: str) -> None:
