@@ -221,7 +221,7 @@ TASKS = {
     )
 }
 
-LENET5 = Task("lenet5", lenet5, mnist, None, 128, 5e-4, 6, 0.05, 6, 0.05, (0.97, 0.98))  # of the benchmark packed alone
+LENET5 = Task("lenet5", lenet5, mnist, None, 128, 5e-4, 6, 0.02, 6, 0.02, (0.97, 0.98))  # of the benchmark packed alone
 
 
 class Batches:
