@@ -125,14 +125,14 @@ def test_methods_reach_their_sparsity(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["ternary", "naive_ternary"])
+@pytest.mark.parametrize("name", ["ternary", "ternary_alone", "naive_ternary"])
 def test_ternary_weights_take_three_values(name: str) -> None:
     model, budget = TASKS["mnist1d"].build(), Budget(TASKS["mnist1d"], toy(), 1, 20, 0.02)  # 120 steps
     model = {**QUANTIZED, **QUANTIZED_PEERS}[name](model, budget, 0.0)
     for weight in weights_of(model):
-        rows = weight.flatten(1) if name == "ternary" else weight.flatten()[None]
+        rows = weight.flatten()[None] if name == "naive_ternary" else weight.flatten(1)
         assert all(len(row.unique()) <= 3 for row in rows)
-    assert (smallest_scale(model) > 0) == (name == "ternary")
+    assert (smallest_scale(model) > 0) == (name == "ternary_alone")
 
 
 def test_a_cut_takes_a_sixth_and_shares_nothing() -> None:
