@@ -347,7 +347,7 @@ def test_channels_combined(name: str, tmp_path: Path) -> None:
         return make_trainer(where, callbacks=callbacks)
 
     module, trainer = make_module(name), make(tmp_path)
-    trainer.callbacks.append(export := Export(["onnx"]))
+    trainer.callbacks.append(export := Export(["onnx"], rehearse=False))
     if name in NOT_CAPTURED:
         with pytest.warns(UserWarning, match="Export to onnx failed"):
             trainer.fit(module)
@@ -375,7 +375,10 @@ def test_layers_combined(name: str, tmp_path: Path) -> None:
         LayerPruning(1, phase=Phase(0.3, 0.5)),
         QuantizationAwareTraining(calibrate=PHASES["calibrate"], phase=PHASES["quantize"], freeze=0.6),
     ]
-    module, trainer = make_module(name), make_trainer(tmp_path, [export := Export(["onnx"])], callbacks=None)
+    module, trainer = (
+        make_module(name),
+        make_trainer(tmp_path, [export := Export(["onnx"], rehearse=False)], callbacks=None),
+    )
     trainer.callbacks[:0] = callbacks
     trainer.callbacks.append(export)
     if name in NOT_CAPTURED:
