@@ -16,7 +16,7 @@ from lightning_compress.deploy.formats import FORMATS, check_formats, installed_
 from lightning_compress.deploy.forward import Inputs, replaced_forward
 from lightning_compress.deploy.size import weigh
 from lightning_compress.deploy.verify import Artifact, Comparison
-from lightning_compress.quantization.convert import check_convertible
+from lightning_compress.quantization.convert import check_convertible, to_float
 
 from .evaluate import copied, evaluate, example_inputs
 from .structure import check_strategy
@@ -102,10 +102,10 @@ class Export(pl.Callback):
         with isolate_rng(), TemporaryDirectory() as folder:
             try:
                 inputs = _inputs(trainer, pl_module)
-                reference = copy.deepcopy(pl_module).cpu().eval()
-                check_convertible(reference)
+                plain = to_float(pl_module)
+                check_convertible(plain)
                 for name in self.formats:
-                    try_format(FORMATS[name], reference, inputs, Path(folder))
+                    try_format(FORMATS[name], plain, inputs, Path(folder))
             except Exception as error:  # whatever a converter raises
                 return name, _reason(error)
         return None

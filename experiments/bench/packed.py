@@ -353,9 +353,9 @@ def run(
     jobs = [Job(net, seed, data_folder(data), folder) for net in trained for seed in range(seeds)]
     for job in jobs:
         job.load()  # what is missing is said before anything is trained
-    teachers = [job for job in (Job(TEACHER, seed, data_folder(data), folder) for seed in range(seeds)) if jobs]
+    needed = dict.fromkeys([*(replace(job, net=TEACHER) for job in jobs), *jobs])
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), quiet) as pool:
-        list(track(pool.map(make_control, dict.fromkeys([*teachers, *jobs])), "controls", len({*teachers, *jobs})))
+        list(track(pool.map(make_control, needed), "controls", len(needed)))
         runs = list(track(pool.map(do, jobs), "networks", len(jobs)))
     for net in trained:
         own = [run for run in runs if run["net"] == net]

@@ -60,15 +60,14 @@ def write_files(kind: Format, model: nn.Module, inputs: Inputs, path: Path, size
 
 
 def try_format(kind: Format, model: nn.Module, inputs: Inputs, folder: Path) -> None:
-    """Write a model in float, and run the file on one example; nothing is kept of it.
+    """Write a model that computes in float, and run the file on one example; nothing is kept of it.
 
     Raises:
         Exception: Whatever the converter or the runtime says of a model that it does not take.
     """
-    plain, one = to_float(model), with_batch(inputs, 1)
-    path = folder / f"rehearsal{kind.suffix}"
-    kind.export(plain, inputs, path, **({} if kind.dynamic_batch else {"batch_size": 1}))
-    kind.runner(path, run_model(plain, one))(one)
+    one, path = with_batch(inputs, 1), folder / f"rehearsal{kind.suffix}"
+    kind.export(model, inputs, path, **({} if kind.dynamic_batch else {"batch_size": 1}))
+    kind.runner(path, run_model(model, one))(one)
 
 
 class Pair:

@@ -375,10 +375,8 @@ def test_layers_combined(name: str, tmp_path: Path) -> None:
         LayerPruning(1, phase=Phase(0.3, 0.5)),
         QuantizationAwareTraining(calibrate=PHASES["calibrate"], phase=PHASES["quantize"], freeze=0.6),
     ]
-    module, trainer = (
-        make_module(name),
-        make_trainer(tmp_path, [export := Export(["onnx"], rehearse=False)], callbacks=None),
-    )
+    export = Export(["onnx"], rehearse=False)
+    module, trainer = make_module(name), make_trainer(tmp_path, [export], callbacks=None)
     trainer.callbacks[:0] = callbacks
     trainer.callbacks.append(export)
     if name in NOT_CAPTURED:

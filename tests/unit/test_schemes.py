@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 
+import hydra
 import pytest
 import torch
 
@@ -120,7 +121,6 @@ def test_an_override_that_is_no_scheme_is_refused() -> None:
 
 
 def test_a_configuration_file_makes_a_scheme() -> None:
-    hydra = pytest.importorskip("hydra")
     node = {"_target_": "lightning_compress.quantization.w4a8", "_convert_": "all", "exclude": ["head"]}
     node["overrides"] = {"first": {"_target_": "lightning_compress.quantization.int8"}}
     made = hydra.utils.instantiate(node)
