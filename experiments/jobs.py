@@ -45,6 +45,7 @@ __all__ = [
     "Run",
     "best_factors",
     "do",
+    "kept",
     "load",
     "plain",
     "pool",
@@ -111,20 +112,25 @@ def load(task: str, folder: Path) -> Data:
     return TASKS[task].load(folder)
 
 
-def trained(job: Job, data: Data) -> nn.Module:
-    """The dense model of a task and seed, from its file where there is one."""
-    task = TASKS[job.task]
-    path = job.folder / f"{task.name}-{job.seed}{'-cut' if job.cut else ''}.pt"
-    torch.manual_seed(job.seed)
-    model = task.build()
+def kept(path: Path, build: Callable[[], nn.Module], make: Callable[[nn.Module], Any]) -> nn.Module:
+    """A model as ``make`` trains it, from its file where there is one."""
+    model = build()
     if path.is_file():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
-    train(model, Budget(task, data, job.seed, task.epochs, task.learning_rate))
+    make(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path.with_suffix(".part"))
     path.with_suffix(".part").rename(path)
     return model
+
+
+def trained(task: Task, seed: int, data: Data, folder: Path, cut: bool = False) -> nn.Module:
+    """The dense model of a task and seed, from its file where there is one."""
+    torch.manual_seed(seed)
+    budget = Budget(task, data, seed, task.epochs, task.learning_rate)
+    path = folder / f"{task.name}-{seed}{'-cut' if cut else ''}.pt"
+    return kept(path, task.build, lambda model: train(model, budget))
 
 
 def _small(task: Task, target: float, example: torch.Tensor) -> nn.Module:
@@ -148,7 +154,7 @@ def do(job: Job) -> Run:
     data, example = data.cut(job.seed) if job.cut else data, data.x_train[:1]
     try:
         if job.method == DENSE:
-            model = trained(job, data)
+            model = trained(task, job.seed, data, job.folder, job.cut)
         elif job.method == SMALL:
             torch.manual_seed(job.seed)
             model = _small(task, job.target, example)
@@ -157,7 +163,8 @@ def do(job: Job) -> Run:
         else:
             seed = job.seed + 1000  # other batches than the dense training's
             budget = Budget(task, data, seed, task.compress_epochs, task.compress_rate * job.factor)
-            model = METHODS[job.method](trained(job, data), budget, job.target)
+            dense_model = trained(task, job.seed, data, job.folder, job.cut)
+            model = METHODS[job.method](dense_model, budget, job.target)
         result = accuracy(model, data)
         reached = _reached(model, task, job.target, example)
     except Exception as error:  # a method that breaks is a row of the table, not the end of it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main() -> None:
         table.add_column(column, justify="left" if words or not i else "right", overflow="fold")
     for row in result["rows"]:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     console.print("headline: " + ", ".join(f"{key} {value:.4g}" for key, value in result["headline"].items()))
     if path is not None:

@@ -16,30 +16,28 @@ training part, one seed. Mean and sample deviation over the seeds.
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import multiprocessing
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
 import torch
-import zstandard
 from lightning_compress.callbacks import GradualPruning, KnowledgeDistillation, QuantizationAwareTraining
 from rich.progress import track
-from torch import Tensor, nn
+from torch import nn
 
 from experiments.baselines import Budget, accuracy, fit, train
 from experiments.bench.step_overhead import resnet50
-from experiments.jobs import quiet
+from experiments.jobs import kept, quiet, trained
+from experiments.layouts import is_same, ways
 from experiments.tasks import LENET5, TASKS, Data, Task, data_folder
 from lightning_compress.deploy.packed import load_packed, save_packed
 from lightning_compress.layers import find_layers
@@ -47,9 +45,9 @@ from lightning_compress.phase import Phase
 from lightning_compress.pruning import LAMP, Element, Magnitude, Masks
 from lightning_compress.quantization import Codebook, Scheme
 
-SPARSITY, LEVEL = 0.9, 9
+SPARSITY = 0.9
+_MEASURED = ("bytes", "ratio", "error", "dense_error", "taught_error", "error_before_packing")
 _COLUMNS = ("file", "mb", "times smaller", "exact", "encode_s", "decode_s", "error", "dense error", "taught dense")
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,86 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="keeps the dense models")
 
 
-def to_pt(value: Any) -> bytes:
-    """What torch.save writes."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def from_pt(data: bytes) -> Any:
-    """What torch.load reads."""
-    return torch.load(io.BytesIO(data), weights_only=True)
-
-
-def to_zstd(data: bytes) -> bytes:
-    """One frame."""
-    return zstandard.ZstdCompressor(level=LEVEL).compress(data)
-
-
-def from_zstd(data: bytes) -> bytes:
-    """The frame's content."""
-    return zstandard.ZstdDecompressor().decompress(data)
-
-
-def by_weight(state: State, encode: Callable[[Tensor], Any]) -> dict[str, Any]:
-    """The pruned tensors encoded, as matrices of one row an output; the others as they are."""
-    return {n: (encode(v.flatten(1)), list(v.shape)) if v.dim() > 1 else (v, list(v.shape)) for n, v in state.items()}
-
-
-def from_layout(entries: dict[str, Any]) -> State:
-    """Dense again."""
-    return {n: (v.to_dense() if v.layout != torch.strided else v).reshape(s) for n, (v, s) in entries.items()}
-
-
-def to_csr(value: Tensor) -> Tensor:
-    """Compressed rows, 32-bit indices."""
-    csr = value.to_sparse_csr()
-    rows, columns = csr.crow_indices().int(), csr.col_indices().int()
-    return torch.sparse_csr_tensor(rows, columns, csr.values(), csr.shape)
-
-
-def to_bitmask(value: Tensor) -> tuple[Tensor, Tensor]:
-    """A bit a weight, and the weights that are not zero."""
-    kept = value.reshape(-1) != 0
-    bits = torch.nn.functional.pad(kept.to(torch.uint8), (0, -kept.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8), value.reshape(-1)[kept]
-
-
-def from_bitmask(entries: dict[str, Any]) -> State:
-    """Dense again."""
-    state = {}
-    for name, (value, shape) in entries.items():
-        if isinstance(value, tuple):
-            bits, values = value
-            kept = ((bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
-            kept = kept[: torch.Size(shape).numel()].bool()
-            value = torch.zeros(len(kept)).masked_scatter_(kept, values)
-        state[name] = value.reshape(shape)
-    return state
-
-
-def to_file(state: State) -> bytes:
-    """Ours."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_packed(state, Path(folder, "model.safetensors"))
-        return Path(folder, "model.safetensors").read_bytes()
-
-
-def from_file(data: bytes) -> State:
-    """Ours, read."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.safetensors")
-        path.write_bytes(data)
-        return load_packed(path)
-
-
-def is_same(a: State, b: State) -> bool:
-    """Bit for bit."""
-    bits = [{n: v.reshape(-1).view(torch.uint8) for n, v in s.items()} for s in (a, b)]
-    return a.keys() == b.keys() and all(torch.equal(bits[0][n], bits[1][n]) and a[n].dtype == b[n].dtype for n in a)
-
-
 def _formats(repeats: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Headline and rows of resnet50."""
     torch.set_num_threads(1)
@@ -180,24 +98,12 @@ def _formats(repeats: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
     state = {name: value.detach() for name, value in model.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     signed = {n: v * torch.randn(v.shape, generator=generator).sign() if v.dim() > 1 else v for n, v in state.items()}
-
-    def packed(state: State) -> bytes:
-        return to_pt(by_weight(state, to_bitmask))
-
-    ways: dict[str, tuple[State, Callable[[State], bytes], Callable[[bytes], State]]] = {
-        ".pt": (state, to_pt, from_pt),
-        ".pt + zstd": (state, lambda s: to_zstd(to_pt(s)), lambda b: from_pt(from_zstd(b))),
-        "COO": (state, lambda s: to_pt(by_weight(s, Tensor.to_sparse)), lambda b: from_layout(from_pt(b))),
-        "CSR": (state, lambda s: to_pt(by_weight(s, to_csr)), lambda b: from_layout(from_pt(b))),
-        "bitmask + values": (state, packed, lambda b: from_bitmask(from_pt(b))),
-        "bitmask + values + zstd": (state, lambda s: to_zstd(packed(s)), lambda b: from_bitmask(from_pt(from_zstd(b)))),
-        "ours": (state, to_file, from_file),
-        "ours, zeros of either sign": (signed, to_file, from_file),
-    }
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    found = {name: (state, *way) for name, way in ways().items()}
+    found["ours, zeros of either sign"] = (signed, *ways()["ours"])
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
     sizes, exact = {}, {}
     for _ in range(repeats):
-        for name, (value, encode, decode) in ways.items():
+        for name, (value, encode, decode) in found.items():
             begin = time.perf_counter()
             data = encode(value)
             middle = time.perf_counter()
@@ -242,19 +148,6 @@ def tested(net: str, path: str, folder: str) -> float:
     return 100 - accuracy(model, task.load(Path(folder)))
 
 
-def _kept(path: Path, build: Callable[[], nn.Module], make: Callable[[nn.Module], Any]) -> nn.Module:
-    """A trained model, from its file where there is one."""
-    model = build()
-    if path.is_file():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model
-    make(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path.with_suffix(".part"))
-    path.with_suffix(".part").rename(path)
-    return model
-
-
 @dataclass(frozen=True)
 class Job:
     """One network of one seed; with ``cut`` all on the training part, for tuning."""
@@ -283,10 +176,7 @@ class Job:
 
 def dense(job: Job) -> nn.Module:
     """The dense model, from its file where there is one."""
-    torch.manual_seed(job.seed)
-    task = job.recipe.task
-    first = Budget(task, job.load(), job.seed, task.epochs, task.learning_rate)
-    return _kept(job.folder / f"{job.name}.pt", task.build, lambda model: train(model, first))
+    return trained(job.recipe.task, job.seed, job.load(), job.folder, job.cut)
 
 
 def _budget(job: Job) -> Budget:
@@ -296,17 +186,28 @@ def _budget(job: Job) -> Budget:
 def control(job: Job) -> nn.Module:
     """The dense model trained on, from its file where there is one."""
     path = job.folder / f"{job.name}-{job.recipe.epochs}-at-{job.recipe.rate:g}.pt"
-    return _kept(path, lambda: dense(job), lambda model: train(model, _budget(job))).eval()
+    return kept(path, lambda: dense(job), lambda model: train(model, _budget(job))).eval()
 
 
 def make_control(job: Job) -> None:
-    """Train what is missing."""
-    control(job)
+    """Train what is missing; what breaks here breaks again, and is said, where the control is needed."""
+    with suppress(Exception):
+        control(job)
 
 
 def do(job: Job) -> dict[str, Any]:
-    """Controls, and the network compressed, packed and tested."""
-    begin, data, task = time.perf_counter(), job.load(), job.recipe.task
+    """Controls, and the network compressed, packed and tested; a run that breaks is a row, not the end of the table."""
+    begin, measured, failure = time.perf_counter(), dict.fromkeys(_MEASURED, math.nan), ""
+    try:
+        measured = _measured(job)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    seconds = time.perf_counter() - begin
+    return {"net": job.net, "seed": job.seed, **measured, "seconds": seconds, "failure": failure}
+
+
+def _measured(job: Job) -> dict[str, float]:
+    data, task = job.load(), job.recipe.task
     teacher = control(replace(job, net=TEACHER))
     taught = fit(dense(job), _budget(job), [KnowledgeDistillation(teacher, job.recipe.alpha, temperature=4.0)])
     model = compressed(dense(job), teacher, _budget(job), job.recipe)
@@ -322,15 +223,12 @@ def do(job: Job) -> dict[str, Any]:
         error = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     raw = 4 * sum(p.numel() for p in model.parameters())
     return {
-        "net": job.net,
-        "seed": job.seed,
         "bytes": path.stat().st_size,
         "ratio": raw / path.stat().st_size,
         "error": error,
         "dense_error": 100 - accuracy(control(job), data),
         "taught_error": 100 - accuracy(taught, data),
         "error_before_packing": 100 - accuracy(model, data),
-        "seconds": time.perf_counter() - begin,
     }
 
 
@@ -374,4 +272,5 @@ def run(
                 "taught dense": f"{mean(values['taught_error']):.3f} +- {_spread(values['taught_error']):.3f}",
             }
         )
-    return {"headline": headline, "rows": rows, "runs": runs}
+    failures = [run for run in runs if run["failure"]]
+    return {"headline": headline, "rows": rows, "failures": failures, "runs": runs}

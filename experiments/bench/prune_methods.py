@@ -21,7 +21,7 @@ from rich.progress import track
 from torch import nn
 
 from experiments.baselines import Budget, accuracy, dense, fit, weights_of
-from experiments.jobs import Job, quiet, trained
+from experiments.jobs import quiet, trained
 from experiments.tasks import TASKS, data_folder
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import (
@@ -121,7 +121,7 @@ def run(
     for group, name, made in track(cells, "methods"):
         results, zeros, error = [], [], ""
         for seed in range(seeds):
-            model = trained(Job(task, "dense", 0.0, 1.0, seed, False, where, folder), loaded)
+            model = trained(TASKS[task], seed, loaded, folder)
             budget = Budget(chosen, loaded, seed + 1000, chosen.compress_epochs, 2 * chosen.compress_rate)
             try:
                 model = dense(model, budget, 0.0) if made is None else fit(model, budget, made())

@@ -8,6 +8,7 @@ part. Weights have one scale a tensor or one a channel, activations 8 bits. Mean
 from __future__ import annotations
 
 import argparse
+from copy import deepcopy
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning_compress.callbacks import QuantizationAwareTraining
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.baselines import accuracy
-from experiments.jobs import DENSE, Job, load, quiet, trained
-from experiments.tasks import TASKS, Classifier, data_folder
+from experiments.jobs import load, quiet, trained
+from experiments.tasks import TASKS, Classifier, Data, Task, data_folder
 from lightning_compress.quantization import Affine, Scheme
 
 SCHEMES = {
@@ -45,10 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="keeps the dense models")
 
 
-def quantized(job: Job, scheme: Scheme, options: dict[str, bool]) -> float:
+def quantized(task: Task, model: nn.Module, data: Data, scheme: Scheme, options: dict[str, bool]) -> float:
     """Accuracy of a dense model once it is quantized."""
-    data, task = load(job.task, job.data), TASKS[job.task]
-    module = Classifier(trained(job, data), 0.1, 0.0)
+    module = Classifier(model, 0.1, 0.0)
     loader = DataLoader(TensorDataset(data.x_train, data.y_train), task.batch_size)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -73,12 +74,16 @@ def run(
     quiet()
     rows, headline = [], {}
     for task in tasks or list(TASKS):
-        jobs = [Job(task, DENSE, 0.0, 1.0, seed, False, data_folder(data), folder) for seed in range(seeds)]
+        loaded = load(task, data_folder(data))
+        models = {seed: trained(TASKS[task], seed, loaded, folder) for seed in range(seeds)}
         with torch.no_grad():
-            dense = [accuracy(trained(job, load(task, job.data)), load(task, job.data)) for job in jobs]
+            dense = [accuracy(model, loaded) for model in models.values()]
         headline[f"{task}_dense"] = mean(dense)
         for label, scheme in SCHEMES.items():
-            found = {name: [quantized(job, scheme, options) for job in jobs] for name, options in OPTIONS.items()}
+            found = {
+                name: [quantized(TASKS[task], deepcopy(model), loaded, scheme, options) for model in models.values()]
+                for name, options in OPTIONS.items()
+            }
             cells = {name: f"{mean(x):.2f} ({stdev(x) if seeds > 1 else 0:.2f})" for name, x in found.items()}
             rows.append({"task": task, "weights": label, "dense": f"{mean(dense):.2f}", **cells})
             key = f"{task}_{label.replace(' ', '_')}"
