@@ -4,6 +4,7 @@ from .distillation import KnowledgeDistillation
 from .dynamic import SET, RigL
 from .export import Export
 from .finetuning import FineTuning
+from .guard import AccuracyGuard
 from .pruning import GradualPruning
 from .quantization import QuantizationAwareTraining
 from .report import CompressionReport
@@ -11,6 +12,7 @@ from .structured import ChannelPruning, LayerPruning
 
 __all__ = [
     "SET",
+    "AccuracyGuard",
     "ChannelPruning",
     "CompressionReport",
     "Export",

@@ -18,7 +18,18 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_compress.deploy.forward import Inputs, record_inputs
 
-__all__ = ["check_validation_data", "copied", "evaluate", "example_inputs", "has_validation", "pick_metric"]
+__all__ = [
+    "check_validation_data",
+    "copied",
+    "evaluate",
+    "example_inputs",
+    "has_validation",
+    "more_is_better",
+    "pick_metric",
+    "quiet",
+]
+
+_LESS_IS_BETTER = ("loss", "err", "mse", "mae", "perplexity")
 
 
 def check_validation_data(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -51,7 +62,7 @@ def evaluate(trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, float]
         trainer: The Trainer of the run, for its validation data.
         model: A copy of the model, which may be spoiled.
     """
-    with isolate_rng(), _quiet(), _alone():
+    with isolate_rng(), quiet(), _alone():
         # made anew, so that a rank that evaluates alone sees all data and not its share
         loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
         runner = pl.Trainer(
@@ -90,6 +101,11 @@ def pick_metric(names: list[str]) -> str | None:
     return ranked[0] if ranked else None
 
 
+def more_is_better(metric: str) -> bool:
+    """Whether a higher value is better, by the metric's name."""
+    return not any(part in metric.lower() for part in _LESS_IS_BETTER)
+
+
 @contextmanager
 def _alone() -> Iterator[None]:
     """Without the other ranks: what runs here waits for none of them."""
@@ -98,7 +114,8 @@ def _alone() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Without what Lightning says and warns of."""
     names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

@@ -106,6 +106,8 @@ class GradualPruning(pl.Callback):
         self.targets = dict(self.targets)
         self.schedule = self._schedule(sparsity)
         self._check_values()
+        self.goal: float | None = None  # a sparsity that AccuracyGuard asks for, in the schedule's place
+        self._goal_met: float | None = None
         self.masks: Masks | None = None
         self.skipped: dict[str, str] = {}
         self._observation: Observation | None = None
@@ -299,6 +301,8 @@ class GradualPruning(pl.Callback):
         progress = self.phase.progress(clock)
         first = self._last_step < 0
         due = first or progress >= 1 or clock.step - self._last_step >= self.every
+        if self.goal is not None:
+            due = progress >= 1 or self.goal != self._goal_met
         if progress >= 0 and due and not self._done:
             self._update(trainer, pl_module, clock)
         if self._observation is not None and not self.reached:
@@ -354,7 +358,8 @@ class GradualPruning(pl.Callback):
         if self.masks is not None:
             observed = None if self._observation is None or self.reached else self._observation.state_dict()
             state = {"masks": self.masks.state_dict(), "observed": observed}
-        return {**state, "rewound": self._rewound, "last_step": self._last_step, "done": self._done}
+        goal = {} if self.goal is None else {"goal": self.goal}
+        return {**state, "rewound": self._rewound, "last_step": self._last_step, "done": self._done, **goal}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where a checkpoint was written."""
@@ -364,6 +369,13 @@ class GradualPruning(pl.Callback):
         self._rewound = state_dict.get("rewound")
         self._last_step = state_dict["last_step"]
         self._done = state_dict["done"]
+        self.goal, self._goal_met = state_dict.get("goal"), None
+
+    def go_back(self, pl_module: pl.LightningModule, state_dict: dict[str, Any]) -> None:
+        """Return to an earlier state of this very run; the weights are the caller's."""
+        assert self.masks is not None
+        self.load_state_dict(state_dict)
+        self._take_up(self.masks)
 
     def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, clock: Clock) -> None:
         assert self.masks is not None
@@ -372,8 +384,8 @@ class GradualPruning(pl.Callback):
         if self._observation is not None and self._last_step < 0:
             self._skip_unseen(self._observation)
         progress = min(self.phase.progress(clock), 1.0)
-        sparsity, before = self.schedule(progress), self.masks.sparsity
-        final = self.schedule.final
+        final, before = self.schedule.final, self.masks.sparsity
+        sparsity = self.schedule(progress) if self.goal is None else min(self.goal, final)
         share = sparsity / final if final else self.schedule.shape(min(max(progress, 0.0), 1.0))
         self.masks.update(
             self.criterion,
@@ -393,6 +405,7 @@ class GradualPruning(pl.Callback):
             if isinstance(callback, WeightAveraging) and callback._average_model is not None:
                 self.masks.apply_to_copy(callback._average_model.module)
         self._last_step = clock.step
+        self._goal_met = self.goal
         self._done = progress >= 1
 
     def _skip_unseen(self, observation: Observation) -> None:

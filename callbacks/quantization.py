@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from .structure import check_strategy, check_structure_on_load
 
 __all__ = ["QuantizationAwareTraining"]
 
+_EVERY = 2  # batches between two looks at the ranges in training: each look reads every activation once more
 _TWO_BATCHES = "Validate on two batches at least: the first one is only watched."
 
 
@@ -32,10 +34,11 @@ class QuantizationAwareTraining(pl.Callback):
 
     Until its calibration begins the model is bitwise the plain one. At the first batch of the calibration the places
     to quantize are found by watching that batch run; then ranges are observed in float; then training goes on with
-    quantized values. For the last stretch ranges and the statistics of folded batch norms are frozen: late, when the
-    learning rate is low, for a frozen batch norm does not hold the gradients any more. The scales and ranges live in
-    the callback's state: the model's ``state_dict`` stays that of the plain model. What a quantizer learns has an
-    optimizer of its own (Adam on the logarithms), which steps after the user's and decays to 0.
+    quantized values, and every second batch moves the ranges. For the last stretch ranges and the statistics of folded
+    batch norms are frozen: late, when the learning rate is low, for a frozen batch norm does not hold the gradients any
+    more. The scales and ranges live in the callback's state: the model's ``state_dict`` stays that of the plain model.
+    What a quantizer learns has an optimizer of its own (Adam on the logarithms), which steps after the user's and
+    decays to 0.
 
     Without a phase of training this is post-training quantization: the model is quantized when ``fit`` ends, or, by
     ``trainer.validate`` alone, on the validation data: the first batch is watched, the others are observed in float,
@@ -102,6 +105,7 @@ class QuantizationAwareTraining(pl.Callback):
         if phase is not None:
             self._refuse_options(f"phase={phase}", "Set phase=None, or leave it out.")
         self.prepared: Prepared | None = None
+        self._bits = self.scheme.weight.bits
         self._state: dict[str, Any] | None = None
         self._optimizer_state: dict[str, Any] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -185,7 +189,7 @@ class QuantizationAwareTraining(pl.Callback):
         if not self.prepared.enabled:
             self._gather(trainer, once=True)
         self.prepared.enable(True)
-        self.prepared.observe(not frozen, once=False)
+        self.prepared.observe(not frozen and batch_idx % _EVERY == 0, once=False)
         self.prepared.begin()
         self._learn()
         if self._optimizer is not None:
@@ -376,12 +380,28 @@ class QuantizationAwareTraining(pl.Callback):
         if state is None:
             return {}
         optimizer = self._optimizer_state if self._optimizer is None else self._optimizer.state_dict()
-        return {"quantization": state} | ({} if optimizer is None else {"optimizer": optimizer})
+        lowered = {} if self.scheme.weight.bits == self._bits else {"bits": self.scheme.weight.bits}
+        return {"quantization": state, **lowered} | ({} if optimizer is None else {"optimizer": optimizer})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where a checkpoint was written."""
         self._state = state_dict.get("quantization")
+        self.lower(state_dict.get("bits", self._bits))
         self._optimizer, self._optimizer_state = None, state_dict.get("optimizer")
+
+    def lower(self, bits: int) -> None:
+        """Write the weights with fewer bits, or with more again, from now on; overrides stay as they are."""
+        if self.scheme.weight.bits == bits:
+            return
+        self.scheme = replace(self.scheme, weight=replace(self.scheme.weight, bits=bits))  # type: ignore[type-var]
+        if self.prepared is not None:
+            self.prepared.rewrite(self.scheme)
+
+    def go_back(self, pl_module: pl.LightningModule, state_dict: dict[str, Any]) -> None:
+        """Return to an earlier state of this very run."""
+        self.load_state_dict(state_dict)
+        self._attach(pl_module)
+        self._learn()
 
     def _trace(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.prepared is not None

@@ -124,6 +124,10 @@ class WeightFakeQuantize(_FakeQuantize):
             for log in self.logarithms.values():
                 log.data, log.grad = for_channels(log.data), None
 
+    def rewrite(self, quantizer: Quantizer) -> None:
+        """Quantize in another way; what was learned is forgotten."""
+        self.quantizer, self.held, self.logarithms = quantizer, None, {}
+
     def codes(self, weight: Tensor) -> tuple[Tensor, QParams]:
         """Integer codes of the weight, as int8 (uint8 where they begin at 0), and their parameters."""
         qparams = _each(self.qparams(weight), lambda name, x: x.detach() if isinstance(x, Tensor) else x)

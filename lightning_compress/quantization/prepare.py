@@ -66,6 +66,15 @@ class Prepared:
             self.placement, self.activations = None, {}
             torch.compiler.reset()
 
+    def rewrite(self, scheme: Scheme) -> None:
+        """Quantize the weights in another way from now on; what their quantizers learned is forgotten."""
+        for layer in self.layers:
+            quantizer, before = scheme.for_layer(layer.name).weight, self.scheme.for_layer(layer.name).weight
+            if quantizer != before:
+                weights(layer.module)[layer.parameter].rewrite(quantizer)
+        self.scheme = scheme
+        torch.compiler.reset()
+
     def observe(self, on: bool, once: bool = True) -> None:
         """Whether the ranges of the activations follow what is seen; without ``once`` not those that count values."""
         for activation in self.activations.values():
