@@ -119,7 +119,7 @@ def test_sweep_returns_the_objective(tmp_path: Path) -> None:
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
-    from lightning_compress.cli import train
+    from lightning_compress.tasks.train import train
 
     GlobalHydra.instance().clear()
     with initialize_config_module("lightning_compress.conf", version_base="1.3"):

@@ -1,0 +1,1 @@
+"""What the command does: each task is a function of the composed configuration."""

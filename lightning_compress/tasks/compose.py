@@ -1,0 +1,64 @@
+"""The objects that a configuration names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+__all__ = ["build", "build_all", "check", "start"]
+
+
+def build(node: Any, **options: Any) -> Any:
+    """The object that a configuration node names by ``_target_``; the only place that instantiates."""
+    return hydra.utils.instantiate(node, _convert_="all", **options)
+
+
+def build_all(group: DictConfig | None) -> list[Any]:
+    """The objects of a group; what is null in it is left out."""
+    return [build(node) for node in (group or {}).values() if node]
+
+
+def start(cfg: DictConfig, callbacks: list[Any], loggers: Any) -> tuple[Any, Any, Any]:
+    """A Trainer, and the model as it starts: from scratch by the seed, or from the weights of a checkpoint."""
+    import lightning.pytorch as pl
+    import torch
+
+    from lightning_compress.checkpoint import check_structure
+
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    model, data = build(cfg.model), build(cfg.data)
+    if cfg.init_from is not None:
+        weights = torch.load(cfg.init_from, map_location="cpu", weights_only=True)["state_dict"]
+        check_structure(model, weights)
+        model.load_state_dict(weights)
+    trainer = build(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers)
+    return trainer, model, data
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a configuration that would train something else than asked for.
+
+    Raises:
+        ValueError: If compression is not a group of callbacks, or model or data name no class.
+        FileNotFoundError: If a checkpoint does not exist.
+    """
+    if cfg.compression is not None and not isinstance(cfg.compression, DictConfig):
+        raise ValueError(
+            f"compression={cfg.compression!r} is a plain value: its configuration group was not found, and the run "
+            "would train uncompressed. Add hydra.searchpath=[pkg://lightning_compress.conf], or name a recipe: "
+            "magnitude, int8, prune_int8, finetune."
+        )
+    for field in ("model", "data"):
+        if cfg[field] is None or OmegaConf.is_missing(cfg[field], "_target_"):
+            raise ValueError(
+                f"{field} names no class. Give {field}._target_=your.module.Class, or an experiment such as "
+                "experiment=mnist_prune_int8."
+            )
+    for field in ("init_from", "ckpt_path"):
+        if cfg[field] is not None and not Path(cfg[field]).is_file():
+            raise FileNotFoundError(
+                f"{field}={cfg[field]!r}: there is no such checkpoint. Give the path of a .ckpt file."
+            )

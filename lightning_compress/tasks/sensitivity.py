@@ -1,0 +1,114 @@
+"""What each layer's compression alone costs in accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from omegaconf import DictConfig
+
+from lightning_compress.tasks.compose import build_all, check, start
+
+if TYPE_CHECKING:
+    from lightning_compress.analysis.sensitivity import Sensitivity
+
+__all__ = ["measure", "sensitivity"]
+
+
+def sensitivity(cfg: DictConfig) -> None:
+    """Compress one layer at a time and validate; without ``cfg.init_from`` the dense model is trained first.
+
+    Prints a table, and writes sensitivity.json and, with matplotlib, sensitivity.png into ``cfg.dir``.
+
+    Args:
+        cfg: The composed configuration; conf/config.yaml names its fields.
+
+    Raises:
+        ValueError: If a level is out of range, or validation does not log the metric.
+    """
+    from rich.console import Console
+
+    from lightning_compress.analysis.sensitivity import heat_map, table
+
+    check(cfg)
+    trainer, model, data = start(cfg, build_all(cfg.callbacks), build_all(cfg.logger))
+    if cfg.init_from is None:
+        trainer.fit(model, data)
+    found, metric = measure(cfg, model, data)
+    folder = Path(cfg.dir)
+    found.write(folder / "sensitivity.json")
+    console = Console()
+    console.print(table(found, metric))
+    try:
+        heat_map(found, metric).savefig(folder / "sensitivity.png", dpi=110)
+    except ModuleNotFoundError:
+        console.print("The heat map needs matplotlib. Run: pip install 'lightning-compress[report]'")
+    console.print(f"sensitivity: {folder / 'sensitivity.json'}", soft_wrap=True)
+
+
+def measure(cfg: DictConfig, model: Any, data: Any) -> tuple[Sensitivity, str]:
+    """The sensitivities of a LightningModule on its validation data, and the name of the metric."""
+    import torch
+
+    from lightning_compress.analysis.sensitivity import hessian_traces, sensitivity
+    from lightning_compress.callbacks.evaluate import copied, more_is_better, pick_metric
+    from lightning_compress.deploy.forward import record_inputs
+    from lightning_compress.layers import PRUNABLE, find_layers
+
+    options, validate = cfg.sensitivity, _validator(cfg, data)
+    model = copied(model).cpu().eval()
+    model._trainer = None
+    logged = validate(model)
+    metric = options.monitor or pick_metric(list(logged))
+    if metric not in logged:
+        raise ValueError(
+            f"sensitivity.monitor={options.monitor!r}: validation does not log it. Accepted are: "
+            f"{', '.join(logged) or 'none, for nothing is logged'}. Log it in validation_step with self.log."
+        )
+    found = sensitivity(
+        model,
+        lambda model: validate(model)[metric],
+        sparsities=list(options.sparsities),
+        bits=list(options.bits),
+        include=list(options.include),
+        exclude=list(options.exclude),
+        more_is_better=more_is_better(metric),
+        inputs=record_inputs(model, lambda: validate(model)),
+    )
+    if options.hessian:
+        layers, _ = find_layers(model, PRUNABLE, list(options.include), list(options.exclude), skip_tied=True)
+        batch = next(iter(data.train_dataloader()))
+
+        def loss() -> torch.Tensor:
+            with patch.object(model, "log"), patch.object(model, "log_dict"):
+                out = model.training_step(batch, 0)
+            return out["loss"] if isinstance(out, dict) else out
+
+        found.traces = hessian_traces(loss, layers)
+    return found, metric
+
+
+def _validator(cfg: DictConfig, data: Any) -> Callable[[Any], dict[str, float]]:
+    """Gives the metrics that a model logs over the validation data, always in the same order."""
+    import lightning.pytorch as pl
+
+    from lightning_compress.callbacks.evaluate import quiet
+
+    limit = cfg.trainer.get("limit_val_batches", 1.0)
+    options: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    loaders: list[Any] = []
+
+    def validate(model: Any) -> dict[str, float]:
+        with quiet():
+            runner = pl.Trainer(accelerator="cpu", devices=1, limit_val_batches=limit, **options)
+            if not loaders:
+                runner.validate(model, datamodule=data, verbose=False)  # which sets the data up
+                loaders.append(data.val_dataloader())
+            found = runner.validate(model, loaders[0], verbose=False)
+        return {name: value for metrics in found for name, value in metrics.items()}
+
+    return validate
