@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any, Literal
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from lightning_compress.analysis.inspect import count_macs
 from lightning_compress.deploy.forward import Inputs, run_model, with_batch
+from lightning_compress.layers import matches
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import Criterion
 from lightning_compress.pruning.blocks import choose_blocks, find_blocks, record_blocks, score_block
-from lightning_compress.pruning.coupling import Coupling, couple
+from lightning_compress.pruning.coupling import Coupling, Group, couple, plain_name
 from lightning_compress.pruning.plan import (
     Drops,
     Limits,
@@ -59,6 +61,8 @@ class ChannelPruning(Shrinking):
         num_heads: Number of heads by the name pattern of an attention, where its attributes do not tell.
         round_to: The number of channels that are kept is a multiple of this.
         floor: Share of its channels that every layer keeps.
+        targets: Share removed of the output channels of single layers, by name pattern, and of all that share them;
+            the others lose ``sparsity`` each. With ``target="channels"``, ``scope="local"``.
         gate_checkpoints: Whether a ModelCheckpoint with a monitor saves only once all is removed.
 
     Raises:
@@ -83,9 +87,11 @@ class ChannelPruning(Shrinking):
         num_heads: Mapping[str, int] | None = None,
         round_to: int = 1,
         floor: float = 0.1,
+        targets: Mapping[str, float] | None = None,
         gate_checkpoints: bool = True,
     ) -> None:
         super().__init__(criterion, phase, include, exclude, gate_checkpoints)
+        self.targets = dict(targets or {})
         self.sparsity, self.steps, self.target, self.scope = sparsity, steps, target, scope
         self.num_heads, self.round_to, self.floor = dict(num_heads or {}), round_to, floor
         for name in ("sparsity", "floor"):
@@ -103,6 +109,17 @@ class ChannelPruning(Shrinking):
                 f"ChannelPruning.scope={scope!r}: accepted are 'global' (all channels ranked together) and 'local'."
             )
 
+        for pattern, value in self.targets.items():
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+                raise ValueError(
+                    f"ChannelPruning.targets[{pattern!r}]={value!r}: accepted is a share in 0..1, below 1, such as 0.5."
+                )
+        if self.targets and (target, scope) != ("channels", "local"):
+            raise ValueError(
+                f"ChannelPruning.targets with target={target!r}, scope={scope!r}: each layer loses a share of its own. "
+                "Accepted are target='channels' and scope='local'."
+            )
+
     def phases(self) -> list[tuple[str, Phase]]:
         """Its phase with its name."""
         return [("channels", self.phase)]
@@ -114,6 +131,9 @@ class ChannelPruning(Shrinking):
         facts: dict[str, Any] = {"dense": 0.0, "widths": widths, "left": dict(widths)}
         if not coupling.groups:
             rank_zero_warn(f"ChannelPruning finds no channels that can be removed: {coupling.skipped}")
+            return coupling.skipped, facts
+        if self.targets:
+            self._check_targets(coupling)
             return coupling.skipped, facts
         facts["dense"] = self._amount(model, None) if self.target != "channels" else float(sum(widths.values()))
         ranks = score_groups(coupling.groups, model, {})
@@ -134,11 +154,32 @@ class ChannelPruning(Shrinking):
         def reached(drops: Drops, record: Record) -> bool:
             return self._left(model, coupling, drops, record, facts) <= most
 
-        record, drops, _ = plan(model, self._forward, coupling, scores, self._limits(facts["widths"]), reached)
+        limits = self._limits(facts["widths"])
+        if self.targets:
+            limits = replace(limits, shares=self._shares(coupling, facts, share))
+        record, drops, _ = plan(model, self._forward, coupling, scores, limits, reached)
         for group in coupling.groups:
             facts["left"][group.name] = num_channels([group], drops)
         self.skipped = coupling.skipped
         return record, facts
+
+    def _check_targets(self, coupling: Coupling) -> None:
+        for pattern in self.targets:
+            if not any(_target_of(group, {pattern: 0.0}) is not None for group in coupling.groups):
+                names = ", ".join(plain_name(layer) for group in coupling.groups for layer in group.layers)
+                raise ValueError(
+                    f"ChannelPruning.targets[{pattern!r}] matches no layer whose channels can be removed. They are: "
+                    f"{names}."
+                )
+
+    def _shares(self, coupling: Coupling, facts: dict[str, Any], share: float) -> dict[str, float]:
+        """What each group loses of the channels it has left."""
+        shares = {}
+        for group in coupling.groups:
+            target = _target_of(group, self.targets)
+            kept = 1 - (self.sparsity if target is None else target) * share
+            shares[group.name] = max(0.0, 1 - kept * facts["widths"][group.name] / facts["left"][group.name])
+        return shares
 
     def summary(self, record: Record) -> str:
         """Channels left of those that could be removed."""
@@ -235,6 +276,12 @@ class LayerPruning(Shrinking):
     def summary(self, record: Record) -> str:
         """Names of the removed blocks."""
         return f"without {', '.join(record['removed'])}"
+
+
+def _target_of(group: Group, targets: Mapping[str, float]) -> float | None:
+    """The target of the first pattern that one of a group's layers matches."""
+    names = [plain_name(layer) for layer in group.layers]
+    return next((value for pattern, value in targets.items() if any(matches(name, [pattern]) for name in names)), None)
 
 
 def _milliseconds(model: nn.Module, inputs: Inputs) -> float:

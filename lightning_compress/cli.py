@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 __all__ = ["TASKS", "CompareRuns", "main"]
 
-TASKS = ("train", "sensitivity")
+TASKS = ("train", "sensitivity", "search")
 
 
 class CompareRuns(Callback):

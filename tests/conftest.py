@@ -58,7 +58,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     tables: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for outcome in ("passed", "failed", "skipped", "error"):
         for report in terminalreporter.stats.get(outcome, []):
-            test = re.search(r"behaviour/test_(?:\w+)\.py::test_(\w+)\[(.+)\]$", getattr(report, "nodeid", ""))
+            test = re.search(r"behaviour/test_(?:\w+)\.py::test_(\w+)\[(.+)\](?:@\S+)?$", getattr(report, "nodeid", ""))
             if test and (outcome != "passed" or report.when == "call"):
                 found = _METHOD.match(f"{test[1]} {test[2]}")
                 name = re.sub(r"^(True|False)-|-(True|False)$", "", found["module"]) if found else ""

@@ -220,12 +220,12 @@ def table(found: Sensitivity, metric: str) -> Table:
     shown = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, header_style="bold")
     shown.add_column("layer", overflow="fold")
     for kind, level in found.levels:
-        shown.add_column(_label(kind, level), justify="right")
+        shown.add_column(_label(kind, level), justify="right", no_wrap=True)
     if found.traces:
-        shown.add_column("Hessian", justify="right")
+        shown.add_column("Hessian", justify="right", no_wrap=True)
     for layer in found.layers:
-        cells = [f"{found.drop(layer, *level):.4f}" for level in found.levels]
-        shown.add_row(layer, *cells, *([f"{found.traces[layer]:.2g}"] if found.traces else []))
+        cells = [f"{found.drop(layer, *level):.3f}" for level in found.levels]
+        shown.add_row(layer, *cells, *([f"{found.traces[layer]:.1e}"] if found.traces else []))
     return shown
 
 
@@ -250,4 +250,4 @@ def heat_map(found: Sensitivity, metric: str) -> Figure:
 
 
 def _label(kind: str, level: float) -> str:
-    return f"{level:.0%} sparse" if kind == "sparsity" else f"{level:g} bits"
+    return f"-{100 * level:g}%" if kind == "sparsity" else f"{level:g} bit"

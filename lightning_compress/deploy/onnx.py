@@ -54,16 +54,30 @@ def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
             verbose=False,
         )
         assert program is not None
-        for node in program.model.graph:  # the exporter's notes on where a node came from weigh more than the node
-            node.metadata_props.clear()
-            node.doc_string = None
-        for value in program.model.graph.initializers.values():
-            value.metadata_props.clear()
         _select_codes(program.model.graph)
         _integer_biases(program.model.graph)
         _own_zero_points(program.model.graph)
+        _drop_notes(program.model.graph)
         path.parent.mkdir(parents=True, exist_ok=True)
         program.save(str(path), external_data=False)
+
+
+def _drop_notes(graph: Any) -> None:
+    """Without the exporter's notes on where nodes came from, and the shapes in between, which every runtime infers.
+
+    In a small model they weigh more than the weights.
+    """
+    graph.metadata_props.clear()
+    for value in graph.initializers.values():
+        value.metadata_props.clear()
+        value.type = value.shape = None  # its tensor says both
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for out in node.outputs:
+            out.metadata_props.clear()
+            if not out.is_graph_output():
+                out.type = out.shape = None
 
 
 def _select_codes(graph: Any) -> None:

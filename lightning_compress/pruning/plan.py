@@ -61,25 +61,29 @@ class Limits:
         round_to: The number of channels kept is a multiple of this.
         widths: Channels that the groups had when they were dense, by name.
         scope: ``"global"`` ranks all groups together, ``"local"`` each for itself.
+        shares: Share of its channels that each group loses, by name; then nothing is searched for.
     """
 
     floor: float = 0.1
     round_to: int = 1
     widths: Mapping[str, int] | None = None
     scope: Literal["global", "local"] = "global"
+    shares: Mapping[str, float] | None = None
 
 
 def choose(groups: Sequence[Group], scores: Mapping[str, Tensor], ratio: float, limits: Limits) -> Drops:
     """Drop the atoms with the lowest scores, about a ratio of all channels, and empty no group."""
     sizes = {group.name: group.sizes for group in groups}
     kept = {group.name: torch.ones(len(sizes[group.name]), dtype=torch.bool) for group in groups}
-    scopes = [list(groups)] if limits.scope == "global" else [[group] for group in groups]
+    together = limits.scope == "global" and limits.shares is None
+    scopes = [list(groups)] if together else [[group] for group in groups]
     for members in filter(None, scopes):
         atoms = [(group.name, i, size) for group in members for i, size in enumerate(sizes[group.name].tolist())]
         left = {group.name: int(sizes[group.name].sum()) for group in members}
         widths = {**left, **(limits.widths or {})}
         least = {name: max(1, math.ceil(limits.floor * widths[name] - 1e-6)) for name in left}
-        budget = ratio * sum(left.values()) + 1e-6
+        share = 1.0 if limits.shares is None else limits.shares.get(members[0].name, 0.0)
+        budget = ratio * share * sum(left.values()) + 1e-6
         for index in torch.cat([scores[group.name] for group in members]).argsort(stable=True).tolist():
             name, i, size = atoms[index]
             if size <= budget and left[name] - size >= least[name]:
@@ -117,8 +121,8 @@ def search(
         What is dropped, and whether that reaches the target.
     """
     drops = choose(groups, scores, 1.0, limits)
-    if not reached(drops):
-        return drops, False
+    if limits.shares is not None or not reached(drops):
+        return drops, limits.shares is not None
     low, high = 0.0, 1.0
     total = sum(int(group.sizes.sum()) for group in groups)
     while (high - low) * total > 0.5:

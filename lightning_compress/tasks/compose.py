@@ -21,7 +21,7 @@ def build_all(group: DictConfig | None) -> list[Any]:
     return [build(node) for node in (group or {}).values() if node]
 
 
-def start(cfg: DictConfig, callbacks: list[Any], loggers: Any) -> tuple[Any, Any, Any]:
+def start(cfg: DictConfig, callbacks: list[Any], loggers: Any, **options: Any) -> tuple[Any, Any, Any]:
     """A Trainer, and the model as it starts: from scratch by the seed, or from the weights of a checkpoint."""
     import lightning.pytorch as pl
     import torch
@@ -34,7 +34,7 @@ def start(cfg: DictConfig, callbacks: list[Any], loggers: Any) -> tuple[Any, Any
         weights = torch.load(cfg.init_from, map_location="cpu", weights_only=True)["state_dict"]
         check_structure(model, weights)
         model.load_state_dict(weights)
-    trainer = build(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers)
+    trainer = build(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers, **options)
     return trainer, model, data
 
 

@@ -14,7 +14,7 @@ from lightning_compress.tasks.compose import build_all, check, start
 if TYPE_CHECKING:
     from lightning_compress.analysis.sensitivity import Sensitivity
 
-__all__ = ["measure", "sensitivity"]
+__all__ = ["measure", "sensitivity", "validator"]
 
 
 def sensitivity(cfg: DictConfig) -> None:
@@ -57,7 +57,7 @@ def measure(cfg: DictConfig, model: Any, data: Any) -> tuple[Sensitivity, str]:
     from lightning_compress.deploy.forward import record_inputs
     from lightning_compress.layers import PRUNABLE, find_layers
 
-    options, validate = cfg.sensitivity, _validator(cfg, data)
+    options, validate = cfg.sensitivity, validator(cfg, data)
     model = copied(model).cpu().eval()
     model._trainer = None
     logged = validate(model)
@@ -90,7 +90,7 @@ def measure(cfg: DictConfig, model: Any, data: Any) -> tuple[Sensitivity, str]:
     return found, metric
 
 
-def _validator(cfg: DictConfig, data: Any) -> Callable[[Any], dict[str, float]]:
+def validator(cfg: DictConfig, data: Any) -> Callable[[Any], dict[str, float]]:
     """Gives the metrics that a model logs over the validation data, always in the same order."""
     import lightning.pytorch as pl
 

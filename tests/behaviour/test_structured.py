@@ -441,6 +441,22 @@ def test_criteria_that_look_at_data(criterion: Any, tmp_path: Path) -> None:
         assert not differences(snapshot(trainer, module), snapshot(trainer_again, again))
 
 
+def test_each_layer_can_have_a_share_of_its_own(tmp_path: Path) -> None:
+    module = make_module("mlp")
+    pruning = ChannelPruning(0.25, phase=Phase(0.2, 0.5), steps=2, scope="local", targets={"net.0": 0.75})
+    make_trainer(tmp_path, callbacks=[pruning]).fit(module)
+    assert [module.net[i].out_features for i in (0, 3, 5)] == [8, 24, 4]
+    assert (module.net[3].in_features, module.net[5].in_features) == (8, 24)
+
+
+def test_a_share_of_a_layer_that_is_not_there_is_refused_before_training(tmp_path: Path) -> None:
+    module = make_module("mlp")
+    pruning = ChannelPruning(0.5, scope="local", targets={"tail": 0.5})
+    with pytest.raises(ValueError, match=r"targets\['tail'\] matches no layer.*net.3, net.0"):
+        make_trainer(tmp_path, callbacks=[pruning]).fit(module)
+    assert module.trainer.global_step == 0
+
+
 def test_a_phase_that_ends_with_the_run_reaches_its_target(tmp_path: Path) -> None:
     pruning = ChannelPruning(0.5, phase=Phase(0.5, 1.0), steps=3)
     module = make_module("mlp")
@@ -507,6 +523,8 @@ def test_a_checkpoint_of_another_model_is_still_refused(shrunk: Any, tmp_path: P
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "sparsity": (lambda: ChannelPruning(1.0), ValueError, "sparsity=1.0: accepted is a share in 0..1"),
     "steps": (lambda: ChannelPruning(steps=0), ValueError, "steps=0: accepted is a whole number"),
+    "targets": (lambda: ChannelPruning(scope="local", targets={"a": 1.0}), ValueError, "accepted is a share in 0..1"),
+    "targets of all": (lambda: ChannelPruning(targets={"a": 0.5}), ValueError, "Accepted are target='channels' and"),
     "target": (lambda: ChannelPruning(target="flops"), ValueError, "target='flops': accepted are 'channels'"),
     "scope": (lambda: ChannelPruning(scope="layer"), ValueError, "scope='layer': accepted are 'global'"),
     "criterion": (lambda: ChannelPruning(criterion="l1"), TypeError, "criterion='l1': accepted is a Criterion"),

@@ -21,7 +21,7 @@ def run(*command: str, cwd: Path = ROOT, ok: bool = True) -> str:
     """Output of a command of this environment."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "COLUMNS": "80", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
     )
     text = done.stdout + done.stderr
     assert (done.returncode == 0) == ok, text[-4000:]
@@ -39,6 +39,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, command("experiment=mnist_prune_int8", *FAST, f"hydra.run.dir={folder}")
 
 
+@pytest.mark.xdist_group("demo")
 def test_demo_writes_what_the_contract_names(demo: tuple[Path, str]) -> None:
     folder, text = demo
     for name in ("report.json", "report.html", "deploy/model.onnx", "checkpoints/last.ckpt", "csv/metrics.csv"):
@@ -49,6 +50,7 @@ def test_demo_writes_what_the_contract_names(demo: tuple[Path, str]) -> None:
     assert str(folder / "report.html") in text
 
 
+@pytest.mark.xdist_group("demo")
 def test_report_has_the_contract_keys_and_true_values(demo: tuple[Path, str]) -> None:
     folder, _ = demo
     report = json.loads((folder / "report.json").read_text())
@@ -73,6 +75,7 @@ def test_report_has_the_contract_keys_and_true_values(demo: tuple[Path, str]) ->
     assert "viewport" in html
 
 
+@pytest.mark.xdist_group("demo")
 def test_offline_run_holds_config_history_summary_table_and_images(demo: tuple[Path, str]) -> None:
     (run_,) = offline_runs(demo[0])
     assert run_.config["seed"] == 0
@@ -89,6 +92,7 @@ def test_offline_run_holds_config_history_summary_table_and_images(demo: tuple[P
     assert {"images", "table"} <= media
 
 
+@pytest.mark.xdist_group("demo")
 def test_resume_and_init_from_take_the_demo_checkpoint(demo: tuple[Path, str], tmp_path: Path) -> None:
     last = demo[0] / "checkpoints" / "last.ckpt"
     options = [*FAST, "control=false", "logger=none", f"hydra.run.dir={tmp_path}"]
@@ -137,14 +141,23 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_takes_a_users_own_classes(recipe: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each, as one sweep."""
+    folder = tmp_path_factory.mktemp("recipes")
     command(
-        *("model._target_=tests.zoo.MLP", "data._target_=lightning.pytorch.LightningDataModule.from_datasets"),
-        *("data=mlp", "logger=csv", f"compression={recipe}", "trainer.max_epochs=8", f"hydra.run.dir={tmp_path}"),
+        *("-m", "model._target_=tests.zoo.MLP", "data._target_=lightning.pytorch.LightningDataModule.from_datasets"),
+        *("data=mlp", "logger=csv", f"compression={','.join(RECIPES)}", "trainer.max_epochs=8"),
         *("trainer.accelerator=cpu", f"hydra.searchpath=[file://{ROOT / 'tests' / 'config'}]"),
+        f"hydra.sweep.dir={folder}",
     )
-    report = json.loads((tmp_path / "report.json").read_text())
+    return folder
+
+
+@pytest.mark.xdist_group("recipes")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_takes_a_users_own_classes(recipe: str, recipes: Path) -> None:
+    report = json.loads((recipes / str(list(RECIPES).index(recipe)) / "report.json").read_text())
     assert report["artifacts"][0]["agreement"] >= 0.99
     bits = {row["weight_bits"] for row in report["layers"]}
     assert bits == {RECIPES[recipe]}

@@ -81,6 +81,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
 
 def test_the_callbacks_are_exactly_these() -> None:
     expected = [
+        "AccuracyGuard",
         "ChannelPruning",
         "CompressionReport",
         "Export",

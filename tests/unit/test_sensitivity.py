@@ -194,7 +194,7 @@ def test_written_read_and_shown(tmp_path: Path) -> None:
     assert Sensitivity.read(tmp_path / "deep" / "s.json") == found
     shown = table(found, "val_acc")
     assert shown.row_count == len(found.layers)
-    assert [column.header for column in shown.columns] == ["layer", "50% sparse", "4 bits"]
+    assert [column.header.strip() for column in shown.columns] == ["layer", "-50%", "4 bit"]
     figure = heat_map(found, "val_acc")
     figure.savefig(tmp_path / "map.png")
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == found.layers

@@ -1,0 +1,272 @@
+"""A budget instead of hyper-parameters: the widest model whose int8 file meets it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_compress.tasks.compose import build_all, check, start
+from lightning_compress.tasks.sensitivity import validator
+
+if TYPE_CHECKING:
+    from lightning_compress.analysis.narrowing import Point
+
+__all__ = ["Candidate", "Search", "search"]
+
+BUDGETS = ("bytes", "latency_ms", "macs", "metric_drop")
+
+
+@dataclass
+class Candidate:
+    """A narrow model in int8, as its file was measured in its runtime.
+
+    Args:
+        shares: Share of the channels that each group lost.
+        bytes: Of the file on disk.
+        latency_ms: Median milliseconds of one sample, one thread.
+        macs: Multiply-accumulates of one sample.
+        metric: Over the validation data, by the file.
+        metric_drop: How much worse than the dense model in float.
+        trained: Whether it was trained, or only calibrated to measure its file.
+    """
+
+    shares: dict[str, float]
+    bytes: int
+    latency_ms: float
+    macs: int
+    metric: float
+    metric_drop: float
+    trained: bool
+
+
+def search(cfg: DictConfig) -> float:
+    """Find the model that meets ``cfg.budget``, train it, and measure its file.
+
+    Without ``cfg.init_from`` the dense model is trained first. What the file measures is found by bisection between
+    dense and narrow, before anything is trained. A drop of the metric is known only after training: so it is bisected
+    by training, ``cfg.search.rounds`` times at most.
+
+    Args:
+        cfg: The composed configuration; conf/config.yaml names its fields.
+
+    Returns:
+        The metric of the file.
+
+    Raises:
+        ValueError: If no budget is given, or none of the models meets it; the nearest is named.
+    """
+    from rich.console import Console
+
+    check(cfg)
+    budget = {name: float(value) for name, value in cfg.budget.items() if value is not None}
+    if not budget or any(name not in BUDGETS or value <= 0 for name, value in budget.items()):
+        raise ValueError(
+            f"budget={dict(cfg.budget)}: accepted is one or more of {', '.join(BUDGETS)}, "
+            "each above 0. Give budget.bytes=20000, for instance."
+        )
+    run = Search(cfg, budget)
+    console = Console()
+    found = run.within_file_budgets() if "metric_drop" not in budget else run.within_drop()
+    run.write(found)
+    console.print(run.table(found))
+    console.print(f"search: {run.folder / 'search.json'}", soft_wrap=True)
+    return found.metric
+
+
+class Search:
+    """One search: the dense model, the way from it to a narrow one, and what was tried on it.
+
+    Args:
+        cfg: The composed configuration.
+        budget: What must not be exceeded.
+    """
+
+    def __init__(self, cfg: DictConfig, budget: Mapping[str, float]) -> None:
+        self.cfg, self.budget, self.folder = cfg.copy(), dict(budget), Path(cfg.dir)
+        self.tried: list[Candidate] = []
+        self._probed: dict[int, Candidate] = {}
+        self._trained: dict[int, Candidate] = {}
+        if cfg.init_from is None:
+            trainer, model, data = start(cfg, [], False)
+            trainer.fit(model, data)
+            self.cfg.init_from = str(self.folder / "dense.ckpt")
+            trainer.save_checkpoint(self.cfg.init_from, weights_only=True)
+        self.points = self._points()
+
+    def _points(self) -> list[Point]:
+        import torch
+
+        from lightning_compress.analysis.inspect import count_macs
+        from lightning_compress.analysis.narrowing import narrowing
+        from lightning_compress.callbacks.evaluate import more_is_better, pick_metric
+        from lightning_compress.deploy.forward import record_inputs, with_batch
+
+        _, model, data = start(self.cfg, [], False)
+        model, validate = model.cpu().eval(), validator(self.cfg, data)
+        logged = validate(model)
+        self.metric = self.cfg.search.monitor or pick_metric(list(logged)) or ""
+        if self.metric not in logged:
+            raise ValueError(
+                f"search.monitor={self.metric!r}: validation does not log it. Accepted are: "
+                f"{', '.join(logged) or 'none, for nothing is logged'}. Log it in validation_step with self.log."
+            )
+        self.dense, self.more_is_better = logged[self.metric], more_is_better(self.metric)
+        inputs = record_inputs(model, lambda: validate(model))
+        if inputs is None:
+            raise ValueError("search watches the model's forward, but validation_step never calls self(...). Call it.")
+        one = with_batch(inputs, 2)
+
+        def macs(model: torch.nn.Module) -> float:
+            return float(count_macs(model, one)[""])
+
+        def parameters(model: torch.nn.Module) -> float:
+            return float(sum(p.numel() for p in model.parameters()))
+
+        return narrowing(
+            model,
+            lambda model: model(*one.args, **one.kwargs),
+            lambda model: validate(model)[self.metric],
+            parameters if set(self.budget) <= {"bytes", "metric_drop"} else macs,
+            levels=list(self.cfg.search.levels),
+            more_is_better=self.more_is_better,
+        )
+
+    def within_file_budgets(self) -> Candidate:
+        """The widest model whose file meets what can be measured before training; trained."""
+        i = self._widest(lambda i: self._meets(self._probe(i)))
+        for _ in range(self.cfg.search.rounds):
+            found = self._train(i)
+            if self._meets(found) or i + 1 >= len(self.points):
+                break
+            i += 1  # a latency that was measured at the edge
+        return self._must_meet(found)
+
+    def within_drop(self) -> Candidate:
+        """The narrowest model within the drop that also meets the other budgets."""
+        others = set(self.budget) - {"metric_drop"}
+        low = self._widest(lambda i: self._meets(self._probe(i), others)) if others else 0
+        high, best = len(self.points) - 1, None
+        for _ in range(self.cfg.search.rounds):
+            middle = low if others and best is None else (low + high + 1) // 2
+            found = self._train(middle)
+            if self._meets(found):
+                best, low = found, middle
+            elif middle == low:
+                break
+            else:
+                high = middle - 1
+            if low >= high:
+                break
+        return self._must_meet(best or self._train(low))
+
+    def _widest(self, meets: Callable[[int], bool]) -> int:
+        """The first point that meets a budget, by bisection: what a file measures falls along the way."""
+        last = len(self.points) - 1
+        if not meets(last):
+            self._must_meet(self._probe(last))
+        low, high = -1, last
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if meets(middle) else (middle, high)
+        return high
+
+    def _meets(self, candidate: Candidate, names: Any = None) -> bool:
+        wanted = self.budget if names is None else {name: self.budget[name] for name in names}
+        if not candidate.trained:
+            wanted = {name: value for name, value in wanted.items() if name != "metric_drop"}
+        return all(getattr(candidate, name) <= value + 1e-6 for name, value in wanted.items())
+
+    def _must_meet(self, candidate: Candidate) -> Candidate:
+        if self._meets(candidate):
+            return candidate
+        self.write(None)
+        reached = ", ".join(f"{name} {getattr(candidate, name):g} of {value:g}" for name, value in self.budget.items())
+        how = f"{self.metric} {candidate.metric:.4f}{'' if candidate.trained else ', untrained'}"
+        raise ValueError(
+            f"budget={self.budget} cannot be met by narrowing and {self.cfg.search.scheme}; the nearest reaches "
+            f"{reached} ({how}). Raise the budget to that, start from a smaller model, or train longer (search.epochs)."
+        )
+
+    def _probe(self, i: int) -> Candidate:
+        """A point's file, calibrated and not trained."""
+        if i not in self._probed:
+            with TemporaryDirectory() as folder:
+                options = {"max_epochs": 1, "limit_train_batches": 8, "default_root_dir": folder}
+                self._probed[i] = self.fit(self.points[i].shares, Path(folder), False, **options)
+            self.tried.append(self._probed[i])
+        return self._probed[i]
+
+    def _train(self, i: int) -> Candidate:
+        if i not in self._trained:
+            self._trained[i] = self.fit(self.points[i].shares, self.folder / f"point{i}", True)
+            self.tried.append(self._trained[i])
+        return self._trained[i]
+
+    def fit(self, shares: Mapping[str, float], folder: Path, trained: bool, **options: Any) -> Candidate:
+        """Narrow the dense model by shares of its own a group, quantize, fine-tune, export and measure."""
+        from lightning_compress.callbacks import (
+            ChannelPruning,
+            CompressionReport,
+            Export,
+            KnowledgeDistillation,
+            QuantizationAwareTraining,
+        )
+        from lightning_compress.phase import Phase
+
+        options = {"max_epochs": self.cfg.search.epochs or self.cfg.trainer.max_epochs, **options}
+        begin, full = Phase(0.0, 0.0), dict(shares)
+        narrow = ChannelPruning(0.0, phase=begin, scope="local", floor=0.0, targets=full) if full else None
+        teacher = KnowledgeDistillation() if self.cfg.search.teacher and trained else None
+        export = Export([self.cfg.search.format], dirpath=folder / "deploy", rehearse=False)
+        report = CompressionReport(dirpath=folder, monitor=self.metric, show=False)
+        quantize = QuantizationAwareTraining(self.cfg.search.scheme, Phase(0.25, 0.5), Phase(0.5, 1.0))
+        callbacks = [c for c in (narrow, quantize, teacher, report, export) if c is not None]
+        trainer, model, data = start(
+            self.cfg, callbacks, build_all(self.cfg.logger) if trained else False, enable_checkpointing=False, **options
+        )
+        trainer.fit(model, data)
+        if export.failures:
+            raise RuntimeError(f"search.format={self.cfg.search.format!r}: {next(iter(export.failures.values()))}")
+        (artifact,), totals = export.artifacts, (report.report or {})["compressed"]
+        metric = float(export.metrics[artifact.format][self.metric])
+        drop = self.dense - metric if self.more_is_better else metric - self.dense
+        return Candidate(
+            full, artifact.bytes, artifact.latency_ms["1"], int(totals["macs"]), metric, round(drop, 7), trained
+        )
+
+    def write(self, found: Candidate | None) -> None:
+        """search.json in the run's folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "budget": self.budget,
+            "metric": self.metric,
+            "dense": self.dense,
+            "met": found is not None,
+            "found": None if found is None else asdict(found),
+            "tried": [asdict(candidate) for candidate in self.tried],
+            "points": [asdict(point) for point in self.points],
+            "config": OmegaConf.to_container(self.cfg.search, resolve=True),
+        }
+        (self.folder / "search.json").write_text(json.dumps(state, indent=2) + "\n")
+
+    def table(self, found: Candidate) -> Any:
+        """What was tried, the found one marked."""
+        from rich import box
+        from rich.table import Table
+
+        wanted = ", ".join(f"{name} {value:g}" for name, value in self.budget.items())
+        shown = Table(title=f"budget: {wanted}; dense {self.metric} {self.dense:.4f}", box=box.SIMPLE_HEAD)
+        for name in ("", "channels", "bytes", "ms @1", "MACs", self.metric, "drop"):
+            shown.add_column(name, justify="right")
+        for c in self.tried:
+            mark = "found" if c is found else "trained" if c.trained else "probed"
+            kept = f"{1 - sum(c.shares.values()) / max(1, len(self.points[-1].shares)):.0%}"
+            metric, drop = (f"{c.metric:.4f}", f"{c.metric_drop:.4f}") if c.trained else ("-", "-")
+            shown.add_row(mark, kept, f"{c.bytes:,}", f"{c.latency_ms:.3f}", f"{c.macs:,}", metric, drop)
+        return shown
