@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -15,21 +16,25 @@ from omegaconf import DictConfig
 
 __all__ = ["TASKS", "CompareRuns", "main"]
 
-TASKS = ("train", "sensitivity", "search")
+TASKS = ("train", "sensitivity", "search", "pareto")
 
 
 class CompareRuns(Callback):
-    """At the end of a sweep prints one table of its runs, read back from their offline W&B files."""
+    """At the end of a sweep prints one table of its runs, read back from their offline W&B files, and the frontier."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table, if any run was logged offline."""
+        """Print the table, if any run was logged offline, and the frontier, if any left a report."""
         from rich.console import Console
 
         from lightning_compress.analysis.compare import comparison_table, offline_runs
+        from lightning_compress.tasks.pareto import show
 
-        runs = offline_runs(config.hydra.sweep.dir)
+        folder = Path(config.hydra.sweep.dir)
+        runs = offline_runs(folder)
         if runs:
             Console().print(comparison_table(runs))
+        if next(folder.rglob("report.json"), None) is not None:
+            show(folder, config.pareto)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_compress.conf", config_name="config")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -14,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich import box
 from rich.table import Table
+
+from lightning_compress.analysis.page import html_table, picture, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,29 +177,12 @@ _CAPTIONS = {
     "weights": "Weights of all counted layers, before compression and at the end.",
 }
 
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:60rem;margin:0 auto;padding:1rem}
-h1{font-size:1.4rem;margin:.2rem 0}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;white-space:nowrap}
-th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e2e2e2}
-th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
-img{max-width:100%;height:auto;display:block}figure{margin:0 0 1rem}figcaption{color:#555;font-size:.86rem}
-.facts{display:flex;flex-wrap:wrap;gap:.6rem;margin:1rem 0;padding:0;list-style:none}
-.facts li{flex:1 1 8rem;background:#f3f6fa;border-radius:.4rem;padding:.5rem .8rem}
-.facts b{display:block;font-size:1.25rem}.warning{color:#8a3b00}
-"""
-
 
 def write_html(report: dict[str, Any], history: History, path: Path) -> None:
     """Write one self-contained report.html."""
     pictures = []
     for name, figure in figures(history, report["metric"]).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        caption = _CAPTIONS[name]
-        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-        pictures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+        pictures.append(picture(figure, _CAPTIONS[name]))
     if not pictures:
         pictures.append("<p>No pictures: pip install 'lightning-compress[report]'.</p>")
     problems = "".join(f'<p class="warning">{html.escape(text)}</p>' for text in report.get("warnings", []))
@@ -233,27 +216,21 @@ def write_html(report: dict[str, Any], history: History, path: Path) -> None:
         _facts(report),
         problems,
         "<h2>What compression bought</h2>",
-        _html_table(headers(report), summary_rows(report)),
+        html_table(headers(report), summary_rows(report)),
         "<p>Params are those that are not zero. The dense models are one float graph, timed once, interleaved with the "
         "exported file in the same runtime; the compressed model is timed in PyTorch. Medians, one thread. "
         "Bytes are of the exported file.</p>",
         "<h2>Pictures</h2>",
         *pictures,
         "<h2>Proof of the files</h2>",
-        _html_table(
+        html_table(
             ["file", "runtime", report["metric"] or "metric", "agreement", "max abs diff", "integer kernels", "batch"],
             proof,
         ),
         "<h2>Layers</h2>",
-        _html_table(layer_names, layers),
+        html_table(layer_names, layers),
     ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Compression report</title>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_page(path, "Compression report", body)
 
 
 def _headline(report: dict[str, Any]) -> str:
@@ -280,9 +257,3 @@ def _facts(report: dict[str, Any]) -> str:
 
 def _show(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def _html_table(names: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,0 +1,221 @@
+"""Many runs side by side: which of them no other beats, and which to take."""
+
+from __future__ import annotations
+
+import html
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from lightning_compress.analysis.page import html_table, picture, write_page
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["COSTS", "Frontier", "Run", "frontier", "read_runs"]
+
+COSTS = {"bytes": "bytes", "bytes_zstd": "bytes as zstd", "latency_ms": "ms at batch 1", "macs": "MACs"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's report says of what it ships.
+
+    Args:
+        name: Its folder, below that of all runs.
+        metric: Of the first exported file, or of the compressed model where there is no file.
+        bytes: Of that file.
+        bytes_zstd: Of that file, compressed.
+        latency_ms: Of that file, one sample.
+        macs: Multiply-accumulates.
+        sparsity: Share of zero weights.
+        command: What makes the run again.
+    """
+
+    name: str
+    metric: float
+    bytes: int | None
+    bytes_zstd: int | None
+    latency_ms: float | None
+    macs: int | None
+    sparsity: float | None
+    command: str
+
+
+@dataclass
+class Frontier:
+    """The runs, cheapest first, and what they are worth.
+
+    Args:
+        metric: The metric's name.
+        cost: Key of ``COSTS``.
+        runs: All runs.
+        best: Indices of those that no other beats in both.
+        chosen: Index of the one to take.
+    """
+
+    metric: str
+    cost: str
+    runs: list[Run]
+    best: list[int]
+    chosen: int
+
+    def write(self, folder: Path) -> None:
+        """pareto.json and pareto.html, and with matplotlib pareto.png."""
+        state = {**asdict(self), "runs": [{**asdict(run), "on_frontier": i in self.best} for i, run in self.rows()]}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "pareto.json").write_text(json.dumps(state, indent=2) + "\n")
+        body = [f"<h1>{html.escape(self.title())}</h1>"]
+        try:
+            figure = self.figure()
+            figure.savefig(folder / "pareto.png", dpi=110)
+            body.append(picture(figure, "Runs that another beats are grey; the one to take is circled."))
+        except ModuleNotFoundError:
+            body.append("<p>No picture: pip install 'lightning-compress[report]'.</p>")
+        classes = ["chosen" if i == self.chosen else "" if i in self.best else "pale" for i, _ in self.rows()]
+        body.append(html_table(self._names(), [self._cells(run) for _, run in self.rows()], classes))
+        body.append(f"<h2>Again</h2><div class='wide'><pre>{html.escape(self.runs[self.chosen].command)}</pre></div>")
+        write_page(folder / "pareto.html", self.title(), body)
+
+    def rows(self) -> list[tuple[int, Run]]:
+        """The runs with their indices, cheapest first."""
+        return list(enumerate(self.runs))
+
+    def title(self) -> str:
+        """How many runs, and what they are compared in."""
+        return f"{len(self.runs)} runs, {self.metric} against {COSTS[self.cost]}: {len(self.best)} on the frontier"
+
+    def _names(self) -> list[str]:
+        return ["run", self.metric, "sparsity", *COSTS.values()]
+
+    def _cells(self, run: Run) -> list[str]:
+        whole = [("-" if v is None else f"{v:,}") for v in (run.bytes, run.bytes_zstd)]
+        latency = "-" if run.latency_ms is None else f"{run.latency_ms:.3f}"
+        sparsity = "-" if run.sparsity is None else f"{run.sparsity:.1%}"
+        return [run.name, f"{run.metric:.4f}", sparsity, *whole, latency, "-" if run.macs is None else f"{run.macs:,}"]
+
+    def table(self) -> Table:
+        """The same for a terminal: dominated runs are dim, the one to take is bold."""
+        shown = Table(title=self.title(), box=box.SIMPLE_HEAD, padding=0, header_style="bold")
+        for i, name in enumerate(["", *self._names()]):
+            shown.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
+        for i, run in self.rows():
+            mark = "*" if i == self.chosen else "+" if i in self.best else " "
+            style = "bold" if i == self.chosen else None if i in self.best else "dim"
+            shown.add_row(mark, *(f" {cell}" for cell in self._cells(run)), style=style)
+        shown.caption = "* the one to take, + on the frontier"
+        return shown
+
+    def figure(self) -> Figure:
+        """The runs as points, the frontier as steps."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        points = [(getattr(run, self.cost), run.metric) for run in self.runs]
+        others = [point for i, point in enumerate(points) if i not in self.best]
+        if others:
+            x, y = zip(*others, strict=True)
+            axes.scatter(x, y, color="#bbbbbb", s=22, label="beaten")
+        x, y = zip(*(points[i] for i in self.best), strict=True)
+        axes.step(x, y, where="post", color="#1f5fa8", linewidth=1, alpha=0.6)
+        axes.scatter(x, y, color="#1f5fa8", s=28, label="frontier")
+        axes.scatter(
+            *points[self.chosen], s=160, facecolors="none", edgecolors="#c0392b", linewidths=1.6, label="taken"
+        )
+        for i in self.best:
+            axes.annotate(self.runs[i].name, points[i], fontsize=7, xytext=(4, -9), textcoords="offset points")
+        axes.set_xlabel(COSTS[self.cost])
+        axes.set_ylabel(self.metric)
+        axes.legend(frameon=False, fontsize=8)
+        return figure
+
+
+def read_runs(folder: str | Path) -> tuple[str, list[Run]]:
+    """The metric's name, and every run that left a report.json anywhere below a folder.
+
+    Raises:
+        ValueError: If there is none, or they report different metrics.
+    """
+    folder, found, metrics = Path(folder), [], set()
+    for path in sorted(folder.rglob("report.json")):
+        report = json.loads(path.read_text())
+        first, totals = next(iter(report["artifacts"]), None), report["compressed"] or {}
+        metric = totals.get("metric") if first is None or first["metric"] is None else first["metric"]
+        if metric is None:
+            continue
+        metrics.add(report["metric"])
+        source = totals if first is None else first
+        found.append(
+            Run(
+                str(path.parent.relative_to(folder)),
+                metric,
+                source.get("bytes"),
+                source.get("bytes_zstd"),
+                (report["latency_ms_pytorch"] if first is None else first["latency_ms"]).get("1"),
+                totals.get("macs"),
+                totals.get("sparsity"),
+                _command(path.parent),
+            )
+        )
+    if not found:
+        raise ValueError(f"runs={str(folder)!r}: no report.json with a metric is below it. Give a sweep's folder.")
+    if len(metrics) > 1:
+        raise ValueError(
+            f"runs={str(folder)!r}: the reports are of different metrics, {', '.join(sorted(map(str, metrics)))}. Give "
+            "a folder whose runs report the same one."
+        )
+    return metrics.pop(), found
+
+
+def _command(folder: Path) -> str:
+    """The command of a run, from the overrides that Hydra wrote down."""
+    path = folder / ".hydra" / "overrides.yaml"
+    if not path.is_file():
+        return ""
+    overrides = [line.removeprefix("- ").strip().strip("'\"") for line in path.read_text().splitlines()]
+    return shlex.join(["lightning-compress", *(o for o in overrides if o and o != "[]")])
+
+
+def frontier(
+    metric: str, runs: Sequence[Run], cost: str = "bytes", max_drop: float = 0.005, more_is_better: bool = True
+) -> Frontier:
+    """Which runs no other beats in both metric and cost; the cheapest of them close to the best metric is taken.
+
+    Args:
+        metric: The metric's name.
+        runs: The runs; those without the cost are left out.
+        cost: Key of ``COSTS``.
+        max_drop: How far below the best metric the taken one may lie.
+        more_is_better: Whether a higher metric is better.
+
+    Raises:
+        ValueError: If the cost is unknown, or no run has it.
+
+    Example:
+        >>> runs = [Run(n, m, b, b, 1.0, 1, 0.0, "") for n, m, b in (("a", 0.9, 100), ("b", 0.8, 50), ("c", 0.8, 70))]
+        >>> found = frontier("acc", runs, max_drop=0.2)
+        >>> [found.runs[i].name for i in found.best], found.runs[found.chosen].name
+        (['b', 'a'], 'b')
+    """
+    if cost not in COSTS:
+        raise ValueError(f"pareto.cost={cost!r}: accepted are {', '.join(COSTS)}.")
+    sign = 1 if more_is_better else -1
+    ranked = sorted(
+        (r for r in runs if getattr(r, cost) is not None), key=lambda r: (getattr(r, cost), -sign * r.metric)
+    )
+    if not ranked:
+        raise ValueError(f"pareto.cost={cost!r}: no run has it. Accepted are costs that the reports hold.")
+    best: list[int] = []
+    for i, run in enumerate(ranked):
+        if not best or sign * run.metric > sign * ranked[best[-1]].metric:
+            best.append(i)
+    top = sign * ranked[best[-1]].metric
+    chosen = next(i for i in best if sign * ranked[i].metric >= top - max_drop - 1e-9)
+    return Frontier(metric, cost, ranked, best, chosen)

@@ -1,0 +1,41 @@
+"""The frontier of the runs of a sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+__all__ = ["pareto", "show"]
+
+
+def pareto(cfg: DictConfig) -> None:
+    """Compare all runs below ``cfg.runs``; writes pareto.json, pareto.html and pareto.png there.
+
+    Args:
+        cfg: The composed configuration; conf/config.yaml names its fields.
+
+    Raises:
+        ValueError: If no folder is given, or no run below it left a report.
+    """
+    if cfg.runs is None:
+        raise ValueError("runs is null. Give the folder of a sweep: lightning-compress task=pareto runs=multirun/...")
+    show(Path(cfg.runs), cfg.pareto)
+
+
+def show(folder: Path, options: Any) -> None:
+    """Print and write the frontier of the runs below a folder."""
+    from rich.console import Console
+
+    from lightning_compress.analysis.pareto import frontier, read_runs
+    from lightning_compress.callbacks.evaluate import more_is_better
+
+    metric, runs = read_runs(folder)
+    found = frontier(metric, runs, options.cost, options.max_drop, more_is_better(metric))
+    found.write(folder)
+    console = Console()
+    console.print(found.table())
+    if found.runs[found.chosen].command:
+        console.print(f"again: {found.runs[found.chosen].command}", soft_wrap=True)
+    console.print(f"frontier: {folder / 'pareto.html'}", soft_wrap=True)
