@@ -31,7 +31,7 @@ from experiments.baselines import (
     train,
     weights_of,
 )
-from experiments.recipes import OURS, QUANTIZED, STRUCTURED_OURS
+from experiments.recipes import DISTILLED, OURS, QUANTIZED, STRUCTURED_OURS
 from experiments.tasks import TASKS, Data, Task
 from lightning_compress.quantization.fake_quant import activations, weights
 
@@ -65,6 +65,7 @@ METHODS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {
     **STRUCTURED_PEERS,
     **QUANTIZED,
     **QUANTIZED_PEERS,
+    **DISTILLED,
 }
 
 

@@ -32,10 +32,11 @@ from lightning_compress.quantization import (
     log4,
     lsq,
     ternary,
+    w2a8,
     w4a8,
 )
 
-__all__ = ["OURS", "QUANTIZED", "SCHEMES", "STRUCTURED_OURS"]
+__all__ = ["DISTILLED", "OURS", "QUANTIZED", "SCHEMES", "STRUCTURED_OURS"]
 
 Method = Callable[[nn.Module, Budget, float], nn.Module]
 
@@ -73,6 +74,25 @@ def ternarized(model: nn.Module, budget: Budget, target: float) -> nn.Module:
     return fit(model, budget, [_quantize(Scheme(Ternary())), KnowledgeDistillation(alpha=0.5, temperature=4.0)])
 
 
+def sparse_int8(teacher: bool) -> Method:
+    """Pruned in the first half, then trained in int8; with or without a teacher."""
+
+    def method(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
+        prune = GradualPruning(sparsity, LAMP(power=0.5), phase=Phase(0.0, 0.5), every=10)
+        scheme = replace(int8(), observer=MovingAverage(0.1))
+        quantize = QuantizationAwareTraining(scheme, Phase(0.5, 0.52), Phase(0.52, 1.0), 0.9)
+        return fit(model, budget, [prune, quantize, *([KnowledgeDistillation(temperature=4.0)] if teacher else [])])
+
+    return method
+
+
+def taught(scheme: Scheme) -> Method:
+    """A scheme, taught by the model as it was."""
+    return lambda model, budget, target: fit(
+        model, budget, [_quantize(scheme), KnowledgeDistillation(alpha=0.5, temperature=4.0)]
+    )
+
+
 SCHEMES = {
     "int8": int8(),
     "w4a8": w4a8(),
@@ -90,6 +110,14 @@ SCHEMES = {
 }
 
 OURS: dict[str, Method] = {"ours": pruned}
+DISTILLED: dict[str, Method] = {
+    "ternary, fitted": quantized(Scheme(Ternary())),
+    "ternary, fitted + teacher": taught(Scheme(Ternary())),
+    "w2a8": quantized(w2a8()),
+    "w2a8 + teacher": taught(w2a8()),
+    "sparse int8": sparse_int8(teacher=False),
+    "sparse int8 + teacher": sparse_int8(teacher=True),
+}
 STRUCTURED_OURS: dict[str, Method] = {"ours, channels": narrowed}
 QUANTIZED: dict[str, Method] = {
     "ternary": ternarized,
