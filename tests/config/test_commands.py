@@ -163,6 +163,86 @@ def test_every_recipe_takes_a_users_own_classes(recipe: str, recipes: Path) -> N
     assert bits == {RECIPES[recipe]}
 
 
+OWN = [
+    *("model._target_=tests.zoo.MLP", "data._target_=lightning.pytorch.LightningDataModule.from_datasets", "data=mlp"),
+    *("logger=none", "trainer.accelerator=cpu", f"hydra.searchpath=[file://{ROOT / 'tests' / 'config'}]"),
+    *("+trainer.enable_progress_bar=false", "+trainer.enable_model_summary=false"),
+]
+
+
+def test_search_meets_its_budgets_as_measured_on_the_file(tmp_path: Path) -> None:
+    budgets = {"macs": 1000, "bytes": 8000}
+    text = command(
+        *("task=search", *OWN, "trainer.max_epochs=4", "search.levels=[0.25,0.5,0.75]", "search.teacher=true"),
+        *(f"budget.{name}={value}" for name, value in budgets.items()),
+        f"hydra.run.dir={tmp_path}",
+    )
+    state = json.loads((tmp_path / "search.json").read_text())
+    found = state["found"]
+    assert state["met"]
+    assert found["trained"]
+    assert found["macs"] <= 1000 < 16 * 32 + 32 * 32 + 32 * 4
+    (file,) = tmp_path.glob("point*/deploy/model.onnx")
+    assert found["bytes"] == file.stat().st_size <= 8000
+    report = json.loads(next(tmp_path.glob("point*/report.json")).read_text())
+    assert report["artifacts"][0]["metric"] == found["metric"]
+    assert report["artifacts"][0]["integer_kernels"] == 3
+    assert (tmp_path / "dense.ckpt").is_file()
+    # the widest model that meets them: the step before on the way costs too much
+    costs = [point["cost"] for point in state["points"]]
+    assert costs == sorted(costs, reverse=True)
+    assert max(cost for cost in costs if cost <= 1000) <= found["macs"] or found["bytes"] > 0.9 * 8000
+    assert "found" in text
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ([], "accepted is one or more of bytes, latency_ms, macs, metric_drop"),
+        (["budget.bytes=-1"], "each above 0"),
+        (["budget.bytes=100"], "cannot be met by narrowing and int8; the nearest reaches bytes"),
+        (["budget.macs=1000", "search.monitor=val_f1"], "search.monitor='val_f1': validation does not log it"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_in_words(budget: list[str], message: str, tmp_path: Path) -> None:
+    options = ["trainer.max_epochs=1", "search.levels=[0.5]", f"hydra.run.dir={tmp_path}"]
+    text = command("task=search", *OWN, *options, *budget, ok=False)
+    assert message in text
+    assert not list(tmp_path.glob("point*"))
+
+
+def test_sensitivity_of_a_checkpoint(tmp_path: Path) -> None:
+    options = ["task=sensitivity", *OWN, "sensitivity.bits=[2]", "sensitivity.sparsities=[0.9]"]
+    command(*options, "trainer.max_epochs=4", f"hydra.run.dir={tmp_path / 'a'}")
+    state = json.loads((tmp_path / "a" / "sensitivity.json").read_text())
+    assert [(row["layer"], row["kind"]) for row in state["rows"]] == [
+        (layer, kind) for layer in ("net.0", "net.3", "net.5") for kind in ("sparsity", "bits")
+    ]
+    assert state["cached"] == 3
+    assert (tmp_path / "a" / "sensitivity.png").is_file()
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    text = command(*options, f"init_from={last}", "sensitivity.hessian=true", f"hydra.run.dir={tmp_path / 'b'}")
+    again = json.loads((tmp_path / "b" / "sensitivity.json").read_text())
+    assert again["rows"] == state["rows"]
+    assert set(again["traces"]) == {"net.0", "net.3", "net.5"}
+    assert "Epoch" not in text
+
+
+@pytest.mark.xdist_group("recipes")
+def test_pareto_of_a_sweep_again(recipes: Path) -> None:
+    before = json.loads((recipes / "pareto.json").read_text())
+    assert len(before["runs"]) == len(RECIPES)
+    text = command("task=pareto", f"runs={recipes}", "pareto.cost=latency_ms", f"hydra.run.dir={recipes / 'again'}")
+    after = json.loads((recipes / "pareto.json").read_text())
+    assert (before["cost"], after["cost"]) == ("bytes", "latency_ms")
+    assert "again: lightning-compress " in text
+    assert "compression=" in after["runs"][after["chosen"]]["command"]
+
+
+def test_an_unknown_task_is_refused() -> None:
+    assert "task='prune': accepted are train, sensitivity, search, pareto" in command("task=prune", ok=False)
+
+
 def test_plain_trainer_script(tmp_path: Path) -> None:
     run("-m", "experiments.foreign.trainer", cwd=tmp_path)
     assert (tmp_path / "outputs" / "trainer" / "deploy" / "model.onnx").is_file()
