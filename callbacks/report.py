@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
@@ -31,9 +32,10 @@ from lightning_compress.analysis.report import (
 )
 from lightning_compress.layers import Layer
 from lightning_compress.phase import Clock
+from lightning_compress.tracking import define_metric, log_files
 
 from .clock import all_callbacks, current_phase, first_begin, read_clock
-from .evaluate import check_validation_data, pick_metric
+from .evaluate import check_validation_data, more_is_better, pick_metric
 from .export import Export
 from .measure import measure, totals
 from .progress import show_in_progress_bar
@@ -110,7 +112,15 @@ class CompressionReport(pl.Callback):
             return
         name = self.monitor or pick_metric(list(trainer.callback_metrics))
         if name in trainer.callback_metrics:
+            if not self._history.metric:
+                self._define(trainer, name)
             self._history.metric.append([trainer.global_step, float(trainer.callback_metrics[name])])
+
+    def _define(self, trainer: pl.Trainer, name: str) -> None:
+        """Let W&B's summary hold the best and the last value."""
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                define_metric(logger.experiment, name, more_is_better(name))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the watch."""
@@ -241,6 +251,8 @@ class CompressionReport(pl.Callback):
             elif hasattr(logger.experiment, "log_figure"):
                 for name, figure in pictures.items():
                     logger.experiment.log_figure(logger.run_id, figure, f"compress/{name}.png")
+            if isinstance(logger, WandbLogger):
+                log_files(logger.experiment, self.report["artifacts"])
             if hasattr(logger, "log_table"):
                 logger.log_table("compress/report", columns=headers(self.report), data=summary_rows(self.report))
                 layers = self.report["layers"]

@@ -6,6 +6,7 @@ import json
 import netrc
 import os
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,13 @@ from urllib.parse import urlparse
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
 
-__all__ = ["OfflineRun", "read_offline_run", "wandb_logger"]
+__all__ = ["OfflineRun", "define_metric", "log_files", "read_offline_run", "wandb_logger"]
+
+_PATIENCE = 3.0  # seconds
 
 
 def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
-    """A WandbLogger that writes below ``save_dir``, offline unless there is a key; says so in one line.
+    """A WandbLogger that writes below ``save_dir``, offline unless there are a key and a server; says so in one line.
 
     In a Hydra sweep each job is a run of its own, named by its overrides, and all are of one group.
 
@@ -31,10 +34,11 @@ def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
     from lightning.pytorch.loggers import WandbLogger
     from lightning.pytorch.utilities import rank_zero_info
 
-    offline = os.environ.get("WANDB_MODE") == "offline" or not _has_key()
+    why = _why_offline()
+    offline = why is not None
     if offline:
         os.environ.setdefault("WANDB_SILENT", "true")  # its own lines say the same at greater length
-        rank_zero_info(f"W&B: no key is set, so the run is logged offline below {save_dir}; `wandb sync` uploads it.")
+        rank_zero_info(f"W&B: {why}, so the run is logged offline below {save_dir}; `wandb sync` uploads it.")
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     kwargs = _sweep_names() | kwargs
     settings = wandb.Settings(silent=True, console="off") if offline else None
@@ -55,14 +59,54 @@ def _sweep_names() -> dict[str, str]:
     }
 
 
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+def _why_offline() -> str | None:
+    """Why nothing can be sent; None if it can."""
+    server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    host = server.hostname or ""
+    if os.environ.get("WANDB_MODE") == "offline":
+        return "WANDB_MODE is offline"
+    if not os.environ.get("WANDB_API_KEY") and not _stands_in_netrc(host):
+        return "no key is set"
+    port = server.port or (80 if server.scheme == "http" else 443)
+    try:  # W&B itself would wait for a minute and a half before training could start
+        socket.create_connection((host, port), timeout=_PATIENCE).close()
+    except OSError as error:
+        return f"{host} cannot be reached ({error})"
+    return None
+
+
+def _stands_in_netrc(host: str) -> bool:
     try:
         return netrc.netrc().authenticators(host) is not None
     except (FileNotFoundError, netrc.NetrcParseError):
         return False
+
+
+def define_metric(run: Any, name: str, more_is_better: bool) -> None:
+    """Let a run's summary hold the best value of a metric, as ``max`` or ``min``, and the ``last``.
+
+    Args:
+        run: A W&B run.
+        name: The metric.
+        more_is_better: Which is best.
+    """
+    run.define_metric(name, summary=f"{'max' if more_is_better else 'min'},last")
+
+
+def log_files(run: Any, artifacts: list[dict[str, Any]]) -> None:
+    """Give a run the exported files, each an artifact of type ``model`` with what was measured of it as metadata.
+
+    Args:
+        run: A W&B run.
+        artifacts: Those of report.json.
+    """
+    import wandb
+
+    for found in artifacts:
+        metadata = {key: value for key, value in found.items() if key != "path"}
+        artifact = wandb.Artifact(f"model-{run.id}-{found['format']}", type="model", metadata=metadata)
+        artifact.add_file(found["path"])
+        run.log_artifact(artifact)
 
 
 @dataclass
@@ -74,9 +118,10 @@ class OfflineRun:
         name: Display name.
         group: Group, the same for all runs of a sweep.
         config: Hyper-parameters.
-        summary: Last value of every metric.
+        summary: Last value of every metric; of one with a best value, a dict of ``last`` and ``max`` or ``min``.
         history: One dict a logged step.
         files: Names of the files the run recorded, pictures and tables among them.
+        artifacts: Metadata of the artifacts by name.
     """
 
     run_id: str = ""
@@ -86,6 +131,7 @@ class OfflineRun:
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def read_offline_run(path: str | Path) -> OfflineRun:
@@ -112,7 +158,13 @@ def read_offline_run(path: str | Path) -> OfflineRun:
             run.summary.update(_items(record.summary.update))
         elif kind == "history":
             run.history.append(_items(record.history.item))
-            run.summary.update({k: v for k, v in run.history[-1].items() if not k.startswith("_")})
+            plain = (k for k in run.history[-1] if not k.startswith("_") and not isinstance(run.summary.get(k), dict))
+            run.summary.update({k: run.history[-1][k] for k in plain})
+        elif kind == "artifact":
+            run.artifacts[record.artifact.name] = json.loads(record.artifact.metadata or "{}")
+        elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
+            logged = record.request.log_artifact.artifact
+            run.artifacts[logged.name] = json.loads(logged.metadata or "{}")
         elif kind == "files":
             run.files.extend(item.path for item in record.files.files)
     return run

@@ -86,6 +86,8 @@ def test_offline_run_holds_config_history_summary_table_and_images(demo: tuple[P
     assert live == sorted(live)
     assert live[-1] >= 0.9
     assert run_.summary["compress/final_sparsity"] >= 0.9
+    metadata = run_.artifacts[f"model-{run_.run_id}-onnx"]  # beside those of the tables
+    assert metadata["bytes"] == (demo[0] / "deploy" / "model.onnx").stat().st_size
     media = {path.parent.name for path in demo[0].rglob("files/media/*/compress/*")} | {
         path.parent.parent.name for path in demo[0].rglob("files/media/*/compress/*")
     }

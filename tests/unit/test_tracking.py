@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
-from lightning_compress.tracking import OfflineRun, read_offline_run, wandb_logger
+from lightning_compress.tracking import OfflineRun, define_metric, log_files, read_offline_run, wandb_logger
 
 LONG = "x" * 100_000  # longer than three blocks of the file's format
 METRICS = [{"compress/sparsity": step / 4, "loss": 1.0 / (step + 1), "epoch": step} for step in range(4)]
@@ -143,8 +146,16 @@ def test_without_a_key_a_logger_is_offline_and_writes_a_run_that_reads_back(home
     assert run.summary["loss"] == 0.25
 
 
+@pytest.fixture
+def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The host of a server that takes connections."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        yield "127.0.0.1"
+
+
 def test_a_key_in_the_environment_means_online_unless_offline_is_asked_for(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert not is_offline(wandb_logger(home))
@@ -152,8 +163,35 @@ def test_a_key_in_the_environment_means_online_unless_offline_is_asked_for(
     assert is_offline(wandb_logger(home))
 
 
-@pytest.mark.parametrize(("machine", "offline"), [("api.wandb.ai", False), ("elsewhere.org", True)])
-def test_a_key_in_netrc_counts_for_its_own_host(home: Path, machine: str, offline: bool) -> None:
+@pytest.mark.parametrize(("machine", "offline"), [("127.0.0.1", False), ("elsewhere.org", True)])
+def test_a_key_in_netrc_counts_for_its_own_host(home: Path, server: str, machine: str, offline: bool) -> None:
     (home / ".netrc").write_text(f"machine {machine}\n  login user\n  password {'0' * 40}\n")
     (home / ".netrc").chmod(0o600)
     assert is_offline(wandb_logger(home)) is offline
+
+
+def test_a_server_that_cannot_be_reached_costs_no_time(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with socket.socket() as taken:  # a port at which nobody listens
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        begin = time.perf_counter()
+        logger = wandb_logger(home / "logs", project="p")
+        assert is_offline(logger)
+        assert time.perf_counter() - begin < 20  # W&B alone waits for 90 s
+
+
+def test_files_and_the_best_value_come_back(home: Path) -> None:
+    file = home / "model.onnx"
+    file.write_bytes(b"onnx")
+    logger = wandb_logger(home / "logs", project="p")
+    define_metric(logger.experiment, "val_acc", True)
+    for step, value in enumerate((0.5, 0.9, 0.7)):
+        logger.log_metrics({"val_acc": value}, step=step)
+    log_files(logger.experiment, [{"format": "onnx", "path": str(file), "bytes": 4, "agreement": 1.0}])
+    run_id = logger.experiment.id
+    logger.experiment.finish()
+    (path,) = (home / "logs").rglob("*.wandb")
+    found = read_offline_run(path)
+    assert found.artifacts == {f"model-{run_id}-onnx": {"format": "onnx", "bytes": 4, "agreement": 1.0}}
+    assert found.summary["val_acc"] == {"max": 0.9, "last": 0.7}
