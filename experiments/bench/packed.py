@@ -74,7 +74,7 @@ class Recipe:
 TEACHER = "lenet5"
 RECIPES = {
     "lenet300": Recipe(TASKS["lenet300"], 0.935, 3, 12, 0.05),
-    "lenet5": Recipe(LENET5, 0.935, 3, 10, 0.02),
+    "lenet5": Recipe(LENET5, 0.935, 3, 16, 0.02),
 }
 
 
