@@ -126,9 +126,8 @@ def run(
     names, where = tasks or list(TASKS), data_folder(data)
     for name in names:
         load(name, where)  # what is missing is said before anything is trained
-    jobs = [
-        Job(name, seed, teacher, where, folder) for name in names for teacher in (False, True) for seed in range(seeds)
-    ]
+    cells = [(name, teacher) for name in names for teacher in (False, True)]
+    jobs = [Job(name, seed, teacher, where, folder) for name, teacher in cells for seed in range(seeds)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), quiet) as pool:
         runs = list(track(pool.map(do, jobs), "guarded runs", len(jobs)))
     rows, headline = [], dict[str, float]()
