@@ -38,11 +38,10 @@ class CompareRuns(Callback):
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_compress.conf", config_name="config")
-def _main(cfg: DictConfig) -> float | None:
+def _main(cfg: DictConfig) -> Any:
     if cfg.task not in TASKS:
         raise ValueError(f"task={cfg.task!r}: accepted are {', '.join(TASKS)}.")
-    found: float | None = getattr(import_module(f"lightning_compress.tasks.{cfg.task}"), cfg.task)(cfg)
-    return found
+    return getattr(import_module(f"lightning_compress.tasks.{cfg.task}"), cfg.task)(cfg)
 
 
 def main() -> None:

@@ -12,14 +12,15 @@ from lightning_compress.tasks.compose import build_all, check, start
 __all__ = ["train"]
 
 
-def train(cfg: DictConfig) -> float | None:
+def train(cfg: DictConfig) -> Any:
     """Train as configured.
 
     Args:
         cfg: The composed configuration; conf/config.yaml names its fields.
 
     Returns:
-        The objective: the value of the report, or without a report of the logged metrics, that ``cfg.objective`` names.
+        The objective: the value of the report, or without a report of the logged metrics, that ``cfg.objective`` names;
+        a list of values for a list of names.
 
     Raises:
         ValueError: If the compression group was not found, or a checkpoint does not fit the model.
@@ -43,7 +44,16 @@ def train(cfg: DictConfig) -> float | None:
         if "wandb" in sys.modules:  # else the next job of a sweep goes on in this job's run
             sys.modules["wandb"].finish()
     found: Any = reports[0].report if reports else {name: float(v) for name, v in trainer.callback_metrics.items()}
-    for key in str(cfg.objective).split("."):
+    if OmegaConf.is_list(cfg.objective):
+        return [_value(found, name) for name in cfg.objective]
+    return _value(found, cfg.objective)
+
+
+def _value(found: Any, name: str) -> Any:
+    """A value of the report, or of the logged metrics."""
+    if isinstance(found, dict) and name in found:
+        return found[name]
+    for key in str(name).split("."):
         found = (found[int(key)] if isinstance(found, list) else found.get(key)) if found else None
     return found
 
