@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lightning_compress.analysis.compare import offline_runs
 
@@ -312,3 +313,20 @@ def test_every_configuration_composes_and_says_its_command() -> None:
                 assert "compression" in cfg
                 text = (ROOT / "conf" / group / f"{name}.yaml").read_text()
                 assert "#" in text.splitlines()[0]
+
+
+def test_the_sweep_of_wandb_asks_for_what_hydra_takes() -> None:
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    sweep: Any = yaml.safe_load((ROOT / "experiments" / "wandb_sweep.yaml").read_text())
+    ((name, values),) = sweep["parameters"].items()
+    overrides = [part for part in sweep["command"] if "${" not in part] + [f"{name}={values['values'][0]}"]
+    GlobalHydra.instance().clear()
+    with initialize_config_module("lightning_compress.conf", version_base="1.3"):
+        cfg = compose("config", overrides)
+        ours: Any = compose("config", ["experiment=mnist_prune_int8", "sweep=sparsity"], return_hydra_config=True)
+    assert OmegaConf.select(cfg, name) == values["values"][0]
+    assert ours.hydra.sweeper.params[name] == ",".join(map(str, values["values"]))
+    assert sweep["metric"]["name"] == "compress/final_metric"
