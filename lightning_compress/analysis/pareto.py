@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_compress.analysis.page import html_table, picture, write_page
@@ -108,7 +109,7 @@ class Frontier:
         for i, run in self.rows():
             mark = "*" if i == self.chosen else "+" if i in self.best else " "
             style = "bold" if i == self.chosen else None if i in self.best else "dim"
-            shown.add_row(mark, *(f" {cell}" for cell in self._cells(run)), style=style)
+            shown.add_row(mark, *(f" {escape(cell)}" for cell in self._cells(run)), style=style)
         shown.caption = "* the one to take, + on the frontier"
         return shown
 
@@ -175,12 +176,16 @@ def read_runs(folder: str | Path) -> tuple[str, list[Run]]:
 
 
 def _command(folder: Path) -> str:
-    """The command of a run, from the overrides that Hydra wrote down."""
-    path = folder / ".hydra" / "overrides.yaml"
+    """The command of a run, from the overrides that Hydra wrote down; empty where it wrote none."""
+    from omegaconf import OmegaConf
+
+    path = folder / ".hydra" / "hydra.yaml"
     if not path.is_file():
         return ""
-    overrides = [line.removeprefix("- ").strip().strip("'\"") for line in path.read_text().splitlines()]
-    return shlex.join(["lightning-compress", *(o for o in overrides if o and o != "[]")])
+    given = OmegaConf.to_container(OmegaConf.load(path).hydra.overrides)
+    assert isinstance(given, dict)
+    places = [override for override in given["hydra"] if override.startswith("hydra.searchpath")]
+    return shlex.join(["lightning-compress", *given["task"], *places])
 
 
 def frontier(

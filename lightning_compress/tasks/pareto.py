@@ -37,5 +37,5 @@ def show(folder: Path, options: Any) -> None:
     console = Console()
     console.print(found.table())
     if found.runs[found.chosen].command:
-        console.print(f"again: {found.runs[found.chosen].command}", soft_wrap=True)
+        console.print(f"again: {found.runs[found.chosen].command}", soft_wrap=True, markup=False)
     console.print(f"frontier: {folder / 'pareto.html'}", soft_wrap=True)

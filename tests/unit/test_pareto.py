@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,16 @@ def test_reports_are_read_from_the_file_where_there_is_one(tmp_path: Path) -> No
     report(tmp_path / "0", 0.9, 100)
     report(tmp_path / "deep" / "1", 0.8, 50, file=False)
     (tmp_path / "0" / ".hydra").mkdir()
-    (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text("- experiment=x\n- 'compression.prune.sparsity=0.5'\n")
+    (tmp_path / "0" / ".hydra" / "hydra.yaml").write_text(
+        "hydra:\n  overrides:\n    hydra: [hydra.mode=MULTIRUN, 'hydra.searchpath=[file://a]']\n"
+        "    task: [experiment=x, 'objective=[a.0,\\n      b]']\n"
+    )
     metric, (a, b) = read_runs(tmp_path)
     assert metric == "val_acc"
     assert (a.name, a.metric, a.bytes, a.latency_ms) == ("0", 0.9, 100, 0.5)
-    assert a.command == "lightning-compress experiment=x compression.prune.sparsity=0.5"
+    assert shlex.split(a.command)[:2] == ["lightning-compress", "experiment=x"]
+    assert shlex.split(a.command)[2].startswith("objective=[a.0,")
+    assert shlex.split(a.command)[3:] == ["hydra.searchpath=[file://a]"]
     assert (b.name, b.metric, b.bytes, b.latency_ms) == ("deep/1", 0.801, 450, None)
 
 
