@@ -49,7 +49,8 @@ class StudySweeper(Sweeper):
         seed: int = 0,
         params: dict[str, str] | None = None,
     ) -> None:
-        self.num_trials, self.num_parallel, self.directions = num_trials, num_parallel, list(directions)
+        self.num_trials, self.num_parallel = num_trials, num_parallel
+        self.directions: list[Any] = list(directions)
         self.storage, self.study_name, self.seed, self.params = storage, study_name, seed, dict(params or {})
         for name, value in (("num_trials", num_trials), ("num_parallel", num_parallel)):
             if not isinstance(value, int) or value < 1:
