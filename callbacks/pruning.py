@@ -300,9 +300,8 @@ class GradualPruning(pl.Callback):
             self._rewound = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
         progress = self.phase.progress(clock)
         first = self._last_step < 0
-        due = first or progress >= 1 or clock.step - self._last_step >= self.every
-        if self.goal is not None:
-            due = progress >= 1 or self.goal != self._goal_met
+        by_schedule = first or clock.step - self._last_step >= self.every
+        due = progress >= 1 or (by_schedule if self.goal is None else self.goal != self._goal_met)
         if progress >= 0 and due and not self._done:
             self._update(trainer, pl_module, clock)
         if self._observation is not None and not self.reached:

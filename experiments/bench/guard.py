@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 import torch
 from lightning_compress.callbacks import AccuracyGuard, KnowledgeDistillation
 from rich.progress import track
-from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.baselines import accuracy
 from experiments.jobs import load, quiet, trained
@@ -64,9 +64,9 @@ class Held(pl.LightningDataModule):
         """Shuffled, augmented batches."""
         return Batches(self.data.x_train, self.data.y_train, self.task.batch_size, self.seed, self.task.augment)
 
-    def val_dataloader(self) -> list[tuple[Tensor, Tensor]]:
+    def val_dataloader(self) -> Any:
         """Batches of 500."""
-        return list(zip(self.data.x_test.split(500), self.data.y_test.split(500), strict=True))
+        return DataLoader(TensorDataset(self.data.x_test, self.data.y_test), 500)
 
 
 @dataclass(frozen=True)

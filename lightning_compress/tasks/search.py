@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.tasks.compose import build_all, check, start
-from lightning_compress.tasks.sensitivity import validator
+from lightning_compress.tasks.validation import validator
 
 if TYPE_CHECKING:
     from lightning_compress.analysis.narrowing import Point

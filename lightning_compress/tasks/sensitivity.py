@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -10,11 +9,12 @@ from unittest.mock import patch
 from omegaconf import DictConfig
 
 from lightning_compress.tasks.compose import build_all, check, start
+from lightning_compress.tasks.validation import validator
 
 if TYPE_CHECKING:
     from lightning_compress.analysis.sensitivity import Sensitivity
 
-__all__ = ["measure", "sensitivity", "validator"]
+__all__ = ["measure", "sensitivity"]
 
 
 def sensitivity(cfg: DictConfig) -> None:
@@ -88,27 +88,3 @@ def measure(cfg: DictConfig, model: Any, data: Any) -> tuple[Sensitivity, str]:
 
         found.traces = hessian_traces(loss, layers)
     return found, metric
-
-
-def validator(cfg: DictConfig, data: Any) -> Callable[[Any], dict[str, float]]:
-    """Gives the metrics that a model logs over the validation data, always in the same order."""
-    import lightning.pytorch as pl
-
-    from lightning_compress.callbacks.evaluate import quiet
-
-    limit = cfg.trainer.get("limit_val_batches", 1.0)
-    options: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
-    loaders: list[Any] = []
-
-    def validate(model: Any) -> dict[str, float]:
-        with quiet():
-            runner = pl.Trainer(accelerator="cpu", devices=1, limit_val_batches=limit, **options)
-            if not loaders:
-                runner.validate(model, datamodule=data, verbose=False)  # which sets the data up
-                loaders.append(data.val_dataloader())
-            found = runner.validate(model, loaders[0], verbose=False)
-        return {name: value for metrics in found for name, value in metrics.items()}
-
-    return validate

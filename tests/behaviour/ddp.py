@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -27,16 +27,21 @@ def train(name: str, folder: Path) -> str:
     layers = callback_of(trainer, GradualPruning).masks.layers
     quantization = prepared(module)
     ranges = torch.stack([a.range for a in quantization.activations.values()])
-    mine = torch.cat([p.detach().flatten() for p in module.parameters()] + [ranges.flatten()])
-    first = mine.clone()
-    torch.distributed.broadcast(first, 0)
-    same = torch.tensor(int(torch.equal(mine, first)))
-    torch.distributed.all_reduce(same, torch.distributed.ReduceOp.MIN)
-    if not same:
+    if not ranks_agree([*module.parameters(), ranges]):
         return "the ranks differ"
     if sparsity(layers) < SPARSITY:
         return f"sparsity {sparsity(layers)}"
     return "ok" if quantization.enabled else "not quantized"
+
+
+def ranks_agree(values: Iterable[torch.Tensor]) -> bool:
+    """Whether all processes hold the same values, bit for bit; called by all of them."""
+    mine = torch.cat([value.detach().flatten().float() for value in values])
+    first = mine.clone()
+    torch.distributed.broadcast(first, 0)
+    same = torch.tensor(int(torch.equal(mine, first)))
+    torch.distributed.all_reduce(same, torch.distributed.ReduceOp.MIN)
+    return bool(same)
 
 
 def write(path: Path, names: list[str], train: Callable[[str], str]) -> None:

@@ -6,10 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from lightning_compress.callbacks import AccuracyGuard
 
-from .ddp import write
+from .ddp import ranks_agree, write
 from .test_guard import ALLOWED, Priced, make, priced, sparsity, steered, weight_layers
 
 
@@ -18,12 +17,7 @@ def train(cell: str, folder: Path) -> str:
     Priced.allowed_bits = 3
     guard, module = AccuracyGuard(0.01), priced()
     make(folder, guard, *steered(cell == "bits"), devices=2, strategy="ddp").fit(module)
-    mine = torch.cat([p.detach().flatten() for p in module.parameters()])
-    first = mine.clone()
-    torch.distributed.broadcast(first, 0)
-    same = torch.tensor(int(torch.equal(mine, first)))
-    torch.distributed.all_reduce(same, torch.distributed.ReduceOp.MIN)
-    if not same:
+    if not ranks_agree(module.parameters()):
         return "the ranks differ"
     if not (0.49 if cell == "bits" else 0.7) < sparsity(weight_layers(module)) <= ALLOWED + 0.001:
         return f"sparsity {sparsity(weight_layers(module))}"

@@ -6,11 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from ..harness import make_module
 from ..zoo import MODULES
-from .ddp import write
+from .ddp import ranks_agree, write
 from .test_methods import METHODS, assert_reached, make
 
 
@@ -19,11 +17,7 @@ def train(method: str, name: str, folder: Path) -> str:
     module = make_module(name)
     trainer = make(folder, method, devices=2, strategy="ddp_find_unused_parameters_true")
     trainer.fit(module)
-    mine = torch.cat([p.detach().flatten() for p in module.parameters()])
-    first = mine.clone()
-    torch.distributed.broadcast(first, 0)
-    same = torch.tensor(int(torch.equal(mine, first)))
-    torch.distributed.all_reduce(same, torch.distributed.ReduceOp.MIN)
+    same = ranks_agree(module.parameters())
     assert_reached(trainer, method)
     return "ok" if same else "the ranks differ"
 

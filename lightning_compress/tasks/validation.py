@@ -1,0 +1,34 @@
+"""The user's own validation, as a function of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig
+
+__all__ = ["validator"]
+
+
+def validator(cfg: DictConfig, data: Any) -> Callable[[Any], dict[str, float]]:
+    """Gives the metrics that a model logs over the validation data, always in the same order."""
+    import lightning.pytorch as pl
+
+    from lightning_compress.callbacks.evaluate import quiet
+
+    limit = cfg.trainer.get("limit_val_batches", 1.0)
+    options: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    loaders: list[Any] = []
+
+    def validate(model: Any) -> dict[str, float]:
+        with quiet():
+            runner = pl.Trainer(accelerator="cpu", devices=1, limit_val_batches=limit, **options)
+            if not loaders:
+                runner.validate(model, datamodule=data, verbose=False)  # which sets the data up
+                loaders.append(data.val_dataloader())
+            found = runner.validate(model, loaders[0], verbose=False)
+        return {name: value for metrics in found for name, value in metrics.items()}
+
+    return validate
