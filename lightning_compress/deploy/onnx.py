@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +26,7 @@ _INTEGER = (
     *("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm"),
     *("DynamicQuantizeMatMul", "QLinearConvTranspose", "DynamicQuantizeLSTM"),
 )
+_WORTH = 256  # codes in a weight, from which on a cast costs less than they do
 _FLOAT = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU", "RNN")
 
 
@@ -57,27 +59,30 @@ def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
         _select_codes(program.model.graph)
         _integer_biases(program.model.graph)
         _own_zero_points(program.model.graph)
+        _pack_four_bits(program.model)
         _drop_notes(program.model.graph)
         path.parent.mkdir(parents=True, exist_ok=True)
         program.save(str(path), external_data=False)
 
 
 def _drop_notes(graph: Any) -> None:
-    """Without the exporter's notes on where nodes came from, and the shapes in between, which every runtime infers.
+    """Without the exporter's notes on where nodes came from, their names, and the shapes in between.
 
-    In a small model they weigh more than the weights.
+    In a small model they weigh more than the weights, and every runtime infers the shapes.
     """
+    taken = {value.name for value in (*graph.initializers.values(), *graph.inputs, *graph.outputs)}
+    names = (name for name in map("t{}".format, count()) if name not in taken)
     graph.metadata_props.clear()
     for value in graph.initializers.values():
         value.metadata_props.clear()
         value.type = value.shape = None  # its tensor says both
     for node in graph:
         node.metadata_props.clear()
-        node.doc_string = None
+        node.name = node.doc_string = None
         for out in node.outputs:
             out.metadata_props.clear()
             if not out.is_graph_output():
-                out.type = out.shape = None
+                out.name, out.type, out.shape = next(names), None, None
 
 
 def _select_codes(graph: Any) -> None:
@@ -140,6 +145,33 @@ def _own_zero_points(graph: Any) -> None:
         node.replace_input_with(2, own)
     for value in [v for v in graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
         del graph.initializers[value.name]
+
+
+def _pack_four_bits(model: Any) -> None:
+    """Weights whose codes are in -8..7, two to a byte.
+
+    They are cast to 8 bits where they are read, which runtimes do once, when they load the file: kernels and speed are
+    those of 8 bits.
+    """
+    import ml_dtypes
+    import onnx_ir as ir
+
+    graph = model.graph
+    if any(node.op_type == "GroupNormalization" for node in graph):  # means another thing since operator set 21
+        return
+    for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
+        stored = graph.initializers.get(node.inputs[0].name)
+        codes = None if stored is None else stored.const_value.numpy()
+        if codes is None or codes.dtype != np.int8 or codes.size < _WORTH or codes.min() < -8 or codes.max() > 7:
+            continue
+        packed = _stored(graph, f"{stored.name}_packed", codes.astype(ml_dtypes.int4))
+        cast = ir.Node("", "Cast", [packed], [ir.AttrInt64("to", int(ir.DataType.INT8))])
+        cast.outputs[0].name = f"{stored.name}_codes"
+        graph.insert_before(node, cast)
+        node.replace_input_with(0, cast.outputs[0])
+        if not stored.uses():
+            del graph.initializers[stored.name]
+        model.opset_imports[""] = max(model.opset_imports[""], 21)
 
 
 def _stored(graph: Any, name: str, array: np.ndarray) -> Any:

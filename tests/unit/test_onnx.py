@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -17,11 +18,26 @@ from torch import Tensor, nn
 from lightning_compress import convert
 from lightning_compress.deploy.forward import Inputs, run_model
 from lightning_compress.deploy.onnx import Runner, export
+from lightning_compress.quantization import Affine, Scheme
 from lightning_compress.quantization.convert import to_float
 
 from .helpers import largest_difference, noise, quantize, randomized, run
 from .test_convert import IMAGES, dead_channel, negative_gamma
 from .test_placement import Residual
+
+
+class Wide(nn.Module):
+    """Two convolutions with weights worth packing, and a layer too small for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        )
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.net(x).flatten(1))
 
 
 def export_quantized(model: nn.Module, x: Tensor, path: Path) -> Runner:
@@ -66,6 +82,25 @@ def test_the_file_runs_in_integer_kernels(residual: Any) -> None:
     assert found.count("QLinearAveragePool") == 1
     assert "Conv" not in found
     assert "Add" not in found
+
+
+def test_weights_of_four_bits_are_stored_two_to_a_byte_and_run_like_those_of_eight(tmp_path: Path) -> None:
+    model, codes, sizes = randomized(Wide()), {}, {}
+    for bits in (8, 4):
+        copied, path = copy.deepcopy(model), tmp_path / f"{bits}.onnx"
+        x = noise(4, 2, 8, 8)
+        quantize(copied, x, scheme=Scheme(Affine(bits, symmetric=True)))
+        export(convert(copied), Inputs((x[:1],), {}), path)
+        onnx.checker.check_model(onnx.load(path), full_check=True)
+        runner, codes[bits], sizes[bits] = Runner(path, run(copied, x)), kernels(path), path.stat().st_size
+        expected = run(copied, x)
+        off = largest_difference(expected, run(to_float(copied), x))
+        assert largest_difference(runner(Inputs((x,), {})), expected) < 0.5 * off
+    assert codes[4] == codes[8]
+    assert "QLinearConv" in codes[4]
+    assert "Cast" not in codes[4]
+    num = sum(p.numel() for p in model.parameters() if p.numel() >= 256)
+    assert 0.45 * num < sizes[8] - sizes[4] < 0.5 * num
 
 
 def test_the_weights_are_stored_as_int8_in_the_one_file(residual: Any) -> None:
