@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_compress.ladder import next_bits, next_sparsity
+from lightning_compress.ladder import Pace, next_bits, next_sparsity
 from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import LAMP
 
@@ -26,7 +26,8 @@ from .structure import check_strategy
 
 __all__ = ["AccuracyGuard"]
 
-_FIELDS = ("reference", "_kind", "_asked", "_good", "_failed", "_num_missed", "_last_step", "_name")
+_FIELDS = ("reference", "_kind", "_asked", "_good", "_num_missed", "_last_step", "_name")
+_RECOVER = 0.25  # share of the run, its last, in which no further step is taken
 
 
 class AccuracyGuard(pl.Callback):
@@ -35,9 +36,10 @@ class AccuracyGuard(pl.Callback):
     It steers the callbacks beside it. In the phase of a ``GradualPruning``, whose schedule it takes the place of, each
     step drops a share of the weights that are left; in that of a ``QuantizationAwareTraining``, each step lowers the
     bits of the weights. Every validation judges. While the metric holds, the state is kept and the next step is taken.
-    When it does not, weights, optimizers, masks and ranges return bit-exact to the last state that held, and a smaller
-    step is tried, until no step of use is left. The run ends with the last state that held. What the learning rate
-    does is not rolled back. Alone, it prunes by LAMP scores, the whole run long.
+    When it does not, weights, optimizers, masks and ranges return bit-exact to the last state that held, and half the
+    step is tried; the smallest again and again, after longer and longer waits, for what fails at a high learning rate
+    may hold at a lower one. The last quarter of the run takes no further step: it recovers. The run ends with the last
+    state that held. What the learning rate does is not rolled back. Alone, it prunes by LAMP scores.
 
     Args:
         max_drop: How far the metric may fall below that of the dense model, in its own unit: 0.01 of an accuracy is one
@@ -45,10 +47,10 @@ class AccuracyGuard(pl.Callback):
         monitor: The validation metric; an accuracy or the like without one, else the validation loss.
         mode: ``"max"`` if more is better, ``"min"`` if less is; by the metric's name without one.
         reference: What the dense model reaches; measured just before compression begins without one.
-        step: Share of the weights left that a step drops, 0..1.
+        step: Share of the weights left that a step drops at first, 0..1.
         bits: Bits of the weights to try in turn, where a QuantizationAwareTraining is beside it.
         patience: Validations in a row that may miss before the roll-back; weights recover in this time.
-        resolution: The smallest share of the weights left that is worth another step.
+        resolution: The smallest such step.
 
     Raises:
         ValueError: If a value is out of range, or the run has no validation data.
@@ -66,7 +68,7 @@ class AccuracyGuard(pl.Callback):
         reference: float | None = None,
         step: float = 0.5,
         bits: Sequence[int] = (6, 4, 3, 2),
-        patience: int = 1,
+        patience: int = 2,
         resolution: float = 0.1,
     ) -> None:
         self.max_drop, self.monitor, self.mode, self.reference = max_drop, monitor, mode, reference
@@ -76,7 +78,7 @@ class AccuracyGuard(pl.Callback):
         self._kind: Literal["sparsity", "bits"] | None = None  # what the phase that the run is in compresses by
         self._asked = 0.0  # how far
         self._good: dict[str, Any] | None = None
-        self._failed: float | None = None
+        self._pace = Pace(step, resolution)
         self._num_missed = 0
         self._last_step = -1
         self._name: str | None = None
@@ -177,7 +179,8 @@ class AccuracyGuard(pl.Callback):
             self._settle(trainer, pl_module)
         if quantizer is not None and self._kind != "bits" and _begun(quantizer.phase, clock):
             self._kind, self._asked = "bits", float(quantizer.scheme.weight.bits)
-            self._good, self._failed, self._num_missed = None, None, 0
+            self._good, self._num_missed = None, 0
+            self._pace = Pace(self.resolution, self.resolution)  # bits have no half steps
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge."""
@@ -201,6 +204,8 @@ class AccuracyGuard(pl.Callback):
         if self._drop(value) <= self.max_drop:
             self._num_missed = 0
             further = self._good is None or self._good["level"] != self._asked
+            if further:
+                self._pace.held()
             if further or self._drop(value) <= self._drop(self._good["value"]):  # type: ignore[index]
                 self._good = self._keep(trainer, pl_module, value, self._asked)
             if not last:
@@ -212,7 +217,7 @@ class AccuracyGuard(pl.Callback):
         if self._num_missed <= self.patience and not last:
             return "misses, may recover"
         if self._good["level"] != self._asked:
-            self._failed = self._asked
+            self._pace.missed()
         self._back(trainer, pl_module)
         if not last:
             self._go_on(trainer, pl_module)
@@ -238,12 +243,13 @@ class AccuracyGuard(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """The last state that held, and how far the search is."""
         fields = {name.removeprefix("_"): getattr(self, name) for name in _FIELDS}
-        return fields | {"history": copy.deepcopy(self.history)}
+        return fields | {"pace": asdict(self._pace), "history": copy.deepcopy(self.history)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where a checkpoint was written."""
         for name in _FIELDS:
             setattr(self, name, state_dict[name.removeprefix("_")])
+        self._pace = Pace(**state_dict["pace"])
         self.history = copy.deepcopy(state_dict["history"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -295,12 +301,14 @@ class AccuracyGuard(pl.Callback):
     def _go_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ask for the next step, if the last one holds and another is worth it."""
         assert self._good is not None
-        pruner, quantizer, level, found = self._pruner(trainer), self._quantizer(trainer), self._good["level"], None
-        if self._kind == "sparsity" and pruner is not None and not pruner.reached:
-            found = next_sparsity(level, self._failed, pruner.schedule.final, self.step, self.resolution)
-        elif self._kind == "bits" and quantizer is not None:
-            failed = None if self._failed is None else int(self._failed)
-            found = next_bits(int(level), failed, self.bits)
+        pruner, level, found = self._pruner(trainer), self._good["level"], None
+        recovering = read_clock(trainer, trainer.fit_loop.epoch_loop.batch_idx + 1).run > 1 - _RECOVER
+        if recovering or not self._pace.ready():
+            pass
+        elif self._kind == "sparsity" and pruner is not None and not pruner.reached:
+            found = next_sparsity(level, self._pace.step, pruner.schedule.final)
+        elif self._kind == "bits":
+            found = next_bits(int(level), self.bits)
         self._ask(trainer, pl_module, level if found is None else float(found))
 
     def _ask(self, trainer: pl.Trainer, pl_module: pl.LightningModule, level: float) -> None:
