@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_compress.ladder import Pace, next_bits, next_sparsity
 from lightning_compress.phase import Clock, Phase
@@ -26,7 +29,7 @@ from .structure import check_strategy
 
 __all__ = ["AccuracyGuard"]
 
-_FIELDS = ("reference", "_kind", "_asked", "_good", "_num_missed", "_last_step", "_name")
+_FIELDS = ("reference", "_kind", "_asked", "_good", "_num_missed", "_num_samples", "_last_step", "_name")
 _RECOVER = 0.25  # share of the run, its last, in which no further step is taken
 
 
@@ -51,6 +54,8 @@ class AccuracyGuard(pl.Callback):
         bits: Bits of the weights to try in turn, where a QuantizationAwareTraining is beside it.
         patience: Validations in a row that may miss before the roll-back; weights recover in this time.
         resolution: The smallest such step.
+        margin: How much of ``max_drop`` is kept for chance, in its unit. Without one: of an accuracy the standard error
+            over the validation examples, half of ``max_drop`` at most; of other metrics nothing.
 
     Raises:
         ValueError: If a value is out of range, or the run has no validation data.
@@ -70,9 +75,11 @@ class AccuracyGuard(pl.Callback):
         bits: Sequence[int] = (6, 4, 3, 2),
         patience: int = 2,
         resolution: float = 0.1,
+        margin: float | None = None,
     ) -> None:
         self.max_drop, self.monitor, self.mode, self.reference = max_drop, monitor, mode, reference
         self.step, self.bits, self.patience, self.resolution = step, tuple(bits), patience, resolution
+        self.margin = margin
         self.history: list[dict[str, Any]] = []
         self._check_values()
         self._kind: Literal["sparsity", "bits"] | None = None  # what the phase that the run is in compresses by
@@ -80,6 +87,7 @@ class AccuracyGuard(pl.Callback):
         self._good: dict[str, Any] | None = None
         self._pace = Pace(step, resolution)
         self._num_missed = 0
+        self._num_samples = 0  # of the last validation
         self._last_step = -1
         self._name: str | None = None
 
@@ -92,6 +100,10 @@ class AccuracyGuard(pl.Callback):
             raise ValueError(
                 f"{name}.max_drop={self.max_drop!r}: accepted is a number from 0, in the metric's own unit (0.01 of an "
                 "accuracy is one point)."
+            )
+        if self.margin is not None and not (number(self.margin) and 0 <= self.margin <= self.max_drop):
+            raise ValueError(
+                f"{name}.margin={self.margin!r}: accepted is a part of max_drop={self.max_drop:g}, in its unit, or None."
             )
         if self.mode not in ("max", "min", None):
             raise ValueError(f"{name}.mode={self.mode!r}: accepted are 'max' (more is better), 'min', and None.")
@@ -182,6 +194,23 @@ class AccuracyGuard(pl.Callback):
             self._good, self._num_missed = None, 0
             self._pace = Pace(self.resolution, self.resolution)  # bits have no half steps
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count from 0."""
+        self._num_samples = 0
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the examples: the more there are, the less chance there is in the metric."""
+        with suppress(MisconfigurationException):  # a batch whose size shows in nothing
+            self._num_samples += extract_batch_size(batch)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge."""
         step = trainer.global_step
@@ -201,7 +230,7 @@ class AccuracyGuard(pl.Callback):
         )
 
     def _judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule, value: float, last: bool) -> str:
-        if self._drop(value) <= self.max_drop:
+        if self._drop(value) <= self.max_drop - self._margin(value, trainer.world_size):
             self._num_missed = 0
             further = self._good is None or self._good["level"] != self._asked
             if further:
@@ -286,6 +315,15 @@ class AccuracyGuard(pl.Callback):
         more = more_is_better(self._choose()) if self.mode is None else self.mode == "max"
         drop = self.reference - value if more else value - self.reference
         return math.inf if math.isnan(drop) else drop - 1e-6  # metrics are float32
+
+    def _margin(self, value: float, num_processes: int) -> float:
+        """What of the drop is kept for chance: the standard error of a share."""
+        if self.margin is not None:
+            return self.margin
+        num = self._num_samples * num_processes
+        if not num or not 0 <= value <= 1 or not more_is_better(self._choose()) or self.mode == "min":
+            return 0.0
+        return min(math.sqrt(value * (1 - value) / num), self.max_drop / 2)
 
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule, value: float, level: float) -> dict[str, Any]:
         state = keep(trainer, pl_module, self._steered(trainer))

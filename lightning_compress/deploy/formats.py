@@ -27,6 +27,7 @@ class Format:
         activations: The integers that the runtime's kernels compute in.
         dynamic_batch: Whether one file takes any batch size; otherwise there is a file a batch size.
         rounded_weights: Whether its converter folds weights to integers by itself.
+        weight_bits: Bits that a weight can be stored in.
     """
 
     suffix: str
@@ -36,6 +37,7 @@ class Format:
     activations: Activations = "uint8"
     dynamic_batch: bool = True
     rounded_weights: bool = False
+    weight_bits: tuple[int, ...] = (8,)
 
     @property
     def export(self) -> Callable[..., None]:
@@ -60,7 +62,7 @@ class Format:
 _HERE = "lightning_compress.deploy."
 _ONNX = ("onnx", "onnxscript")
 FORMATS = {
-    "onnx": Format(".onnx", "onnx", (*_ONNX, "onnxruntime"), _HERE + "onnx"),
+    "onnx": Format(".onnx", "onnx", (*_ONNX, "onnxruntime"), _HERE + "onnx", weight_bits=(8, 4)),
     "openvino": Format(".xml", "openvino", (*_ONNX, "openvino"), _HERE + "openvino"),
     "executorch": Format(".pte", "executorch", ("executorch",), _HERE + "executorch", "int8", False),
     "litert": Format(".tflite", "litert", ("litert_torch", "ai_edge_litert"), _HERE + "litert", "int8", False, True),

@@ -1,48 +1,26 @@
-"""A budget instead of hyper-parameters: the widest model whose int8 file meets it."""
+"""A budget instead of hyper-parameters: the largest model whose file meets it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_compress.tasks.compose import build_all, check, start
+from lightning_compress.tasks.compose import check, start
+from lightning_compress.tasks.trial import Candidate, trial
 from lightning_compress.tasks.validation import validator
 
 if TYPE_CHECKING:
-    from lightning_compress.analysis.narrowing import Point
+    from lightning_compress.analysis.allocation import Plan, Point
 
-__all__ = ["Candidate", "Search", "search"]
+__all__ = ["Search", "search"]
 
-BUDGETS = ("bytes", "latency_ms", "macs", "metric_drop")
-
-
-@dataclass
-class Candidate:
-    """A narrow model in int8, as its file was measured in its runtime.
-
-    Args:
-        shares: Share of the channels that each group lost.
-        bytes: Of the file on disk.
-        latency_ms: Median milliseconds of one sample, one thread.
-        macs: Multiply-accumulates of one sample.
-        metric: Over the validation data, by the file.
-        metric_drop: How much worse than the dense model in float.
-        trained: Whether it was trained, or only calibrated to measure its file.
-    """
-
-    shares: dict[str, float]
-    bytes: int
-    latency_ms: float
-    macs: int
-    metric: float
-    metric_drop: float
-    trained: bool
+BUDGETS = ("bytes", "bytes_zstd", "latency_ms", "macs", "metric_drop")
 
 
 def search(cfg: DictConfig) -> float:
@@ -80,7 +58,7 @@ def search(cfg: DictConfig) -> float:
 
 
 class Search:
-    """One search: the dense model, the way from it to a narrow one, and what was tried on it.
+    """One search: the dense model, the way from it to a small one, and what was tried on it.
 
     Args:
         cfg: The composed configuration.
@@ -92,6 +70,7 @@ class Search:
         self.tried: list[Candidate] = []
         self._probed: dict[int, Candidate] = {}
         self._trained: dict[int, Candidate] = {}
+        self._grown = dict.fromkeys(BUDGETS, 1.0)  # by how much a trained file exceeds what was measured before
         if cfg.init_from is None:
             trainer, model, data = start(cfg, [], False)
             trainer.fit(model, data)
@@ -100,17 +79,19 @@ class Search:
         self.points = self._points()
 
     def _points(self) -> list[Point]:
-        import torch
-
-        from lightning_compress.analysis.inspect import count_macs
-        from lightning_compress.analysis.narrowing import narrowing
+        from lightning_compress.analysis.allocation import allocate
         from lightning_compress.callbacks.evaluate import more_is_better, pick_metric
+        from lightning_compress.deploy.formats import FORMATS, check_formats
         from lightning_compress.deploy.forward import record_inputs, with_batch
+        from lightning_compress.layers import PRUNABLE, find_layers
+        from lightning_compress.quantization import scheme
 
+        options, of = self.cfg.search, scheme(self.cfg.search.scheme)
+        check_formats([options.format])
         _, model, data = start(self.cfg, [], False)
         model, validate = model.cpu().eval(), validator(self.cfg, data)
         logged = validate(model)
-        self.metric = self.cfg.search.monitor or pick_metric(list(logged)) or ""
+        self.metric = options.monitor or pick_metric(list(logged)) or ""
         if self.metric not in logged:
             raise ValueError(
                 f"search.monitor={self.metric!r}: validation does not log it. Accepted are: "
@@ -120,37 +101,36 @@ class Search:
         inputs = record_inputs(model, lambda: validate(model))
         if inputs is None:
             raise ValueError("search watches the model's forward, but validation_step never calls self(...). Call it.")
-        one = with_batch(inputs, 2)
-
-        def macs(model: torch.nn.Module) -> float:
-            return float(count_macs(model, one)[""])
-
-        def parameters(model: torch.nn.Module) -> float:
-            return float(sum(p.numel() for p in model.parameters()))
-
-        return narrowing(
+        names = [layer.name for layer in find_layers(model, PRUNABLE, of.include, of.exclude, skip_tied=True)[0]]
+        fewer = {name: [b for b in options.bits if b < of.for_layer(name).weight.bits] for name in names}
+        wanted = set(self.budget) - {"metric_drop"} or {"bytes"}
+        return allocate(
             model,
-            lambda model: model(*one.args, **one.kwargs),
+            with_batch(inputs, 2),
             lambda model: validate(model)[self.metric],
-            parameters if set(self.budget) <= {"bytes", "metric_drop"} else macs,
-            levels=list(self.cfg.search.levels),
+            _cost(wanted, model, with_batch(inputs, 2), of.weight.bits, FORMATS[options.format].weight_bits),
+            shares=list(options.levels),
+            bits=fewer if wanted & {"bytes", "bytes_zstd"} else {},
+            sparsities=list(options.sparsities) if "bytes_zstd" in wanted else [],
             more_is_better=self.more_is_better,
         )
 
     def within_file_budgets(self) -> Candidate:
-        """The widest model whose file meets what can be measured before training; trained."""
-        i = self._widest(lambda i: self._meets(self._probe(i)))
+        """The largest model whose file meets what can be measured before training; trained."""
+        i = self._largest(lambda i: self._meets(self._probe(i)))
         for _ in range(self.cfg.search.rounds):
             found = self._train(i)
             if self._meets(found) or i + 1 >= len(self.points):
                 break
-            i += 1  # a latency that was measured at the edge
+            for name in self.budget:  # zeros and codes that training made, or a latency at the edge
+                self._grown[name] = max(self._grown[name], getattr(found, name) / getattr(self._probe(i), name))
+            i = max(i + 1, self._largest(lambda i: self._meets(self._probe(i))))
         return self._must_meet(found)
 
     def within_drop(self) -> Candidate:
-        """The narrowest model within the drop that also meets the other budgets."""
+        """The smallest model within the drop that also meets the other budgets."""
         others = set(self.budget) - {"metric_drop"}
-        low = self._widest(lambda i: self._meets(self._probe(i), others)) if others else 0
+        low = self._largest(lambda i: self._meets(self._probe(i), others)) if others else 0
         high, best = len(self.points) - 1, None
         for _ in range(self.cfg.search.rounds):
             middle = low if others and best is None else (low + high + 1) // 2
@@ -165,7 +145,7 @@ class Search:
                 break
         return self._must_meet(best or self._train(low))
 
-    def _widest(self, meets: Callable[[int], bool]) -> int:
+    def _largest(self, meets: Callable[[int], bool]) -> int:
         """The first point that meets a budget, by bisection: what a file measures falls along the way."""
         last = len(self.points) - 1
         if not meets(last):
@@ -179,7 +159,7 @@ class Search:
     def _meets(self, candidate: Candidate, names: Any = None) -> bool:
         wanted = self.budget if names is None else {name: self.budget[name] for name in names}
         if not candidate.trained:
-            wanted = {name: value for name, value in wanted.items() if name != "metric_drop"}
+            wanted = {name: value / self._grown[name] for name, value in wanted.items() if name != "metric_drop"}
         return all(getattr(candidate, name) <= value + 1e-6 for name, value in wanted.items())
 
     def _must_meet(self, candidate: Candidate) -> Candidate:
@@ -189,7 +169,7 @@ class Search:
         reached = ", ".join(f"{name} {getattr(candidate, name):g} of {value:g}" for name, value in self.budget.items())
         how = f"{self.metric} {candidate.metric:.4f}{'' if candidate.trained else ', untrained'}"
         raise ValueError(
-            f"budget={self.budget} cannot be met by narrowing and {self.cfg.search.scheme}; the nearest reaches "
+            f"budget={self.budget} cannot be met with {self.cfg.search.scheme}; the nearest reaches "
             f"{reached} ({how}). Raise the budget to that, start from a smaller model, or train longer (search.epochs)."
         )
 
@@ -198,47 +178,22 @@ class Search:
         if i not in self._probed:
             with TemporaryDirectory() as folder:
                 options = {"max_epochs": 1, "limit_train_batches": 8, "default_root_dir": folder}
-                self._probed[i] = self.fit(self.points[i].shares, Path(folder), False, **options)
+                self._probed[i] = self.fit(self.points[i].plan, Path(folder), False, **options)
             self.tried.append(self._probed[i])
         return self._probed[i]
 
     def _train(self, i: int) -> Candidate:
         if i not in self._trained:
-            self._trained[i] = self.fit(self.points[i].shares, self.folder / f"point{i}", True)
+            self._trained[i] = self.fit(self.points[i].plan, self.folder / f"point{i}", True)
             self.tried.append(self._trained[i])
         return self._trained[i]
 
-    def fit(self, shares: Mapping[str, float], folder: Path, trained: bool, **options: Any) -> Candidate:
-        """Narrow the dense model by shares of its own a group, quantize, fine-tune, export and measure."""
-        from lightning_compress.callbacks import (
-            ChannelPruning,
-            CompressionReport,
-            Export,
-            KnowledgeDistillation,
-            QuantizationAwareTraining,
-        )
-        from lightning_compress.phase import Phase
-
-        options = {"max_epochs": self.cfg.search.epochs or self.cfg.trainer.max_epochs, **options}
-        begin, full = Phase(0.0, 0.0), dict(shares)
-        narrow = ChannelPruning(0.0, phase=begin, scope="local", floor=0.0, targets=full) if full else None
-        teacher = KnowledgeDistillation() if self.cfg.search.teacher and trained else None
-        export = Export([self.cfg.search.format], dirpath=folder / "deploy", rehearse=False)
-        report = CompressionReport(dirpath=folder, monitor=self.metric, show=False)
-        quantize = QuantizationAwareTraining(self.cfg.search.scheme, Phase(0.25, 0.5), Phase(0.5, 1.0))
-        callbacks = [c for c in (narrow, quantize, teacher, report, export) if c is not None]
-        trainer, model, data = start(
-            self.cfg, callbacks, build_all(self.cfg.logger) if trained else False, enable_checkpointing=False, **options
-        )
-        trainer.fit(model, data)
-        if export.failures:
-            raise RuntimeError(f"search.format={self.cfg.search.format!r}: {next(iter(export.failures.values()))}")
-        (artifact,), totals = export.artifacts, (report.report or {})["compressed"]
-        metric = float(export.metrics[artifact.format][self.metric])
-        drop = self.dense - metric if self.more_is_better else metric - self.dense
-        return Candidate(
-            full, artifact.bytes, artifact.latency_ms["1"], int(totals["macs"]), metric, round(drop, 7), trained
-        )
+    def fit(self, plan: Plan, folder: Path, trained: bool, **options: Any) -> Candidate:
+        """A plan, tried."""
+        found = trial(self.cfg, plan, folder, self.metric, trained, **options)
+        drop = self.dense - found.metric if self.more_is_better else found.metric - self.dense
+        found.metric_drop = round(drop, 7)
+        return found
 
     def write(self, found: Candidate | None) -> None:
         """search.json in the run's folder."""
@@ -262,11 +217,27 @@ class Search:
 
         wanted = ", ".join(f"{name} {value:g}" for name, value in self.budget.items())
         shown = Table(title=f"budget: {wanted}; dense {self.metric} {self.dense:.4f}", box=box.SIMPLE_HEAD)
-        for name in ("", "channels", "bytes", "ms @1", "MACs", self.metric, "drop"):
+        for name in ("", "weights", "bits", "zeros", "bytes", "zstd", "ms @1", "MACs", self.metric, "drop"):
             shown.add_column(name, justify="right")
         for c in self.tried:
             mark = "found" if c is found else "trained" if c.trained else "probed"
-            kept = f"{1 - sum(c.shares.values()) / max(1, len(self.points[-1].shares)):.0%}"
+            size = f"{c.num_params:,}", f"{c.bits:.2f}", f"{c.sparsity:.0%}", f"{c.bytes:,}", f"{c.bytes_zstd:,}"
             metric, drop = (f"{c.metric:.4f}", f"{c.metric_drop:.4f}") if c.trained else ("-", "-")
-            shown.add_row(mark, kept, f"{c.bytes:,}", f"{c.latency_ms:.3f}", f"{c.macs:,}", metric, drop)
+            shown.add_row(mark, *size, f"{c.latency_ms:.3f}", f"{c.macs:,}", metric, drop)
         return shown
+
+
+def _cost(wanted: Iterable[str], dense: Any, inputs: Any, bits: int, stored: tuple[int, ...]) -> Any:
+    """What a narrowed model and a plan cost of what is budgeted, each in units of the dense model's."""
+    from lightning_compress.analysis.allocation import Plan
+    from lightning_compress.analysis.cost import file_bytes
+    from lightning_compress.analysis.inspect import count_macs
+
+    def amount(name: str, model: Any, plan: Plan) -> float:
+        if name in ("bytes", "bytes_zstd"):
+            return file_bytes(model, plan, bits, stored, compressed=name == "bytes_zstd")
+        return float(count_macs(model, inputs)[""])  # which latency follows
+
+    kinds = {"macs" if name == "latency_ms" else name for name in wanted}
+    whole = {name: amount(name, dense, Plan()) for name in kinds}
+    return lambda model, plan: sum(amount(name, model, plan) / whole[name] for name in kinds)

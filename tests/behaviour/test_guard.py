@@ -187,6 +187,18 @@ def test_what_misses_from_the_start_is_said(tmp_path: Path) -> None:
     assert differences(dict(module.state_dict()), dict(before))  # it trained on
 
 
+@pytest.mark.parametrize(("num", "room"), [(None, 0.005), (90_000, 0.009)], ids=["few examples", "many"])
+def test_the_fewer_examples_the_more_is_left_to_chance(tmp_path: Path, num: int | None, room: float) -> None:
+    guard, module = AccuracyGuard(0.01, resolution=0.01), priced()
+    if num is not None:  # the standard error of .9 is .001 then
+        guard.on_validation_batch_end = lambda *args: setattr(guard, "_num_samples", num)  # type: ignore[method-assign]
+    make(tmp_path, guard).fit(module)
+    held = [entry["value"] for entry in guard.history if entry["outcome"] == "holds"]
+    missed = [entry["value"] for entry in guard.history if entry["outcome"] != "holds"]
+    assert min(held) >= 0.9 - room - 1e-5
+    assert max(missed) < 0.9 - room + 1e-5
+
+
 def test_nan_never_holds(tmp_path: Path) -> None:
     class Broken(Priced):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -214,6 +226,7 @@ def test_two_processes_decide_alike(tmp_path: Path) -> None:
         ({"bits": (2, 4)}, "bits"),
         ({"bits": (16, 4)}, "bits"),
         ({"patience": -1}, "patience"),
+        ({"margin": 0.02}, "margin"),
     ],
 )
 def test_bad_values_are_named(options: dict[str, Any], field: str) -> None:

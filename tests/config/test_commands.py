@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from lightning_compress.analysis.compare import offline_runs
+from lightning_compress.deploy.size import weigh
 
 ROOT = Path(__file__).parents[2]
 FAST = ["trainer.max_epochs=2", "+trainer.limit_train_batches=30"]
@@ -191,19 +192,35 @@ def test_search_meets_its_budgets_as_measured_on_the_file(tmp_path: Path) -> Non
     assert report["artifacts"][0]["metric"] == found["metric"]
     assert report["artifacts"][0]["integer_kernels"] == 3
     assert (tmp_path / "dense.ckpt").is_file()
-    # the widest model that meets them: the step before on the way costs too much
+    # the largest model that meets them: costs fall along the way, and the point before it was probed and misses
     costs = [point["cost"] for point in state["points"]]
     assert costs == sorted(costs, reverse=True)
-    assert max(cost for cost in costs if cost <= 1000) <= found["macs"] or found["bytes"] > 0.9 * 8000
+    plans = [point["plan"] for point in state["points"]]
+    probed = {plans.index(c["plan"]): c["macs"] <= 1000 and c["bytes"] <= 8000 for c in state["tried"]}
+    assert not probed[plans.index(found["plan"]) - 1]
     assert "found" in text
+
+
+def test_search_for_a_download_takes_zeros_bits_and_channels_layer_by_layer(tmp_path: Path) -> None:
+    options = ["trainer.max_epochs=4", "search.levels=[0.5]", "search.sparsities=[0.5,0.9]", "search.bits=[4,2]"]
+    command("task=search", *OWN, *options, "budget.bytes_zstd=1500", f"hydra.run.dir={tmp_path}")
+    found = json.loads((tmp_path / "search.json").read_text())["found"]
+    (file,) = tmp_path.glob("point*/deploy/model.onnx")
+    assert found["bytes_zstd"] == weigh(file)[1] <= 1500
+    layers = {row["name"]: row for row in json.loads(next(tmp_path.glob("point*/report.json")).read_text())["layers"]}
+    for name, row in layers.items():
+        assert row["weight_bits"] == found["plan"]["bits"].get(name, 8)
+        assert row["sparsity"] >= found["plan"]["sparsities"].get(name, 0.0) - 1 / row["num_params"]
+    assert found["plan"]["bits"]
+    assert found["plan"]["sparsities"]
 
 
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ([], "accepted is one or more of bytes, latency_ms, macs, metric_drop"),
+        ([], "accepted is one or more of bytes, bytes_zstd, latency_ms, macs, metric_drop"),
         (["budget.bytes=-1"], "each above 0"),
-        (["budget.bytes=100"], "cannot be met by narrowing and int8; the nearest reaches bytes"),
+        (["budget.bytes=100"], "cannot be met with int8; the nearest reaches bytes"),
         (["budget.macs=1000", "search.monitor=val_f1"], "search.monitor='val_f1': validation does not log it"),
     ],
 )

@@ -1,0 +1,177 @@
+"""Which layer gives up how much: a way from the dense model to a small one, cheapest accuracy first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.analysis.sensitivity import sensitivity
+from lightning_compress.deploy.forward import Inputs
+from lightning_compress.layers import PRUNABLE, find_layers
+from lightning_compress.pruning.coupling import Group, couple
+from lightning_compress.pruning.plan import Limits, choose, prove_groups, record_of, score_groups
+from lightning_compress.pruning.surgery import apply_record
+
+__all__ = ["Plan", "Point", "allocate"]
+
+_FREE = 1e-3  # a drop below this is as good as none: what one image in a thousand makes
+
+Kind = Literal["shares", "bits", "sparsities"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each layer gives up; what is not named stays as it is.
+
+    Args:
+        shares: Share of the output channels that go, by the name of the first layer of those that share them.
+        bits: Bits of a layer's weights.
+        sparsities: Share of a layer's weights that are zero.
+    """
+
+    shares: Mapping[str, float] = field(default_factory=dict)
+    bits: Mapping[str, int] = field(default_factory=dict)
+    sparsities: Mapping[str, float] = field(default_factory=dict)
+
+    def after(self, kind: Kind, name: str, level: float) -> Plan:
+        """With one layer at another level."""
+        return Plan(**{**vars(self), kind: {**getattr(self, kind), name: level}})
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model between dense and small.
+
+    Args:
+        plan: What its layers give up.
+        cost: What is left of the cost.
+        drop: Sum of what they lose of the metric, each alone and without retraining.
+    """
+
+    plan: Plan
+    cost: float
+    drop: float
+
+
+@torch.no_grad()
+def allocate(
+    model: nn.Module,
+    inputs: Inputs,
+    evaluate: Callable[[nn.Module], float],
+    cost: Callable[[nn.Module, Plan], float],
+    *,
+    shares: Sequence[float] = (0.25, 0.5, 0.625, 0.75, 0.8125, 0.875),
+    bits: Mapping[str, Sequence[int]] | None = None,
+    sparsities: Sequence[float] = (),
+    more_is_better: bool = True,
+) -> list[Point]:
+    """Which layers give up what in turn: each step is the one that saves most for what it costs.
+
+    First each layer alone is compressed to each level and the metric measured, without retraining. Then greedily the
+    step with the highest saving of cost a lost metric is taken, until all layers are as small as they can be. Costs
+    need not add up: every step is priced on the model as it is by then.
+
+    Args:
+        model: In eval mode on the CPU, in float32; it is as before in the end.
+        inputs: Example inputs of its forward.
+        evaluate: The metric of a model.
+        cost: What a narrowed model costs with the bits and sparsities of a plan: bytes, multiply-accumulates.
+        shares: Shares of their output channels that layers may lose, rising.
+        bits: Bits that a layer's weights may have, falling, by name; empty for those of the scheme.
+        sparsities: Shares of its weights that a layer may lose, rising.
+        more_is_better: Whether a lower metric is worse.
+
+    Returns:
+        The points of the way, the dense model first.
+
+    Raises:
+        ValueError: If nothing can be given up.
+    """
+    bits = bits or {}
+
+    def forward(model: nn.Module) -> Any:
+        return model(*inputs.args, **inputs.kwargs)
+
+    coupling = prove_groups(model, forward, couple(copy.deepcopy(model), forward, (), (), {}, {}), Limits())
+    scores = score_groups(coupling.groups, model, _magnitudes(model))
+
+    def narrow(shares: Mapping[str, float]) -> nn.Module:
+        smaller = copy.deepcopy(model)
+        if shares:
+            drops = choose(coupling.groups, scores, 1.0, Limits(floor=0.0, shares=shares))
+            apply_record(smaller, record_of(model, coupling.groups, drops))
+        return smaller
+
+    levels: dict[tuple[Kind, str], Sequence[float]] = {}
+    levels |= {("shares", group.name): _within(group, shares) for group in coupling.groups}
+    levels |= {("bits", name): steps for name, steps in bits.items()}
+    names = [layer.name for layer in find_layers(model, PRUNABLE, skip_tied=True)[0]]
+    levels |= {("sparsities", name): sparsities for name in names}
+    if not any(levels.values()):
+        raise ValueError(f"The model has no channels that can be removed: {coupling.skipped}.")
+    dense, sign = evaluate(model), 1 if more_is_better else -1
+    lost = {
+        ("shares", group.name, level): sign * (dense - evaluate(narrow({group.name: level})))
+        for group in coupling.groups
+        for level in levels["shares", group.name]
+    }
+    lost |= _lost_in_values(model, inputs, evaluate, bits, sparsities, more_is_better)
+    points, narrowed = [Point(Plan(), cost(model, Plan()), 0.0)], model
+    while True:
+        now, best = points[-1], None
+        for (kind, name), steps in levels.items():
+            at = getattr(now.plan, kind).get(name)
+            level = next(iter(steps if at is None else steps[steps.index(at) + 1 :]), None)
+            if level is None:
+                continue
+            plan = now.plan.after(kind, name, level)
+            smaller = narrow(plan.shares) if kind == "shares" else narrowed
+            left = cost(smaller, plan)
+            more = max(0.0, lost[kind, name, level]) - max(0.0, lost.get((kind, name, at), 0.0))
+            worth = (now.cost - left) / max(more, _FREE)
+            if left < now.cost and (best is None or worth > best[0]):
+                best = worth, Point(plan, left, now.drop + max(more, 0.0)), smaller
+        if best is None:
+            return points
+        points.append(best[1])
+        narrowed = best[2]
+
+
+def _lost_in_values(
+    model: nn.Module,
+    inputs: Inputs,
+    evaluate: Callable[[nn.Module], float],
+    bits: Mapping[str, Sequence[int]],
+    sparsities: Sequence[float],
+    more_is_better: bool,
+) -> dict[tuple[Kind, str, float], float]:
+    """What fewer bits and zeros lose of the metric, by layer and level."""
+    kinds: dict[str, Kind] = {"bits": "bits", "sparsity": "sparsities"}
+    asked = sorted({b for steps in bits.values() for b in steps}, reverse=True)
+    if not asked and not sparsities:
+        return {}
+    found = sensitivity(
+        model, evaluate, sparsities=sparsities, bits=asked, more_is_better=more_is_better, inputs=inputs
+    )
+    return {(kinds[row.kind], row.layer, row.level): row.drop for row in found.rows}
+
+
+def _within(group: Group, levels: Sequence[float]) -> list[float]:
+    """The levels that leave a channel, and differ in what they leave."""
+    found: dict[int, float] = {}
+    for level in levels:
+        num = int(level * int(group.sizes.sum()) + 1e-6)
+        if 0 < num < int(group.sizes.sum()):
+            found.setdefault(num, level)
+    return list(found.values())
+
+
+def _magnitudes(model: nn.Module) -> dict[str, Tensor]:
+    layers, _ = find_layers(model, PRUNABLE, skip_tied=True)
+    ours = {id(layer.weight) for layer in layers}
+    return {name: p.abs() for name, p in model.named_parameters(remove_duplicate=False) if id(p) in ours}

@@ -1,0 +1,121 @@
+"""One plan, tried: compressed, trained in fake-quantized values, exported, and measured as its file in its runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from lightning_compress.tasks.compose import build_all, start
+
+if TYPE_CHECKING:
+    from lightning_compress.analysis.allocation import Plan
+    from lightning_compress.quantization import Scheme
+
+__all__ = ["Candidate", "mixed", "trial"]
+
+
+@dataclass
+class Candidate:
+    """A compressed model, as its file was measured in its runtime.
+
+    Args:
+        plan: What its layers gave up.
+        bytes: Of the file on disk.
+        bytes_zstd: Of the file compressed by zstd.
+        latency_ms: Median milliseconds of one sample, one thread.
+        macs: Multiply-accumulates of one sample.
+        num_params: Weights left.
+        bits: Mean bits of a weight.
+        sparsity: Share of the weights left that is zero.
+        metric: Over the validation data, by the file.
+        trained: Whether it was trained, or only calibrated to measure its file.
+        metric_drop: How much worse than the dense model in float.
+    """
+
+    plan: Plan
+    bytes: int
+    bytes_zstd: int
+    latency_ms: float
+    macs: int
+    num_params: int
+    bits: float
+    sparsity: float
+    metric: float
+    trained: bool
+    metric_drop: float = 0.0
+
+
+def mixed(scheme: Scheme, bits: Mapping[str, int]) -> Scheme:
+    """A scheme in which some layers' weights have other bits, with learned steps."""
+    from lightning_compress.quantization import LearnedStep
+
+    def with_bits(num: int) -> Scheme:
+        return replace(scheme, weight=LearnedStep(num, symmetric=True), include=(), exclude=(), overrides={})
+
+    return replace(scheme, overrides={**{name: with_bits(b) for name, b in bits.items()}, **scheme.overrides})
+
+
+def trial(cfg: DictConfig, plan: Plan, folder: Path, monitor: str, trained: bool = True, **options: Any) -> Candidate:
+    """Try a plan on the model of a configuration.
+
+    Args:
+        cfg: The composed configuration, whose ``init_from`` is the dense model.
+        plan: What the layers give up.
+        folder: Of the report and of the file.
+        monitor: The validation metric.
+        trained: Whether this is a training that counts: with loggers, and a teacher if asked for.
+        options: Of the Trainer.
+
+    Raises:
+        RuntimeError: If the model cannot be exported.
+    """
+    from lightning_compress.callbacks import (
+        ChannelPruning,
+        CompressionReport,
+        Export,
+        GradualPruning,
+        KnowledgeDistillation,
+        QuantizationAwareTraining,
+    )
+    from lightning_compress.phase import Phase
+    from lightning_compress.quantization import scheme
+
+    callbacks: list[Any] = []
+    if plan.shares:
+        begin, shares = Phase(0.0, 0.0), dict(plan.shares)
+        callbacks.append(ChannelPruning(0.0, phase=begin, scope="local", floor=0.0, targets=shares))
+    if plan.sparsities:
+        zeros = dict(plan.sparsities)
+        callbacks.append(
+            GradualPruning(max(zeros.values()), phase=Phase(0.0, 0.25), include=list(zeros), targets=zeros)
+        )
+    quantized = mixed(scheme(cfg.search.scheme), plan.bits)
+    callbacks.append(QuantizationAwareTraining(quantized, Phase(0.25, 0.4), Phase(0.4, 1.0)))
+    if cfg.search.teacher and trained:
+        callbacks.append(KnowledgeDistillation())
+    report = CompressionReport(dirpath=folder, monitor=monitor, show=False)
+    export = Export([cfg.search.format], dirpath=folder / "deploy", rehearse=False)
+    options = {"max_epochs": cfg.search.epochs or cfg.trainer.max_epochs, "enable_checkpointing": False, **options}
+    loggers = build_all(cfg.logger) if trained else False
+    trainer, model, data = start(cfg, [*callbacks, report, export], loggers, **options)
+    trainer.fit(model, data)
+    if export.failures:
+        raise RuntimeError(f"search.format={cfg.search.format!r}: {next(iter(export.failures.values()))}")
+    (artifact,), found = export.artifacts, report.report or {}
+    totals, layers = found["compressed"], found["layers"]
+    return Candidate(
+        plan,
+        artifact.bytes,
+        artifact.bytes_zstd,
+        artifact.latency_ms["1"],
+        int(totals["macs"]),
+        int(totals["num_params"]),
+        sum(row["num_params"] * row["weight_bits"] for row in layers) / sum(row["num_params"] for row in layers),
+        float(totals["sparsity"]),
+        float(export.metrics[artifact.format][monitor]),
+        trained,
+    )
