@@ -103,7 +103,7 @@ class AccuracyGuard(pl.Callback):
             )
         if self.margin is not None and not (number(self.margin) and 0 <= self.margin <= self.max_drop):
             raise ValueError(
-                f"{name}.margin={self.margin!r}: accepted is a part of max_drop={self.max_drop:g}, in its unit, or None."
+                f"{name}.margin={self.margin!r}: accepted is a part of max_drop={self.max_drop:g}, or None."
             )
         if self.mode not in ("max", "min", None):
             raise ValueError(f"{name}.mode={self.mode!r}: accepted are 'max' (more is better), 'min', and None.")

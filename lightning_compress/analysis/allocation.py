@@ -115,7 +115,7 @@ def allocate(
     if not any(levels.values()):
         raise ValueError(f"The model has no channels that can be removed: {coupling.skipped}.")
     dense, sign = evaluate(model), 1 if more_is_better else -1
-    lost = {
+    lost: dict[tuple[Kind, str, float], float] = {
         ("shares", group.name, level): sign * (dense - evaluate(narrow({group.name: level})))
         for group in coupling.groups
         for level in levels["shares", group.name]

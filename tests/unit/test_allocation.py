@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def test_costs_fall_and_every_layer_ends_as_small_as_it_can_be() -> None:
     assert len(set(costs)) == len(costs)
     assert points[0].plan == Plan()
     assert points[-1].plan == Plan({"0": 0.5, "2": 0.5}, {"0": 4, "2": 2}, {"0": 0.9, "2": 0.9, "4": 0.9})
-    for a, b in zip(points, points[1:], strict=False):  # one step of one layer at a time
+    for a, b in pairwise(points):  # one step of one layer at a time
         steps = [
             name
             for kind in ("shares", "bits", "sparsities")
