@@ -15,28 +15,18 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
-from lightning_compress.analysis.inspect import (
-    estimate_bytes,
-    layer_table,
-    sparsity,
-    weight_layers,
-)
-from lightning_compress.analysis.report import (
-    History,
-    figures,
-    headers,
-    summary_rows,
-    terminal_table,
-    write_html,
-    write_json,
-)
+from lightning_compress.analysis.history import History
+from lightning_compress.analysis.inspect import estimate_bytes, layer_table, sparsity, weight_bits, weight_layers
+from lightning_compress.analysis.report import terminal_table, write_html, write_json
+from lightning_compress.deploy.packed import save_packed
 from lightning_compress.layers import Layer
 from lightning_compress.phase import Clock
-from lightning_compress.tracking import define_metric, log_files
+from lightning_compress.tracking import define_metric
 
 from .clock import all_callbacks, current_phase, first_begin, read_clock
-from .evaluate import check_validation_data, more_is_better, pick_metric
+from .evaluate import check_validation_data, copied, more_is_better, pick_metric
 from .export import Export
+from .loggers import send
 from .measure import measure, totals
 from .progress import show_in_progress_bar
 from .structure import check_strategy
@@ -47,8 +37,8 @@ __all__ = ["CompressionReport"]
 class CompressionReport(pl.Callback):
     """Logs ``compress/*`` during training, and at the end writes report.json and report.html and prints a table.
 
-    Just before compression begins the dense model is measured on the validation data, on a copy. Table and pictures
-    go to every logger that takes them.
+    Just before compression begins the dense model is measured on the validation data, on a copy. A packed checkpoint,
+    ``packed.safetensors``, lies beside the report. Tables, pictures and files go to every logger that takes them.
 
     Args:
         dirpath: Folder of the report; the Trainer's default_root_dir without one.
@@ -136,12 +126,12 @@ class CompressionReport(pl.Callback):
             self._phase = current_phase(trainer, read_clock(trainer, 0))
             self._look(trainer.global_step)
             self.report = self._make(trainer, pl_module)
-            folder = Path(self.dirpath) if self.dirpath is not None else Path(trainer.default_root_dir)
         self.report["seconds"] = {key: round(value, 3) for key, value in self._seconds.items()}
+        folder = self._folder(trainer)
         write_json(self.report, folder / "report.json")
         write_html(self.report, self._history, folder / "report.html")
         for logger in trainer.loggers:
-            self._send(logger, trainer.global_step)
+            send(logger, self.report, self._history, trainer.global_step)
         if self.show:
             if trainer.progress_bar_callback is not None:
                 trainer.progress_bar_callback.teardown(trainer, pl_module, stage)  # so that no live bar is in the way
@@ -191,6 +181,7 @@ class CompressionReport(pl.Callback):
             self._history.steps.append(step)
             for layer in self._layers:
                 self._history.sparsity.setdefault(layer.name, []).append(sparsity([layer]))
+                self._history.bits.setdefault(layer.name, []).append(weight_bits(layer))
         self._sparsity = sparsity(self._layers)
 
     def _log(self, pl_module: pl.LightningModule) -> None:
@@ -214,6 +205,7 @@ class CompressionReport(pl.Callback):
             compressed.update({key: artifacts[0][key] for key in ("bytes", "bytes_zstd")})
         self._history.bins, self._history.after = _histogram(self._layers, self._history.bins)
         warnings = [f"Export to {name} failed: {why}" for name, why in (export.failures if export else {}).items()]
+        packed = self._pack(trainer, pl_module, warnings)
         cautions = [text for artifact in artifacts for text in artifact["warnings"]]  # Export has said them
         if self.monitor is not None and self.monitor not in compressed["metrics"]:
             warnings.append(f"monitor={self.monitor!r} was not logged; logged were {', '.join(compressed['metrics'])}.")
@@ -226,42 +218,25 @@ class CompressionReport(pl.Callback):
             "compressed": totals(compressed, metric),
             "layers": layer_table(pl_module, compressed["macs_by_layer"]),
             "artifacts": artifacts,
+            "packed": packed,
             "latency_ms_pytorch": compressed.get("latency_ms", {}),
             "seconds": {},
             "warnings": warnings + cautions,
         }
 
-    def _send(self, logger: Any, step: int) -> None:
-        """Give a logger the table and the pictures, in the way it takes them."""
-        assert self.report is not None
-        pictures = figures(self._history, self.report["metric"])
-        final = {f"compress/final_{k}": v for k, v in (self.report["compressed"] or {}).items() if v is not None}
+    def _pack(self, trainer: pl.Trainer, pl_module: pl.LightningModule, warnings: list[str]) -> dict[str, Any] | None:
+        """The packed checkpoint beside the report."""
+        path = self._folder(trainer) / "packed.safetensors"
         try:
-            logger.log_metrics(final, step=step)
-            if hasattr(logger, "log_image"):
-                from matplotlib.backends.backend_agg import FigureCanvasAgg
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_packed(copied(pl_module).cpu(), path)
+        except Exception as error:  # a state dict with something else in it than tensors
+            warnings.append(f"The packed checkpoint could not be written: {error}")
+            return None
+        return {"path": str(path), "bytes": path.stat().st_size}
 
-                for name, figure in pictures.items():
-                    canvas = FigureCanvasAgg(figure)
-                    canvas.draw()
-                    logger.log_image(f"compress/{name}", [np.asarray(canvas.buffer_rgba())])
-            elif hasattr(logger.experiment, "add_figure"):
-                for name, figure in pictures.items():
-                    logger.experiment.add_figure(f"compress/{name}", figure, global_step=step)
-            elif hasattr(logger.experiment, "log_figure"):
-                for name, figure in pictures.items():
-                    logger.experiment.log_figure(logger.run_id, figure, f"compress/{name}.png")
-            if isinstance(logger, WandbLogger):
-                log_files(logger.experiment, self.report["artifacts"])
-            if hasattr(logger, "log_table"):
-                logger.log_table("compress/report", columns=headers(self.report), data=summary_rows(self.report))
-                layers = self.report["layers"]
-                if layers:
-                    logger.log_table(
-                        "compress/layers", columns=list(layers[0]), data=[list(r.values()) for r in layers]
-                    )
-        except Exception as error:  # a logger that refuses a picture must not cost the run its report
-            rank_zero_warn(f"{type(logger).__name__} did not take the report: {type(error).__name__}: {error}")
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(self.dirpath) if self.dirpath is not None else Path(trainer.default_root_dir)
 
 
 def _formats(trainer: pl.Trainer) -> list[str]:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
+import numpy as np
+
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
 
-__all__ = ["OfflineRun", "define_metric", "log_files", "read_offline_run", "wandb_logger"]
+__all__ = ["OfflineRun", "define_metric", "log_files", "log_histograms", "read_offline_run", "wandb_logger"]
 
 _PATIENCE = 3.0  # seconds
 
@@ -93,20 +95,47 @@ def define_metric(run: Any, name: str, more_is_better: bool) -> None:
     run.define_metric(name, summary=f"{'max' if more_is_better else 'min'},last")
 
 
-def log_files(run: Any, artifacts: list[dict[str, Any]]) -> None:
-    """Give a run the exported files, each an artifact of type ``model`` with what was measured of it as metadata.
+def log_histograms(run: Any, edges: list[float], counts: dict[str, list[float]]) -> None:
+    """Give a run the histograms of its weights.
+
+    Args:
+        run: A W&B run.
+        edges: Of the bins.
+        counts: By name, one a bin; what is empty is left out.
+    """
+    import wandb
+
+    for name, values in counts.items():
+        if values:
+            found = wandb.Histogram(np_histogram=(np.asarray(values), np.asarray(edges)))
+            run.log({f"compress/weights_{name}": found})
+
+
+def log_files(run: Any, artifacts: list[dict[str, Any]], packed: dict[str, Any] | None = None) -> None:
+    """Give a run its files, each an artifact with what was measured of it as metadata.
+
+    The packed checkpoint is of type ``checkpoint``; the exported files are of type ``model``, and name the checkpoint
+    that holds the weights they were made from.
 
     Args:
         run: A W&B run.
         artifacts: Those of report.json.
+        packed: The packed checkpoint of report.json.
     """
     import wandb
 
-    for found in artifacts:
+    def log(name: str, kind: str, found: dict[str, Any]) -> None:
         metadata = {key: value for key, value in found.items() if key != "path"}
-        artifact = wandb.Artifact(f"model-{run.id}-{found['format']}", type="model", metadata=metadata)
+        artifact = wandb.Artifact(name, type=kind, metadata=metadata)
         artifact.add_file(found["path"])
         run.log_artifact(artifact)
+
+    made_from: dict[str, Any] = {}
+    if packed is not None:
+        made_from = {"made_from": f"checkpoint-{run.id}"}
+        log(made_from["made_from"], "checkpoint", packed)
+    for found in artifacts:
+        log(f"model-{run.id}-{found['format']}", "model", found | made_from)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from lightning_compress.layers import EMBEDDING, QUANTIZABLE, Layer, find_layers
 from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.prepare import prepared
 
-__all__ = ["count_macs", "describe", "estimate_bytes", "layer_table", "sparsity", "weight_layers"]
+__all__ = ["count_macs", "describe", "estimate_bytes", "layer_table", "sparsity", "weight_bits", "weight_layers"]
 
 
 def weight_layers(model: nn.Module) -> list[Layer]:
@@ -32,6 +32,12 @@ def sparsity(layers: Iterable[Layer]) -> float:
         total += layer.weight.numel()
         zeros += layer.weight.numel() - int(torch.count_nonzero(layer.weight.detach()))
     return zeros / max(1, total)
+
+
+def weight_bits(layer: Layer) -> int:
+    """Bits of the values that a layer computes with."""
+    quantizer = weights(layer.module).get(layer.parameter)
+    return quantizer.quantizer.bits if quantizer is not None and quantizer.enabled else layer.weight.element_size() * 8
 
 
 def count_macs(model: nn.Module, inputs: Inputs) -> dict[str, int]:
@@ -88,8 +94,7 @@ def layer_table(model: nn.Module, macs: dict[str, int] | None = None) -> list[di
     rows = []
     for layer in find_layers(model, QUANTIZABLE, skip_tied=True)[0]:
         weight = layer.weight.detach()
-        quantizer = weights(layer.module).get(layer.parameter)
-        bits = quantizer.quantizer.bits if quantizer is not None and quantizer.enabled else weight.element_size() * 8
+        bits = weight_bits(layer)
         zeros = weight.numel() - int(torch.count_nonzero(weight))
         module_name = layer.name.removesuffix("." + layer.parameter)
         rows.append(

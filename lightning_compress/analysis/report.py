@@ -5,47 +5,16 @@ from __future__ import annotations
 import html
 import json
 import math
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from rich import box
 from rich.table import Table
 
+from lightning_compress.analysis.history import History, figures
 from lightning_compress.analysis.page import html_table, picture, write_page
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["History", "figures", "summary_rows", "terminal_table", "write_html", "write_json"]
-
-
-@dataclass
-class History:
-    """What happened over the run, for the pictures.
-
-    Args:
-        steps: Optimizer steps at which the sparsity was looked at.
-        sparsity: Sparsity by layer, one value a step of ``steps``.
-        metric: Pairs of step and validation metric.
-        phases: Phase names with the step they began at.
-        bins: Edges of the weight histogram.
-        before: Counts before compression.
-        after: Counts at the end.
-    """
-
-    steps: list[int] = field(default_factory=list)
-    sparsity: dict[str, list[float]] = field(default_factory=dict)
-    metric: list[list[float]] = field(default_factory=list)
-    phases: list[list[Any]] = field(default_factory=list)
-    bins: list[float] = field(default_factory=list)
-    before: list[float] = field(default_factory=list)
-    after: list[float] = field(default_factory=list)
-
-    def to_state(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+__all__ = ["headers", "summary_rows", "terminal_table", "write_html", "write_json"]
 
 
 def summary_rows(report: dict[str, Any]) -> list[list[str]]:
@@ -117,63 +86,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def figures(history: History, metric: str | None) -> dict[str, Figure]:
-    """The pictures by name; none where matplotlib is not installed (``pip install 'lightning-compress[report]'``)."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return {}
-    made: dict[str, Figure] = {}
-    if history.metric:
-        figure = Figure(figsize=(7, 3.2), layout="constrained")
-        axes = figure.subplots()
-        steps_, values_ = zip(*history.metric, strict=True)
-        axes.plot(steps_, values_, marker="o", markersize=3, color="#1f5fa8")
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel(metric or "metric")
-        end = max([*steps_, *history.steps])
-        begins = [*(begin for begin, _ in history.phases), end]
-        for i, (begin, name) in enumerate(history.phases):
-            axes.axvspan(begin, begins[i + 1], color=f"C{i % 10}", alpha=0.10, linewidth=0)
-            if begins[i + 1] > begin:
-                axes.text(
-                    begin,
-                    1.01,
-                    f" {name}",
-                    transform=axes.get_xaxis_transform(),
-                    fontsize=7,
-                    rotation=30,
-                    va="bottom",
-                )
-        made["metric"] = figure
-    if history.sparsity:
-        figure = Figure(figsize=(7, 3.6), layout="constrained")
-        axes = figure.subplots()
-        layers = list(history.sparsity)
-        values = np.array([history.sparsity[name] for name in layers])
-        steps = np.array([*history.steps, history.steps[-1] + 1], dtype=float)
-        image = axes.pcolormesh(steps, np.arange(len(layers) + 1), values, vmin=0, vmax=1, cmap="viridis")
-        axes.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=max(4, min(8, 160 // len(layers))))
-        axes.invert_yaxis()
-        axes.set_xlabel("optimizer step")
-        figure.colorbar(image, label="sparsity")
-        made["sparsity"] = figure
-    if history.before and history.after:
-        figure = Figure(figsize=(7, 3), layout="constrained")
-        axes = figure.subplots()
-        axes.stairs(history.before, history.bins, fill=True, alpha=0.35, color="#888888", label="before")
-        axes.stairs(history.after, history.bins, color="#1f5fa8", linewidth=1.4, label="after, non-zero")
-        axes.set_yscale("log")
-        axes.set_xlabel("weight")
-        axes.set_ylabel("number of weights")
-        axes.legend(frameon=False)
-        made["weights"] = figure
-    return made
-
-
 _CAPTIONS = {
     "metric": "The validation metric over the phases.",
     "sparsity": "Sparsity of each layer over the run.",
+    "bits": "Bits of each layer's weights over the run.",
     "weights": "Weights of all counted layers, before compression and at the end.",
 }
 

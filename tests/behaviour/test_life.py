@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning_compress.callbacks import CompressionReport, FineTuning, GradualPruning, QuantizationAwareTraining
 
@@ -187,16 +188,30 @@ def test_best_checkpoint_by_lightning_resumes(tmp_path: Path) -> None:
         assert not differences(module.state_dict(), again.state_dict())
 
 
-def test_loggers_get_numbers_and_pictures(tmp_path: Path) -> None:
+def test_loggers_get_the_same_numbers_and_what_pictures_they_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    loggers = [CSVLogger(tmp_path, "csv", ""), TensorBoardLogger(tmp_path, "tb", "")]
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow = MLFlowLogger("compression", tracking_uri=f"file:{tmp_path / 'mlflow'}")
+    loggers = [CSVLogger(tmp_path, "csv", ""), TensorBoardLogger(tmp_path, "tb", ""), mlflow]
     make_trainer(tmp_path, logger=loggers).fit(make_module("conv+bn+residual"))
-    assert "compress/sparsity" in (tmp_path / "csv" / "metrics.csv").read_text()
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
-    assert {"compress/sparsity", "compress/phase", "compress/bytes"} <= set(events.Tags()["scalars"])
-    assert set(events.Tags()["images"]) == {"compress/sparsity", "compress/weights", "compress/metric"}
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name in ("compress/sparsity", "compress/phase", "compress/bytes", "compress/final_sparsity"):
+        in_csv = [float(row[name]) for row in rows if row[name]]
+        in_board = [event.value for event in events.Scalars(name)]
+        in_mlflow = [metric.value for metric in mlflow.experiment.get_metric_history(mlflow.run_id, name)]
+        assert in_csv
+        assert in_csv == pytest.approx(in_board), name
+        assert in_csv == pytest.approx(in_mlflow), name
+    pictures = {"metric", "sparsity", "bits", "weights"}
+    assert set(events.Tags()["images"]) == {f"compress/{name}" for name in pictures}
+    kept = {Path(file.path).name for file in mlflow.experiment.list_artifacts(mlflow.run_id, "compress")}
+    assert kept == {f"{name}.png" for name in pictures} | {"report.json", "layers.json", "over_time.json"}
 
 
 def test_sharding_strategies_are_refused() -> None:

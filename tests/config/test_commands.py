@@ -73,7 +73,8 @@ def test_report_has_the_contract_keys_and_true_values(demo: tuple[Path, str]) ->
     assert report["compressed"]["num_params"] == report["dense"]["num_params"]
     assert set(report["seconds"]) == {"fit", "overhead"}
     html = (folder / "report.html").read_text()
-    assert html.count("data:image/png;base64,") == 3
+    assert html.count("data:image/png;base64,") == 4
+    assert report["packed"]["bytes"] == (folder / "packed.safetensors").stat().st_size < artifact["bytes"]
     assert "viewport" in html
 
 
@@ -90,6 +91,15 @@ def test_offline_run_holds_config_history_summary_table_and_images(demo: tuple[P
     assert run_.summary["compress/final_sparsity"] >= 0.9
     metadata = run_.artifacts[f"model-{run_.run_id}-onnx"]  # beside those of the tables
     assert metadata["bytes"] == (demo[0] / "deploy" / "model.onnx").stat().st_size
+    assert run_.artifacts[metadata["made_from"]]["bytes"] == (demo[0] / "packed.safetensors").stat().st_size
+    (table,) = demo[0].rglob("files/media/table/compress/over_time*.json")
+    rows = json.loads(table.read_text())
+    assert rows["columns"] == ["step", "layer", "sparsity", "weight_bits"]
+    layers = len({row[1] for row in rows["data"]})
+    assert {row[3] for row in rows["data"][:layers]} == {32}
+    assert {row[3] for row in rows["data"][-layers:]} == {8}
+    pictures = {path.name.split("_")[0] for path in demo[0].rglob("files/media/images/compress/*.png")}
+    assert pictures == {"metric", "sparsity", "bits", "weights"}
     media = {path.parent.name for path in demo[0].rglob("files/media/*/compress/*")} | {
         path.parent.parent.name for path in demo[0].rglob("files/media/*/compress/*")
     }

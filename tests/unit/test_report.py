@@ -12,15 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lightning_compress.analysis.report import (
-    History,
-    figures,
-    headers,
-    summary_rows,
-    terminal_table,
-    write_html,
-    write_json,
-)
+from lightning_compress.analysis.history import History, figures
+from lightning_compress.analysis.report import headers, summary_rows, terminal_table, write_html, write_json
 
 
 def make_report(**changes: Any) -> dict[str, Any]:
@@ -47,6 +40,7 @@ def make_history() -> History:
     return History(
         steps=[0, 10, 20],
         sparsity={"a": [0.0, 0.4, 0.9], "b": [0.0, 0.5, 0.8]},
+        bits={"a": [32, 32, 8], "b": [32, 32, 4]},
         metric=[[5, 0.5], [15, 0.9]],
         phases=[[0, "dense"], [10, "prune"]],
         bins=[-1.0, 0.0, 1.0],
@@ -153,7 +147,7 @@ def test_the_page_shows_tables_pictures_and_facts_and_loads_nothing(tmp_path: Pa
     assert ["model.onnx", "onnxruntime", "0.974", "0.9975", "0.0123", "-", ""] in page.rows
     assert ["net.<0>", "Linear", "235k", "235k", "52.9k", "90.0%", "8", "8"] in page.rows
     assert page.addresses == []
-    assert len(page.images) == 3
+    assert len(page.images) == 4
     for image in page.images:
         assert base64.b64decode(image.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
     for fact in ("90.0%", "3.9x", "2.00x", "1.50x", "99.75%", "12 s", "1 s"):
@@ -180,7 +174,7 @@ def test_a_page_without_files_dense_model_or_history(tmp_path: Path) -> None:
 
 
 def test_each_picture_is_drawn_where_there_is_something_to_draw() -> None:
-    assert list(figures(make_history(), "val_acc")) == ["metric", "sparsity", "weights"]
+    assert list(figures(make_history(), "val_acc")) == ["metric", "sparsity", "bits", "weights"]
     assert figures(History(), None) == {}
     assert list(figures(History(metric=[[0, 0.1]]), None)) == ["metric"]
 
@@ -190,11 +184,21 @@ def test_the_pictures_hold_the_numbers() -> None:
     (axes, _) = made["sparsity"].axes
     assert axes.collections[0].get_array().tolist() == [[0.0, 0.4, 0.9], [0.0, 0.5, 0.8]]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    (axes, bar) = made["bits"].axes
+    assert axes.collections[0].get_array().tolist() == [[32, 32, 8], [32, 32, 4]]
+    assert [label.get_text() for label in bar.get_yticklabels()][-3:] == ["8", "16", "32"]
     (axes,) = made["metric"].axes
     assert axes.lines[0].get_xydata().tolist() == [[5.0, 0.5], [15.0, 0.9]]
     assert [text.get_text().strip() for text in axes.texts] == ["dense", "prune"]
     (axes,) = made["weights"].axes
     assert [patch.get_data().values.tolist() for patch in axes.patches] == [[4.0, 6.0], [1.0, 2.0]]
+
+
+def test_the_layers_over_time_are_a_row_for_each_look() -> None:
+    rows = make_history().rows
+    assert len(rows) == 6
+    assert rows[0] == [0, "a", 0.0, 32]
+    assert rows[-1] == [20, "b", 0.8, 4]
 
 
 def test_a_history_comes_back_from_plain_values() -> None:

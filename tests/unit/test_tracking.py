@@ -13,7 +13,14 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
-from lightning_compress.tracking import OfflineRun, define_metric, log_files, read_offline_run, wandb_logger
+from lightning_compress.tracking import (
+    OfflineRun,
+    define_metric,
+    log_files,
+    log_histograms,
+    read_offline_run,
+    wandb_logger,
+)
 
 LONG = "x" * 100_000  # longer than three blocks of the file's format
 METRICS = [{"compress/sparsity": step / 4, "loss": 1.0 / (step + 1), "epoch": step} for step in range(4)]
@@ -188,10 +195,20 @@ def test_files_and_the_best_value_come_back(home: Path) -> None:
     define_metric(logger.experiment, "val_acc", True)
     for step, value in enumerate((0.5, 0.9, 0.7)):
         logger.log_metrics({"val_acc": value}, step=step)
-    log_files(logger.experiment, [{"format": "onnx", "path": str(file), "bytes": 4, "agreement": 1.0}])
+    packed = home / "packed.safetensors"
+    packed.write_bytes(b"packed")
+    log_histograms(logger.experiment, [0.0, 1.0, 2.0], {"before": [3.0, 4.0], "after": []})
+    files = [{"format": "onnx", "path": str(file), "bytes": 4, "agreement": 1.0}]
+    log_files(logger.experiment, files, {"path": str(packed), "bytes": 6})
     run_id = logger.experiment.id
     logger.experiment.finish()
     (path,) = (home / "logs").rglob("*.wandb")
     found = read_offline_run(path)
-    assert found.artifacts == {f"model-{run_id}-onnx": {"format": "onnx", "bytes": 4, "agreement": 1.0}}
+    assert found.artifacts == {
+        f"checkpoint-{run_id}": {"bytes": 6},
+        f"model-{run_id}-onnx": {"format": "onnx", "bytes": 4, "agreement": 1.0, "made_from": f"checkpoint-{run_id}"},
+    }
+    (histogram,) = [row for row in found.history if any("weights_before" in key for key in row)]
+    assert not any("weights_after" in key for row in found.history for key in row)
+    assert [3, 4] in histogram.values() or histogram["compress/weights_before"]["values"] == [3, 4]
     assert found.summary["val_acc"] == {"max": 0.9, "last": 0.7}
