@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 
 from lightning_compress.analysis.history import History
-from lightning_compress.analysis.inspect import estimate_bytes, layer_table, sparsity, weight_bits, weight_layers
+from lightning_compress.analysis.inspect import (
+    estimate_bytes,
+    layer_table,
+    mean_bits,
+    sparsity,
+    weight_bits,
+    weight_layers,
+)
 from lightning_compress.analysis.report import terminal_table, write_html, write_json
 from lightning_compress.deploy.packed import save_packed
 from lightning_compress.layers import Layer
@@ -61,7 +70,9 @@ class CompressionReport(pl.Callback):
         self._seconds = {"fit": 0.0, "overhead": 0.0}
         self._began: float | None = None
         self._layers: list[Layer] = []
-        self._sparsity = 0.0
+        self._sparsity, self._bits = 0.0, 32.0
+        self._share = math.nan  # of the run that is over
+        self._resumed_at: tuple[float, float] | None = None  # when this process began, and at which share
         self._phase = (0, "dense")
         self._was_before = False
         self._last_step = -1
@@ -76,7 +87,8 @@ class CompressionReport(pl.Callback):
         """Start the watch."""
         self._began = time.perf_counter()
         self._layers = weight_layers(pl_module)
-        show_in_progress_bar(trainer, lambda: {"phase": self._phase[1], "sparsity": f"{self._sparsity:.3f}"})
+        self._resumed_at = None
+        show_in_progress_bar(trainer, self._items)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the dense model now if compression begins at once."""
@@ -125,6 +137,7 @@ class CompressionReport(pl.Callback):
         with self._overhead():
             self._phase = current_phase(trainer, read_clock(trainer, 0))
             self._look(trainer.global_step)
+            self._say(trainer.global_step)
             self.report = self._make(trainer, pl_module)
         self.report["seconds"] = {key: round(value, 3) for key, value in self._seconds.items()}
         folder = self._folder(trainer)
@@ -164,10 +177,36 @@ class CompressionReport(pl.Callback):
         finally:
             self._seconds["overhead"] += time.perf_counter() - begin
 
+    def _items(self) -> dict[str, str]:
+        """What progress bars show: the phase, what compresses in it, and the time that the run has left."""
+        shown = {"phase": self._phase[1], "sparsity": f"{self._sparsity:.3f}"}
+        if self._bits < 32:
+            shown["bits"] = f"{self._bits:.3g}"
+        if self._resumed_at is not None and self._share > self._resumed_at[1]:
+            began, share = self._resumed_at
+            seconds = (time.perf_counter() - began) * (1 - self._share) / (self._share - share)
+            shown["left"] = str(timedelta(seconds=round(max(0.0, seconds))))
+        return shown
+
+    def _say(self, step: int) -> None:
+        """A line on the phase that is over, for logs."""
+        if not self._history.phases:
+            return
+        begin, name = self._history.phases[-1]
+        metric = f", validated {self._history.metric[-1][1]:.4f}" if self._history.metric else ""
+        rank_zero_info(
+            f"{name}: steps {begin} to {step}, sparsity {self._sparsity:.3f}, {self._bits:.3g} bits a weight{metric}"
+        )
+
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, clock: Clock) -> None:
         """Follow the phase; measure once, when compression is about to begin."""
-        self._phase = current_phase(trainer, clock)
+        self._phase, self._share = current_phase(trainer, clock), clock.run
+        if self._resumed_at is None:
+            self._resumed_at = time.perf_counter(), clock.run
         if not self._history.phases or self._history.phases[-1][1] != self._phase[1]:
+            if self._history.phases:
+                self._look(clock.step)
+                self._say(clock.step)
             self._history.phases.append([clock.step, self._phase[1]])
         begins = first_begin(trainer, clock) >= 0
         if begins and self._was_before and self._dense is None and trainer.is_global_zero:
@@ -182,7 +221,7 @@ class CompressionReport(pl.Callback):
             for layer in self._layers:
                 self._history.sparsity.setdefault(layer.name, []).append(sparsity([layer]))
                 self._history.bits.setdefault(layer.name, []).append(weight_bits(layer))
-        self._sparsity = sparsity(self._layers)
+        self._sparsity, self._bits = sparsity(self._layers), mean_bits(self._layers)
 
     def _log(self, pl_module: pl.LightningModule) -> None:
         self._look(pl_module.trainer.global_step)

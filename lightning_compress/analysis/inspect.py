@@ -16,7 +16,16 @@ from lightning_compress.layers import EMBEDDING, QUANTIZABLE, Layer, find_layers
 from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.prepare import prepared
 
-__all__ = ["count_macs", "describe", "estimate_bytes", "layer_table", "sparsity", "weight_bits", "weight_layers"]
+__all__ = [
+    "count_macs",
+    "describe",
+    "estimate_bytes",
+    "layer_table",
+    "mean_bits",
+    "sparsity",
+    "weight_bits",
+    "weight_layers",
+]
 
 
 def weight_layers(model: nn.Module) -> list[Layer]:
@@ -38,6 +47,12 @@ def weight_bits(layer: Layer) -> int:
     """Bits of the values that a layer computes with."""
     quantizer = weights(layer.module).get(layer.parameter)
     return quantizer.quantizer.bits if quantizer is not None and quantizer.enabled else layer.weight.element_size() * 8
+
+
+def mean_bits(layers: Iterable[Layer]) -> float:
+    """Bits of a weight, over all weights of the layers."""
+    sizes = [(layer.weight.numel(), weight_bits(layer)) for layer in layers]
+    return sum(num * bits for num, bits in sizes) / max(1, sum(num for num, _ in sizes))
 
 
 def count_macs(model: nn.Module, inputs: Inputs) -> dict[str, int]:

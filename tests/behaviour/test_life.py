@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
+import logging
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning_compress.callbacks import CompressionReport, FineTuning, GradualPruning, QuantizationAwareTraining
@@ -212,6 +214,39 @@ def test_loggers_get_the_same_numbers_and_what_pictures_they_take(
     assert set(events.Tags()["images"]) == {f"compress/{name}" for name in pictures}
     kept = {Path(file.path).name for file in mlflow.experiment.list_artifacts(mlflow.run_id, "compress")}
     assert kept == {f"{name}.png" for name in pictures} | {"report.json", "layers.json", "over_time.json"}
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar(), RichProgressBar()], ids=["tqdm", "rich"])
+def test_bars_show_phase_sparsity_bits_and_the_time_left_and_logs_a_line_a_phase(
+    tmp_path: Path, bar: pl.Callback, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown: list[dict[str, Any]] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+            shown.append(dict(trainer.progress_bar_callback.get_metrics(trainer, pl_module)))
+
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(caplog.handler)
+    try:
+        make_trainer(tmp_path, [bar, Watch()], enable_progress_bar=True).fit(make_module("mlp"))
+    finally:
+        logger.removeHandler(caplog.handler)
+    names = list(dict.fromkeys(items["phase"] for items in shown))
+    assert names[0] == "dense"
+    assert {"prune", "quantize"} <= set(names)
+    assert "bits" not in shown[0]
+    assert shown[-1]["bits"] == "8"
+    assert float(shown[-1]["sparsity"]) == pytest.approx(SPARSITY, abs=0.01)
+    assert all(re.fullmatch(r"\d+:\d\d:\d\d", items["left"]) for items in shown[1:])
+    assert shown[-1]["left"] == "0:00:00"
+    lines = [record.getMessage() for record in caplog.records if " bits a weight" in record.getMessage()]
+    assert [line.split(":")[0] for line in lines] == [
+        *names,
+        *([] if names[-1] == "after quantize" else ["after quantize"]),
+    ]
+    assert "32 bits a weight" in lines[0]
+    assert "8 bits a weight, validated" in lines[-1]
 
 
 def test_sharding_strategies_are_refused() -> None:
