@@ -6,12 +6,14 @@ import json
 import netrc
 import os
 import re
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
 from urllib.parse import urlparse
+from urllib.request import urlopen
 
 import numpy as np
 
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["OfflineRun", "define_metric", "log_files", "log_histograms", "read_offline_run", "wandb_logger"]
 
-_PATIENCE = 3.0  # seconds
+_PATIENCE = 3.0  # seconds for an answer of the server
+_INIT = 15.0  # seconds for a run to begin there; W&B itself waits for 90
+_FINISH = 60.0  # seconds for what is left to upload at the end; W&B itself waits forever
 
 
 def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
@@ -36,15 +40,22 @@ def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
     from lightning.pytorch.loggers import WandbLogger
     from lightning.pytorch.utilities import rank_zero_info
 
-    why = _why_offline()
-    offline = why is not None
-    if offline:
-        os.environ.setdefault("WANDB_SILENT", "true")  # its own lines say the same at greater length
-        rank_zero_info(f"W&B: {why}, so the run is logged offline below {save_dir}; `wandb sync` uploads it.")
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     kwargs = _sweep_names() | kwargs
-    settings = wandb.Settings(silent=True, console="off") if offline else None
-    return WandbLogger(save_dir=save_dir, offline=offline, settings=settings, **kwargs)
+    why = _why_offline()
+    if why is None:
+        settings = wandb.Settings(init_timeout=_INIT, finish_timeout=_FINISH)
+        try:
+            logger = WandbLogger(save_dir=save_dir, **{"settings": settings, **kwargs})
+            _ = logger.experiment  # begins the run: what the server refuses is known now, and not in the training
+            return logger
+        except wandb.Error as error:
+            why = f"the server refused ({str(error).splitlines()[0]})"
+            wandb.teardown()
+    os.environ.setdefault("WANDB_SILENT", "true")  # its own lines say the same at greater length
+    rank_zero_info(f"W&B: {why}, so the run is logged offline below {save_dir}; `wandb sync` uploads it.")
+    settings = wandb.Settings(silent=True, console="off", mode="offline")
+    return WandbLogger(save_dir=save_dir, offline=True, **{"settings": settings, **kwargs})
 
 
 def _sweep_names() -> dict[str, str]:
@@ -65,14 +76,16 @@ def _why_offline() -> str | None:
     """Why nothing can be sent; None if it can."""
     server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     host = server.hostname or ""
-    if os.environ.get("WANDB_MODE") == "offline":
-        return "WANDB_MODE is offline"
+    mode = os.environ.get("WANDB_MODE")
+    if mode in ("offline", "dryrun"):  # which Lightning sets when a run before was offline
+        return f"WANDB_MODE is {mode}"
     if not os.environ.get("WANDB_API_KEY") and not _stands_in_netrc(host):
         return "no key is set"
-    port = server.port or (80 if server.scheme == "http" else 443)
     try:  # W&B itself would wait for a minute and a half before training could start
-        socket.create_connection((host, port), timeout=_PATIENCE).close()
-    except OSError as error:
+        urlopen(server.geturl(), timeout=_PATIENCE).close()
+    except HTTPError:
+        return None  # an answer
+    except (OSError, HTTPException) as error:
         return f"{host} cannot be reached ({error})"
     return None
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from wandb.proto import wandb_internal_pb2
 
 from lightning_compress.tracking import (
     OfflineRun,
+    _why_offline,
     define_metric,
     log_files,
     log_histograms,
@@ -128,13 +131,16 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A home without any key, and no W&B settings in the environment."""
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A home without any key, and no W&B settings in the environment or of a run before."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    for key in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_SILENT"):
+        monkeypatch.setenv(key, "")  # so that what is set in the test does not outlive it
+        monkeypatch.delenv(key)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for key in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
-        monkeypatch.delenv(key, raising=False)
-    return tmp_path
+    wandb.teardown()
+    yield tmp_path
+    wandb.teardown()
 
 
 def is_offline(logger: Any) -> bool:
@@ -153,28 +159,75 @@ def test_without_a_key_a_logger_is_offline_and_writes_a_run_that_reads_back(home
     assert run.summary["loss"] == 0.25
 
 
+class Server(ThreadingHTTPServer):
+    """Answers everything with a status; what asks by POST waits, if it is to hang."""
+
+    def __init__(self, status: int = 200, hangs: bool = False) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.end_headers()
+
+            def do_POST(self) -> None:
+                done.wait(60 if hangs else 0)
+                self.do_GET()
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.done = done = threading.Event()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def server_close(self) -> None:
+        self.done.set()
+        self.shutdown()
+        super().server_close()
+
+
 @pytest.fixture
-def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The host of a server that takes connections."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
-        yield "127.0.0.1"
+def serve(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes a server that W&B is to take."""
+    servers = []
+
+    def make(**options: Any) -> str:
+        servers.append(Server(**options))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{servers[-1].server_address[1]}")
+        return "127.0.0.1"
+
+    yield make
+    for server in servers:
+        server.server_close()
 
 
 def test_a_key_in_the_environment_means_online_unless_offline_is_asked_for(
-    home: Path, server: str, monkeypatch: pytest.MonkeyPatch
+    serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    serve()
+    assert _why_offline() == "no key is set"
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert not is_offline(wandb_logger(home))
+    assert _why_offline() is None
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert is_offline(wandb_logger(home))
+    assert _why_offline() == "WANDB_MODE is offline"
 
 
-@pytest.mark.parametrize(("machine", "offline"), [("127.0.0.1", False), ("elsewhere.org", True)])
-def test_a_key_in_netrc_counts_for_its_own_host(home: Path, server: str, machine: str, offline: bool) -> None:
+@pytest.mark.parametrize(("machine", "online"), [("127.0.0.1", True), ("elsewhere.org", False)])
+def test_a_key_in_netrc_counts_for_its_own_host(home: Path, serve: Any, machine: str, online: bool) -> None:
+    serve(status=404)  # an answer, too
     (home / ".netrc").write_text(f"machine {machine}\n  login user\n  password {'0' * 40}\n")
     (home / ".netrc").chmod(0o600)
-    assert is_offline(wandb_logger(home)) is offline
+    assert (_why_offline() is None) is online
+
+
+def assert_a_run_is_logged_offline(home: Path, seconds: float) -> None:
+    begin = time.perf_counter()
+    logger = wandb_logger(home / "logs", project="p")
+    assert is_offline(logger)
+    logger.log_metrics({"loss": 0.25}, step=3)
+    logger.experiment.finish()
+    assert time.perf_counter() - begin < seconds
+    (path,) = (home / "logs").rglob("offline-run-*/*.wandb")
+    assert read_offline_run(path).summary["loss"] == 0.25
 
 
 def test_a_server_that_cannot_be_reached_costs_no_time(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,10 +235,16 @@ def test_a_server_that_cannot_be_reached_costs_no_time(home: Path, monkeypatch: 
     with socket.socket() as taken:  # a port at which nobody listens
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        begin = time.perf_counter()
-        logger = wandb_logger(home / "logs", project="p")
-        assert is_offline(logger)
-        assert time.perf_counter() - begin < 20  # W&B alone waits for 90 s
+        assert_a_run_is_logged_offline(home, 20)  # W&B alone waits for 90 s
+
+
+@pytest.mark.parametrize("options", [{"status": 404}, {"hangs": True}], ids=["refuses", "hangs"])
+def test_a_server_that_refuses_or_hangs_costs_little_time_and_no_number(
+    home: Path, serve: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(**options)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert_a_run_is_logged_offline(home, 60)
 
 
 def test_files_and_the_best_value_come_back(home: Path) -> None:
