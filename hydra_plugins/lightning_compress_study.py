@@ -10,6 +10,7 @@ Hydra imports every module below ``hydra_plugins`` when it starts: Optuna is imp
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class StudySweeper(Sweeper):
     """Asks Optuna what to try next.
 
     Args:
-        num_trials: Trials of the study in all; those that an earlier sweep completed count.
+        num_trials: Trials of the study in all; those that an earlier sweep completed count, and those that the task
+            gave up, of which it returns nan.
         num_parallel: Trials that are launched together.
         directions: ``"maximize"`` or ``"minimize"`` for each objective that the task returns.
         storage: Where the study stands; a file beside the jobs without one.
@@ -91,7 +93,8 @@ class StudySweeper(Sweeper):
         states = optuna.trial.TrialState
         for left in study.get_trials(deepcopy=False, states=(states.RUNNING,)):  # when an earlier sweep was killed
             study.tell(left.number, state=states.FAIL)
-        while (num_left := self.num_trials - len(study.get_trials(deepcopy=False, states=(states.COMPLETE,)))) > 0:
+        over = (states.COMPLETE, states.PRUNED)
+        while (num_left := self.num_trials - len(study.get_trials(deepcopy=False, states=over))) > 0:
             num_broken = sum("reason" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
             if num_broken >= max(3, self.num_trials // 2):
                 raise RuntimeError(
@@ -105,7 +108,9 @@ class StudySweeper(Sweeper):
             for trial, job in zip(trials, self.launcher.launch(jobs, initial_job_idx=trials[0].number), strict=True):
                 try:
                     values = job.return_value
-                    study.tell(trial, list(values) if isinstance(values, list | tuple) else values)
+                    values = list(values) if isinstance(values, list | tuple) else [values]
+                    hopeless = all(isinstance(value, float) and math.isnan(value) for value in values)
+                    study.tell(trial, None if hopeless else values, states.PRUNED if hopeless else None)
                 except Exception as error:  # a trial that breaks is a failed one, not the end of the study
                     _log.warning("trial %d failed: %s: %s", trial.number, type(error).__name__, error)
                     trial.set_user_attr("reason", f"{type(error).__name__}: {error}")

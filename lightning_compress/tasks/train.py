@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -20,13 +21,14 @@ def train(cfg: DictConfig) -> Any:
 
     Returns:
         The objective: the value of the report, or without a report of the logged metrics, that ``cfg.objective`` names;
-        a list of values for a list of names.
+        a list of values for a list of names; nan of a run that ``cfg.hopeless`` ended.
 
     Raises:
         ValueError: If the compression group was not found, or a checkpoint does not fit the model.
         FileNotFoundError: If a checkpoint does not exist.
     """
     from lightning_compress.callbacks import CompressionReport
+    from lightning_compress.callbacks.hopeless import Hopeless, StopHopeless
 
     check(cfg)
     control = _train_control(cfg) if cfg.control else None
@@ -34,12 +36,16 @@ def train(cfg: DictConfig) -> Any:
     reports = [callback for callback in callbacks if isinstance(callback, CompressionReport)]
     for report in reports:
         report.control = control
+    if cfg.hopeless is not None:
+        callbacks.append(StopHopeless(cfg.dir, cfg.hopeless))
     loggers = build_all(cfg.logger)
     trainer, model, data = start(cfg, callbacks, loggers)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     try:
         trainer.fit(model, data, ckpt_path=cfg.ckpt_path)
+    except Hopeless:
+        return [math.nan for _ in cfg.objective] if OmegaConf.is_list(cfg.objective) else math.nan
     finally:
         if "wandb" in sys.modules:  # else the next job of a sweep goes on in this job's run
             sys.modules["wandb"].finish()

@@ -22,6 +22,8 @@ def main(cfg):
         os._exit(9)
     if num == cfg.break_at:
         raise RuntimeError("no luck")
+    if num == cfg.stop_at:
+        return [float("nan")] * 2
     return [cfg.x, cfg.x ** 2 + (cfg.kind == "b")]
 main()
 """
@@ -33,6 +35,7 @@ n: 1
 log: ???
 kill_at: 0
 break_at: 0
+stop_at: 0
 hydra:
   sweeper:
     directions: [maximize, minimize]
@@ -76,6 +79,14 @@ def test_a_broken_trial_is_not_the_end_of_the_study(tmp_path: Path) -> None:
     assert len(tried) == 7
     assert tried[2] != tried[3]
     assert "no luck" in text
+
+
+def test_a_hopeless_trial_counts_and_is_not_on_the_frontier(tmp_path: Path) -> None:
+    _, tried = sweep(tmp_path, "stopped", "hydra.sweeper.num_trials=6", "stop_at=3")
+    assert len(tried) == 6
+    study = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path / 'stopped' / 'study.db'}")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2 + ["PRUNED"] + ["COMPLETE"] * 3
+    assert float(tried[2].split()[0]) not in [values[0] for values, _ in best(tmp_path, "stopped")]
 
 
 def test_what_is_tried_lies_within_what_was_asked_for(tmp_path: Path) -> None:
