@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 from urllib.parse import urlparse
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import numpy as np
 
@@ -82,7 +82,9 @@ def _why_offline() -> str | None:
     if not os.environ.get("WANDB_API_KEY") and not _stands_in_netrc(host):
         return "no key is set"
     try:  # W&B itself would wait for a minute and a half before training could start
-        urlopen(server.geturl(), timeout=_PATIENCE).close()
+        asked = Request(f"{server.geturl().rstrip('/')}/graphql", b'{"query": "{viewer {id}}"}')
+        asked.add_header("Content-Type", "application/json")
+        urlopen(asked, timeout=_PATIENCE).close()
     except HTTPError:
         return None  # an answer
     except (OSError, HTTPException) as error:

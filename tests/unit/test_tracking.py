@@ -244,7 +244,7 @@ def test_a_server_that_refuses_or_hangs_costs_little_time_and_no_number(
 ) -> None:
     serve(**options)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert_a_run_is_logged_offline(home, 60)
+    assert_a_run_is_logged_offline(home, 20)
 
 
 def test_files_and_the_best_value_come_back(home: Path) -> None:
