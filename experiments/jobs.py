@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
 import multiprocessing
@@ -50,6 +51,7 @@ __all__ = [
     "plain",
     "pool",
     "quiet",
+    "task_arguments",
     "trained",
 ]
 
@@ -197,6 +199,15 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def task_arguments(parser: argparse.ArgumentParser) -> None:
+    """What benchmarks of the tasks are asked: which tasks, how many seeds and processes, and where things lie."""
+    parser.add_argument("--task", choices=list(TASKS), action="append", dest="tasks", help="all without it")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--data", type=Path, help="folder of mnist70k.npz and fsdd.npz")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="keeps the dense models")
 
 
 Mapper = Callable[[str, Iterable[Job]], list[Run]]

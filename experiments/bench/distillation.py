@@ -8,14 +8,13 @@ deviation over the seeds.
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experiments.jobs import DENSE, FACTORS, Job, Run, best_factors, load, plain, pool
+from experiments.jobs import DENSE, FACTORS, Job, Run, best_factors, load, plain, pool, task_arguments
 from experiments.recipes import DISTILLED
 from experiments.tasks import TASKS, data_folder
 
@@ -23,13 +22,7 @@ SPARSITIES = (0.95, 0.99)
 TEACHER = " + teacher"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to run, and where data and trained models lie."""
-    parser.add_argument("--task", choices=list(TASKS), action="append", dest="tasks", help="all without it")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--data", type=Path, help="folder of mnist70k.npz and fsdd.npz")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="keeps the dense models")
+add_arguments = task_arguments
 
 
 def _cell(runs: list[Run]) -> str:

@@ -7,7 +7,6 @@ sample deviation over the seeds.
 
 from __future__ import annotations
 
-import argparse
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -23,20 +22,14 @@ from rich.progress import track
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.baselines import accuracy
-from experiments.jobs import load, quiet, trained
+from experiments.jobs import load, quiet, task_arguments, trained
 from experiments.tasks import TASKS, Batches, Classifier, Data, Task, data_folder
 from lightning_compress.analysis.inspect import sparsity, weight_layers
 
 MAX_DROP, TIMES = 0.01, 3  # as many epochs as three compressions take
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to run, and where data and trained models lie."""
-    parser.add_argument("--task", choices=list(TASKS), action="append", dest="tasks", help="all without it")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--data", type=Path, help="folder of mnist70k.npz and fsdd.npz")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="keeps the dense models")
+add_arguments = task_arguments
 
 
 class Validated(Classifier):

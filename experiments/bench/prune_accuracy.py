@@ -18,7 +18,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from experiments.baselines import PEERS, STRUCTURED_PEERS
-from experiments.jobs import DENSE, FACTORS, MORE, SMALL, Job, Run, best_factors, load, plain, pool
+from experiments.jobs import DENSE, FACTORS, MORE, SMALL, Job, Run, best_factors, load, plain, pool, task_arguments
 from experiments.recipes import OURS, STRUCTURED_OURS
 from experiments.tasks import TASKS, data_folder
 
@@ -31,15 +31,11 @@ FLOOR, ITS_RATE_FROM = "random", "global magnitude"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to run, and where data and trained models lie."""
-    parser.add_argument("--task", choices=list(TASKS), action="append", dest="tasks", help="all without it")
-    parser.add_argument("--seeds", type=int, default=3)
+    task_arguments(parser)
     parser.add_argument("--tune-seeds", type=int, default=3, help="seeds on which learning rates are chosen")
     parser.add_argument("--method", action="append", dest="methods", help="only these beside ours; all without it")
     parser.add_argument("--no-curve", action="store_false", dest="curve", help="the operating points alone")
     parser.add_argument("--structured", action="store_true", help="channels, at 4x fewer multiplications, instead")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--data", type=Path, help="folder of mnist70k.npz and fsdd.npz")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="keeps the dense models")
 
 
 def _row(runs: list[Run], tuned: bool) -> dict[str, Any]:

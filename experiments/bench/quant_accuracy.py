@@ -17,7 +17,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from experiments.baselines import QUANTIZED_PEERS
-from experiments.jobs import DENSE, FACTORS, MORE, Job, Run, best_factors, load, plain, pool
+from experiments.jobs import DENSE, FACTORS, MORE, Job, Run, best_factors, load, plain, pool, task_arguments
 from experiments.recipes import QUANTIZED
 from experiments.tasks import TASKS, data_folder
 
@@ -27,13 +27,9 @@ SCHEMES = (MORE, *QUANTIZED_PEERS, *QUANTIZED)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to run, and where data and trained models lie."""
-    parser.add_argument("--task", choices=list(TASKS), action="append", dest="tasks", help="all without it")
+    task_arguments(parser)
     parser.add_argument("--scheme", choices=SCHEMES, action="append", dest="schemes", help="all without it")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tune-seeds", type=int, default=1, help="seeds on which learning rates are chosen")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--data", type=Path, help="folder of mnist70k.npz and fsdd.npz")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="keeps the dense models")
 
 
 def _spread(values: list[float]) -> float:
