@@ -73,6 +73,7 @@ def trial(cfg: DictConfig, plan: Plan, folder: Path, monitor: str, trained: bool
     Raises:
         RuntimeError: If the model cannot be exported.
     """
+    from lightning_compress.analysis.inspect import count_macs, mean_bits, sparsity, weight_layers
     from lightning_compress.callbacks import (
         ChannelPruning,
         CompressionReport,
@@ -81,8 +82,10 @@ def trial(cfg: DictConfig, plan: Plan, folder: Path, monitor: str, trained: bool
         KnowledgeDistillation,
         QuantizationAwareTraining,
     )
+    from lightning_compress.callbacks.evaluate import example_inputs
     from lightning_compress.phase import Phase
     from lightning_compress.quantization import scheme
+    from lightning_compress.quantization.convert import to_float
 
     callbacks: list[Any] = []
     if plan.shares:
@@ -97,25 +100,27 @@ def trial(cfg: DictConfig, plan: Plan, folder: Path, monitor: str, trained: bool
     callbacks.append(QuantizationAwareTraining(quantized, Phase(0.25, 0.4), Phase(0.4, 1.0)))
     if cfg.search.teacher and trained:
         callbacks.append(KnowledgeDistillation())
-    report = CompressionReport(dirpath=folder, monitor=monitor, show=False)
+    if trained:
+        callbacks.append(CompressionReport(dirpath=folder, monitor=monitor, show=False))
     export = Export([cfg.search.format], dirpath=folder / "deploy", rehearse=False)
     options = {"max_epochs": cfg.search.epochs or cfg.trainer.max_epochs, "enable_checkpointing": False, **options}
     loggers = build_all(cfg.logger) if trained else False
-    trainer, model, data = start(cfg, [*callbacks, report, export], loggers, **options)
+    trainer, model, data = start(cfg, [*callbacks, export], loggers, **options)
     trainer.fit(model, data)
     if export.failures:
         raise RuntimeError(f"search.format={cfg.search.format!r}: {next(iter(export.failures.values()))}")
-    (artifact,), found = export.artifacts, report.report or {}
-    totals, layers = found["compressed"], found["layers"]
+    (artifact,), inputs = export.artifacts, example_inputs(trainer, model)
+    assert inputs is not None  # else there were no file
+    weights = weight_layers(model)
     return Candidate(
         plan,
         artifact.bytes,
         artifact.bytes_zstd,
         artifact.latency_ms["1"],
-        int(totals["macs"]),
-        int(totals["num_params"]),
-        sum(row["num_params"] * row["weight_bits"] for row in layers) / sum(row["num_params"] for row in layers),
-        float(totals["sparsity"]),
+        count_macs(to_float(model), inputs)[""],
+        sum(p.numel() for p in model.parameters()),
+        mean_bits(weights),
+        sparsity(weights),
         float(export.metrics[artifact.format][monitor]),
         trained,
     )
