@@ -175,9 +175,12 @@ class Search:
 
     def _probe(self, i: int) -> Candidate:
         """A point's file, calibrated and not trained."""
+        from lightning_compress.callbacks.evaluate import quiet
+
         if i not in self._probed:
-            with TemporaryDirectory() as folder:
+            with TemporaryDirectory() as folder, quiet():
                 options = {"max_epochs": 1, "limit_train_batches": 8, "default_root_dir": folder}
+                options |= {"enable_progress_bar": False}
                 self._probed[i] = self.fit(self.points[i].plan, Path(folder), False, **options)
             self.tried.append(self._probed[i])
         return self._probed[i]

@@ -103,7 +103,8 @@ def trial(cfg: DictConfig, plan: Plan, folder: Path, monitor: str, trained: bool
     if trained:
         callbacks.append(CompressionReport(dirpath=folder, monitor=monitor, show=False))
     export = Export([cfg.search.format], dirpath=folder / "deploy", rehearse=False)
-    options = {"max_epochs": cfg.search.epochs or cfg.trainer.max_epochs, "enable_checkpointing": False, **options}
+    shown = {"enable_checkpointing": False, "enable_model_summary": False}
+    options = {"max_epochs": cfg.search.epochs or cfg.trainer.max_epochs, **shown, **options}
     loggers = build_all(cfg.logger) if trained else False
     trainer, model, data = start(cfg, [*callbacks, export], loggers, **options)
     trainer.fit(model, data)
