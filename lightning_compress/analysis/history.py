@@ -69,7 +69,7 @@ def figures(history: History, metric: str | None) -> dict[str, Figure]:
     if history.metric:
         made["metric"], axes = blank(3.2)
         _metric(axes, history, metric or "metric")
-    if history.sparsity:
+    if any(share for layer in history.sparsity.values() for share in layer):
         made["sparsity"], axes = blank(3.6)
         _heat_map(axes, history.steps, history.sparsity, "sparsity", 0.0, 1.0)
     if len({bits for layer in history.bits.values() for bits in layer}) > 1:
