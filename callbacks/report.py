@@ -193,6 +193,8 @@ class CompressionReport(pl.Callback):
         if not self._history.phases:
             return
         begin, name = self._history.phases[-1]
+        if begin == step:
+            return
         metric = f", validated {self._history.metric[-1][1]:.4f}" if self._history.metric else ""
         rank_zero_info(
             f"{name}: steps {begin} to {step}, sparsity {self._sparsity:.3f}, {self._bits:.3g} bits a weight{metric}"

@@ -241,10 +241,7 @@ def test_bars_show_phase_sparsity_bits_and_the_time_left_and_logs_a_line_a_phase
     assert all(re.fullmatch(r"\d+:\d\d:\d\d", items["left"]) for items in shown[1:])
     assert shown[-1]["left"] == "0:00:00"
     lines = [record.getMessage() for record in caplog.records if " bits a weight" in record.getMessage()]
-    assert [line.split(":")[0] for line in lines] == [
-        *names,
-        *([] if names[-1] == "after quantize" else ["after quantize"]),
-    ]
+    assert [line.split(":")[0] for line in lines] == [name for name in names if name != "after quantize"]
     assert "32 bits a weight" in lines[0]
     assert "8 bits a weight, validated" in lines[-1]
 
