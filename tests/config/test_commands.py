@@ -212,7 +212,8 @@ def test_search_meets_its_budgets_as_measured_on_the_file(tmp_path: Path) -> Non
 
 
 def test_search_for_a_download_takes_zeros_bits_and_channels_layer_by_layer(tmp_path: Path) -> None:
-    options = ["trainer.max_epochs=4", "search.teacher=false", "search.levels=[0.5]", "search.sparsities=[0.5,0.9]", "search.bits=[4,2]"]
+    options = ["trainer.max_epochs=4", "search.teacher=false", "search.levels=[0.5]", "search.bits=[4,2]"]
+    options += ["search.sparsities=[0.5,0.9]"]
     command("task=search", *OWN, *options, "budget.bytes_zstd=1500", f"hydra.run.dir={tmp_path}")
     found = json.loads((tmp_path / "search.json").read_text())["found"]
     (file,) = tmp_path.glob("point*/deploy/model.onnx")
