@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -20,6 +20,7 @@ from lightning_compress.deploy.forward import Inputs, record_inputs
 
 __all__ = [
     "check_validation_data",
+    "choose_metric",
     "copied",
     "evaluate",
     "example_inputs",
@@ -99,6 +100,26 @@ def pick_metric(names: list[str]) -> str | None:
         names, key=lambda n: (not any(g in n.lower() for g in good), "val" not in n.lower(), names.index(n))
     )
     return ranked[0] if ranked else None
+
+
+def choose_metric(field: str, asked: str | None, logged: Sequence[str]) -> str:
+    """The metric that is asked for, or the one to report when none is.
+
+    Args:
+        field: Where it is asked for, for the message.
+        asked: Its name.
+        logged: The names of what validation logs.
+
+    Raises:
+        ValueError: If validation does not log it.
+    """
+    found = asked or pick_metric(list(logged))
+    if found is None or found not in logged:
+        raise ValueError(
+            f"{field}={asked!r}: validation does not log it. Accepted are: "
+            f"{', '.join(logged) or 'none, for nothing is logged'}. Log it in validation_step with self.log."
+        )
+    return found
 
 
 def more_is_better(metric: str) -> bool:

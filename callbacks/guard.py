@@ -20,7 +20,7 @@ from lightning_compress.pruning import LAMP
 
 from .clock import all_callbacks, first_begin, read_clock
 from .dynamic import RigL
-from .evaluate import copied, evaluate, has_validation, more_is_better, pick_metric
+from .evaluate import choose_metric, copied, evaluate, has_validation, more_is_better
 from .pruning import GradualPruning
 from .quantization import QuantizationAwareTraining
 from .rollback import go_back, keep
@@ -299,13 +299,7 @@ class AccuracyGuard(pl.Callback):
     def _choose(self, logged: Sequence[str] | None = None) -> str:
         """The name of the metric."""
         if logged is not None and self._name is None:
-            found = self.monitor or pick_metric(list(logged))
-            if found is None or found not in logged:
-                raise ValueError(
-                    f"{type(self).__name__}.monitor={self.monitor!r}: validation does not log it. Accepted are: "
-                    f"{', '.join(logged) or 'none, for nothing is logged'}. Log it in validation_step with self.log."
-                )
-            self._name = found
+            self._name = choose_metric(f"{type(self).__name__}.monitor", self.monitor, logged)
         assert self._name is not None
         return self._name
 

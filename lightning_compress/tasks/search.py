@@ -80,7 +80,7 @@ class Search:
 
     def _points(self) -> list[Point]:
         from lightning_compress.analysis.allocation import allocate
-        from lightning_compress.callbacks.evaluate import more_is_better, pick_metric
+        from lightning_compress.callbacks.evaluate import choose_metric, more_is_better
         from lightning_compress.deploy.formats import FORMATS, check_formats
         from lightning_compress.deploy.forward import record_inputs, with_batch
         from lightning_compress.layers import PRUNABLE, find_layers
@@ -91,12 +91,7 @@ class Search:
         _, model, data = start(self.cfg, [], False)
         model, validate = model.cpu().eval(), validator(self.cfg, data)
         logged = validate(model)
-        self.metric = options.monitor or pick_metric(list(logged)) or ""
-        if self.metric not in logged:
-            raise ValueError(
-                f"search.monitor={self.metric!r}: validation does not log it. Accepted are: "
-                f"{', '.join(logged) or 'none, for nothing is logged'}. Log it in validation_step with self.log."
-            )
+        self.metric = choose_metric("search.monitor", options.monitor, list(logged))
         self.dense, self.more_is_better = logged[self.metric], more_is_better(self.metric)
         inputs = record_inputs(model, lambda: validate(model))
         if inputs is None:

@@ -53,7 +53,7 @@ def measure(cfg: DictConfig, model: Any, data: Any) -> tuple[Sensitivity, str]:
     import torch
 
     from lightning_compress.analysis.sensitivity import hessian_traces, sensitivity
-    from lightning_compress.callbacks.evaluate import copied, more_is_better, pick_metric
+    from lightning_compress.callbacks.evaluate import choose_metric, copied, more_is_better
     from lightning_compress.deploy.forward import record_inputs
     from lightning_compress.layers import PRUNABLE, find_layers
 
@@ -61,12 +61,7 @@ def measure(cfg: DictConfig, model: Any, data: Any) -> tuple[Sensitivity, str]:
     model = copied(model).cpu().eval()
     model._trainer = None
     logged = validate(model)
-    metric = options.monitor or pick_metric(list(logged))
-    if metric not in logged:
-        raise ValueError(
-            f"sensitivity.monitor={options.monitor!r}: validation does not log it. Accepted are: "
-            f"{', '.join(logged) or 'none, for nothing is logged'}. Log it in validation_step with self.log."
-        )
+    metric = choose_metric("sensitivity.monitor", options.monitor, list(logged))
     found = sensitivity(
         model,
         lambda model: validate(model)[metric],
