@@ -7,6 +7,7 @@ sample deviation over the seeds.
 
 from __future__ import annotations
 
+import argparse
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +30,10 @@ from lightning_compress.analysis.inspect import sparsity, weight_layers
 MAX_DROP, TIMES = 0.01, 3  # as many epochs as three compressions take
 
 
-add_arguments = task_arguments
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to run, and where data and trained models lie."""
+    task_arguments(parser)
+    parser.add_argument("--margin", type=float, help="of the drop, kept for chance; the standard error without it")
 
 
 class Validated(Classifier):
@@ -69,6 +73,7 @@ class Job:
     task: str
     seed: int
     teacher: bool
+    margin: float | None
     data: Path
     folder: Path
 
@@ -80,7 +85,7 @@ def do(job: Job) -> dict[str, Any]:
     model = trained(task, job.seed, cut, job.folder, cut=True)
     dense = accuracy(model, data)
     torch.manual_seed(job.seed + 1000)
-    guard = AccuracyGuard(MAX_DROP, monitor="val_acc")
+    guard = AccuracyGuard(MAX_DROP, monitor="val_acc", margin=job.margin)
     trainer = pl.Trainer(
         max_epochs=TIMES * task.compress_epochs,
         val_check_interval=0.5,
@@ -114,13 +119,14 @@ def run(
     workers: int = 2,
     data: Path | None = None,
     folder: Path = Path("outputs/bench"),
+    margin: float | None = None,
 ) -> dict[str, Any]:
     """Headline: by task, sparsity reached and drop on the test part, alone and taught."""
     names, where = tasks or list(TASKS), data_folder(data)
     for name in names:
         load(name, where)  # what is missing is said before anything is trained
     cells = [(name, teacher) for name in names for teacher in (False, True)]
-    jobs = [Job(name, seed, teacher, where, folder) for name, teacher in cells for seed in range(seeds)]
+    jobs = [Job(name, seed, teacher, margin, where, folder) for name, teacher in cells for seed in range(seeds)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), quiet) as pool:
         runs = list(track(pool.map(do, jobs), "guarded runs", len(jobs)))
     rows, headline = [], dict[str, float]()
