@@ -162,6 +162,8 @@ def _facts(report: dict[str, Any]) -> str:
         for key, text in (("bytes", "smaller file"), ("bytes_zstd", "smaller download (zstd)")):
             if dense.get(key):
                 facts.append((f"{dense[key] / first[key]:.1f}x", text))
+        if report.get("packed") and dense.get("bytes"):
+            facts.append((f"{dense['bytes'] / report['packed']['bytes']:.1f}x", "smaller packed checkpoint"))
         for size in ("1", "64"):
             if size in first["latency_ms"]:
                 ratio = first["latency_ms_float"][size] / first["latency_ms"][size]

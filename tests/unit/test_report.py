@@ -32,6 +32,7 @@ def make_report(**changes: Any) -> dict[str, Any]:
     layer = {"name": "net.<0>", "type": "Linear", "num_params": 235_200, "sparsity": 0.9, "weight_bits": 8}
     layer |= {"input_bits": 8, "macs": 235_200, "bytes": 52_920}
     report = {"metric": "val_acc", "dense": dense, "control": None, "compressed": compressed, "layers": [layer]}
+    report |= {"packed": {"path": "packed.safetensors", "bytes": 30_000}}
     report |= {"artifacts": [artifact], "seconds": {"fit": 12.3, "overhead": 1.2}, "warnings": []}
     return report | changes
 
@@ -150,7 +151,7 @@ def test_the_page_shows_tables_pictures_and_facts_and_loads_nothing(tmp_path: Pa
     assert len(page.images) == 4
     for image in page.images:
         assert base64.b64decode(image.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    for fact in ("90.0%", "3.9x", "2.00x", "1.50x", "99.75%", "12 s", "1 s"):
+    for fact in ("90.0%", "3.9x", "35.5x", "2.00x", "1.50x", "99.75%", "12 s", "1 s"):
         assert fact in text
 
 
