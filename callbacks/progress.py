@@ -1,4 +1,4 @@
-"""The phase and the live sparsity in whatever progress bar the Trainer has."""
+"""Whatever progress bar the Trainer has: more items in it, and lines that do not break it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 
-__all__ = ["show_in_progress_bar"]
+__all__ = ["say", "show_in_progress_bar"]
+
+
+def say(trainer: pl.Trainer, text: str) -> None:
+    """A line above the bar where one is live, else in Lightning's log."""
+    bar = trainer.progress_bar_callback
+    if bar is not None and getattr(bar, "is_enabled", True) and trainer.training:
+        bar.print(text)
+    else:
+        rank_zero_info(text)
 
 
 def show_in_progress_bar(trainer: pl.Trainer, items: Callable[[], dict[str, Any]]) -> None:

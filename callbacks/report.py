@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from lightning_compress.analysis.history import History
@@ -37,7 +37,7 @@ from .evaluate import check_validation_data, copied, more_is_better, pick_metric
 from .export import Export
 from .loggers import send
 from .measure import measure, totals
-from .progress import show_in_progress_bar
+from .progress import say, show_in_progress_bar
 from .structure import check_strategy
 
 __all__ = ["CompressionReport"]
@@ -137,7 +137,7 @@ class CompressionReport(pl.Callback):
         with self._overhead():
             self._phase = current_phase(trainer, read_clock(trainer, 0))
             self._look(trainer.global_step)
-            self._say(trainer.global_step)
+            self._say(trainer, trainer.global_step)
             self.report = self._make(trainer, pl_module)
         self.report["seconds"] = {key: round(value, 3) for key, value in self._seconds.items()}
         folder = self._folder(trainer)
@@ -188,17 +188,16 @@ class CompressionReport(pl.Callback):
             shown["left"] = str(timedelta(seconds=round(max(0.0, seconds))))
         return shown
 
-    def _say(self, step: int) -> None:
-        """A line on the phase that is over, for logs."""
+    def _say(self, trainer: pl.Trainer, step: int) -> None:
+        """A line on the phase that is over."""
         if not self._history.phases:
             return
         begin, name = self._history.phases[-1]
         if begin == step:
             return
         metric = f", validated {self._history.metric[-1][1]:.4f}" if self._history.metric else ""
-        rank_zero_info(
-            f"{name}: steps {begin} to {step}, sparsity {self._sparsity:.3f}, {self._bits:.3g} bits a weight{metric}"
-        )
+        reached = f"sparsity {self._sparsity:.3f}, {self._bits:.3g} bits a weight{metric}"
+        say(trainer, f"{name}: steps {begin} to {step}, {reached}")
 
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, clock: Clock) -> None:
         """Follow the phase; measure once, when compression is about to begin."""
@@ -208,7 +207,7 @@ class CompressionReport(pl.Callback):
         if not self._history.phases or self._history.phases[-1][1] != self._phase[1]:
             if self._history.phases:
                 self._look(clock.step)
-                self._say(clock.step)
+                self._say(trainer, clock.step)
             self._history.phases.append([clock.step, self._phase[1]])
         begins = first_begin(trainer, clock) >= 0
         if begins and self._was_before and self._dense is None and trainer.is_global_zero:

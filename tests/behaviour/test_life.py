@@ -23,7 +23,17 @@ from lightning_compress.phase import Phase
 from lightning_compress.pruning import Constant, Random
 from lightning_compress.quantization.prepare import prepared
 
-from ..harness import NUM_BATCHES, SPARSITY, SaveAfter, callback_of, differences, make_module, make_trainer, snapshot
+from ..harness import (
+    NUM_BATCHES,
+    PHASES,
+    SPARSITY,
+    SaveAfter,
+    callback_of,
+    differences,
+    make_module,
+    make_trainer,
+    snapshot,
+)
 from ..zoo import BATCHES
 
 
@@ -216,9 +226,13 @@ def test_loggers_get_the_same_numbers_and_what_pictures_they_take(
     assert kept == {f"{name}.png" for name in pictures} | {"report.json", "layers.json", "over_time.json"}
 
 
+def lines_of_phases(text: str) -> list[str]:
+    return [line for line in text.splitlines() if " bits a weight" in line]
+
+
 @pytest.mark.parametrize("bar", [TQDMProgressBar(), RichProgressBar()], ids=["tqdm", "rich"])
-def test_bars_show_phase_sparsity_bits_and_the_time_left_and_logs_a_line_a_phase(
-    tmp_path: Path, bar: pl.Callback, caplog: pytest.LogCaptureFixture
+def test_bars_show_phase_sparsity_bits_and_the_time_left(
+    tmp_path: Path, bar: pl.Callback, capsys: pytest.CaptureFixture
 ) -> None:
     shown: list[dict[str, Any]] = []
 
@@ -226,12 +240,7 @@ def test_bars_show_phase_sparsity_bits_and_the_time_left_and_logs_a_line_a_phase
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
             shown.append(dict(trainer.progress_bar_callback.get_metrics(trainer, pl_module)))
 
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(caplog.handler)
-    try:
-        make_trainer(tmp_path, [bar, Watch()], enable_progress_bar=True).fit(make_module("mlp"))
-    finally:
-        logger.removeHandler(caplog.handler)
+    make_trainer(tmp_path, [bar, Watch()], enable_progress_bar=True).fit(make_module("mlp"))
     names = list(dict.fromkeys(items["phase"] for items in shown))
     assert names[0] == "dense"
     assert {"prune", "quantize"} <= set(names)
@@ -240,8 +249,19 @@ def test_bars_show_phase_sparsity_bits_and_the_time_left_and_logs_a_line_a_phase
     assert float(shown[-1]["sparsity"]) == pytest.approx(SPARSITY, abs=0.01)
     assert all(re.fullmatch(r"\d+:\d\d:\d\d", items["left"]) for items in shown[1:])
     assert shown[-1]["left"] == "0:00:00"
-    lines = [record.getMessage() for record in caplog.records if " bits a weight" in record.getMessage()]
-    assert [line.split(":")[0] for line in lines] == [name for name in names if name != "after quantize"]
+    above = lines_of_phases(capsys.readouterr().out)
+    assert any(line.startswith("prune: steps ") for line in above)
+
+
+def test_a_plain_log_has_a_line_a_phase(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(caplog.handler)
+    try:
+        make_trainer(tmp_path).fit(make_module("mlp"))
+    finally:
+        logger.removeHandler(caplog.handler)
+    lines = lines_of_phases("\n".join(record.getMessage() for record in caplog.records))
+    assert [line.split(":")[0] for line in lines] == ["dense", *PHASES]
     assert "32 bits a weight" in lines[0]
     assert "8 bits a weight, validated" in lines[-1]
 
