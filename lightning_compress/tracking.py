@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OfflineRun", "define_metric", "log_files", "log_histograms", "read_offline_run", "wandb_logger"]
 
-_PATIENCE = 3.0  # seconds for an answer of the server
+_PATIENCE = 2.0  # seconds for an answer of the server
 _INIT = 15.0  # seconds for a run to begin there; W&B itself waits for 90
 _FINISH = 60.0  # seconds for what is left to upload at the end; W&B itself waits forever
 
