@@ -29,7 +29,7 @@ from .structure import check_strategy
 
 __all__ = ["AccuracyGuard"]
 
-_FIELDS = ("reference", "_kind", "_asked", "_good", "_num_missed", "_num_samples", "_last_step", "_name")
+_FIELDS = ("reference", "_kind", "_asked", "_good", "_num_missed", "_last_step", "_name")
 _RECOVER = 0.25  # share of the run, its last, in which no further step is taken
 
 

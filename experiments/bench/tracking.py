@@ -33,12 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Hangs(BaseHTTPRequestHandler):
-    """Answers what is got, and nothing that is posted."""
-
-    def do_GET(self) -> None:
-        """An answer."""
-        self.send_response(200)
-        self.end_headers()
+    """Takes what is posted, and never answers."""
 
     def do_POST(self) -> None:
         """Nothing."""
