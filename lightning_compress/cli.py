@@ -51,6 +51,9 @@ def main() -> None:
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "Tip:" not in record.getMessage())
     _main()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # left to the interpreter, gloo at times aborts it (pytorch#179291)
 
 
 if __name__ == "__main__":
