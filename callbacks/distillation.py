@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_compress.checkpoint import check_structure, follow_structure
 from lightning_compress.deploy.forward import Inputs, record_inputs
 from lightning_compress.distillation import (
     Call,
@@ -25,12 +24,12 @@ from lightning_compress.distillation import (
     visible_modules,
 )
 from lightning_compress.phase import Clock, Phase, check_phases
-from lightning_compress.pruning.surgery import restore_structure, structure_of
-from lightning_compress.quantization.convert import to_float
+from lightning_compress.pruning.surgery import structure_of
 
 from .clock import first_begin, phases_of, read_clock
 from .evaluate import check_validation_data, copied, evaluate
 from .structure import check_strategy
+from .teacher import Teacher
 
 __all__ = ["KnowledgeDistillation"]
 
@@ -91,7 +90,7 @@ class KnowledgeDistillation(pl.Callback):
         self.class_axis = class_axis
         self.by_hand = by_hand
         self._check_values()
-        self._teacher: nn.Module | None = None
+        self._teacher: Teacher | None = None
         self._of: pl.LightningModule | None = None
         self._begun = False
         self._active = False
@@ -166,18 +165,18 @@ class KnowledgeDistillation(pl.Callback):
             self._teacher, self._begun, self._chosen, self._warned = None, False, self.outputs or None, set()
         self._of = pl_module
         if self._teacher is None:
-            self._teacher = self._make_teacher(pl_module)
+            self._teacher = Teacher(self.teacher, pl_module)
         if self._state is not None:
-            _take(self._teacher, self._state["teacher_structure"], self._state["teacher"])
+            self._teacher.become(self._state["teacher_structure"], self._state["teacher"])
             self._begun, self._state = True, None
-        self._teacher.to(pl_module.device)
+        self._teacher.module.to(pl_module.device)
         known = visible_modules(pl_module)
         _check_names("outputs", [self.outputs], known)
-        if not isinstance(self.teacher, nn.Module):  # its copy also has the blocks that are gone by now
-            known |= visible_modules(self._teacher)
+        if self._teacher.is_copy:  # it also has the blocks that are gone by now
+            known |= self._teacher.modules()
         _check_names("features", list(self.features), known)
         for name in self.features:
-            self._place(name)
+            self._teacher.place(name)
         self._try(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -226,7 +225,8 @@ class KnowledgeDistillation(pl.Callback):
             return self._state
         if self.teacher != "self" or not self._begun or self._teacher is None:
             return {}
-        return {"teacher": dict(self._teacher.state_dict()), "teacher_structure": structure_of(self._teacher)}
+        teacher = self._teacher.module
+        return {"teacher": dict(teacher.state_dict()), "teacher_structure": structure_of(teacher)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where a checkpoint was written."""
@@ -251,31 +251,11 @@ class KnowledgeDistillation(pl.Callback):
             return 0 <= self.phase.progress(clock) < 1
         return not phases_of(trainer) or first_begin(trainer, clock) >= 0
 
-    def _make_teacher(self, pl_module: pl.LightningModule) -> nn.Module:
-        if isinstance(self.teacher, nn.Module):
-            ours = {id(p) for p in pl_module.parameters()}
-            if any(id(p) in ours for p in self.teacher.parameters()):
-                raise ValueError(
-                    "KnowledgeDistillation.teacher shares parameters with the model it teaches. Give teacher='self', "
-                    "or copy.deepcopy of it."
-                )
-            return self.teacher.eval()
-        teacher = to_float(pl_module)
-        teacher._metric_attributes = None  # a cache of the original's metrics by identity
-        if self.teacher != "self":
-            _load(teacher, Path(self.teacher))
-        return teacher.requires_grad_(False)
-
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the model's weights, if it is its own teacher."""
-        if self.teacher != "self" or self._begun:
-            return
-        assert self._teacher is not None
-        _take(self._teacher, structure_of(pl_module), pl_module.state_dict())
-        if trainer.world_size > 1:  # statistics of batch norms differ between ranks
-            buffers = {name: value.cpu() for name, value in self._teacher.named_buffers()}
-            for name, value in trainer.strategy.broadcast(buffers).items():
-                self._teacher.get_buffer(name).copy_(value)
+        """Let the teacher be the model as it is, if the model is its own."""
+        if self.teacher == "self" and not self._begun:
+            assert self._teacher is not None
+            self._teacher.look(trainer, pl_module)
 
     def _release(self, pl_module: pl.LightningModule) -> None:
         self._active = False
@@ -320,9 +300,7 @@ class KnowledgeDistillation(pl.Callback):
         if student is None or not student.requires_grad:
             return None
         assert self._teacher is not None
-        places = visible_modules(self._teacher)
-        target = self._teacher if isinstance(self.teacher, nn.Module) else places[call.name]
-        answer = teach(target, {name: places[self._place(name)] for name in self.features}, call)
+        answer = self._teacher.answer(call, self.features)
         share = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
         if self.alpha:
             teacher = self._fitting(student, main_tensor(answer.outputs))
@@ -335,18 +313,6 @@ class KnowledgeDistillation(pl.Callback):
                 continue
             share = share + weight * torch.stack([feature_loss(s, t) for s, t in fits]).mean()
         return share
-
-    def _place(self, name: str) -> str:
-        """Name of a feature in the teacher: the same, or what remains where the teacher is but a part of the model."""
-        assert self._teacher is not None
-        places = visible_modules(self._teacher)
-        found = [n for n in places if name == n or (n and name.endswith(f".{n}"))]
-        if not found:
-            raise ValueError(
-                f"KnowledgeDistillation.features={name!r}: the teacher has no such module. It has: "
-                f"{', '.join(n for n in places if n)}."
-            )
-        return max(found, key=len)
 
     def _fitting(self, student: Tensor, teacher: Tensor | None) -> Tensor:
         """The teacher's outputs, if they can be compared with the student's."""
@@ -378,10 +344,9 @@ class KnowledgeDistillation(pl.Callback):
                 student = main_tensor(teach(module.eval(), {}, Call("", inputs)).outputs)
         except Exception:  # no validation data, or a validation step that cannot run alone: the first step will tell
             return
-        target = self._teacher if isinstance(self.teacher, nn.Module) else visible_modules(self._teacher)[self.outputs]
         try:
             with trainer.precision_plugin.forward_context():
-                teacher = main_tensor(teach(target, {}, Call("", inputs)).outputs)
+                teacher = main_tensor(self._teacher.answer(Call(self.outputs, inputs)).outputs)
         except Exception as error:
             raise ValueError(
                 f"KnowledgeDistillation.teacher fails on the inputs of {self.outputs or type(pl_module).__name__}: "
@@ -460,24 +425,3 @@ def _choose(pl_module: pl.LightningModule, calls: list[Call]) -> str:
             "makes the logits: KnowledgeDistillation(outputs=...)."
         )
     return next(iter(names))
-
-
-def _take(teacher: nn.Module, structure: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
-    """Give a copy of the model weights from when it had another structure, or the same."""
-    restore_structure(teacher, structure, weights)
-    teacher.load_state_dict(weights)
-
-
-def _load(teacher: pl.LightningModule, path: Path) -> None:
-    """Give a copy of the model the weights of a checkpoint."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        follow_structure(teacher, checkpoint)
-    except Exception as error:
-        raise ValueError(
-            f"KnowledgeDistillation.teacher={str(path)!r} cannot be read: {type(error).__name__}: {error}. Accepted is "
-            "a .ckpt file that Lightning wrote, with plain values."
-        ) from error
-    weights = checkpoint["state_dict"]
-    check_structure(teacher, weights, strict=teacher.strict_loading)
-    teacher.load_state_dict(weights, strict=teacher.strict_loading)

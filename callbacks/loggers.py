@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_compress.analysis.history import History, figures
+from lightning_compress.analysis.history import History
 from lightning_compress.analysis.report import headers, summary_rows
 from lightning_compress.tracking import log_files, log_histograms
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["send"]
 
 
-def send(logger: Any, report: dict[str, Any], history: History, step: int) -> None:
+def send(logger: Any, report: dict[str, Any], history: History, pictures: Mapping[str, Figure], step: int) -> None:
     """Give a logger the report; one that refuses a part of it costs a warning, not the run.
 
     Args:
         logger: Any of Lightning's.
         report: The report.
         history: What happened over the run.
+        pictures: Of it, by name.
         step: The optimizer step.
     """
     final = {f"compress/final_{k}": v for k, v in (report["compressed"] or {}).items() if v is not None}
-    pictures = figures(history, report["metric"])
     try:
         logger.log_metrics(final, step=step)
         if hasattr(logger, "log_image"):
@@ -61,7 +65,7 @@ def _tables(report: dict[str, Any], history: History) -> dict[str, tuple[list[st
     return tables
 
 
-def _pixels(figure: Any) -> np.ndarray:
+def _pixels(figure: Figure) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

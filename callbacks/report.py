@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
-from lightning_compress.analysis.history import History
+from lightning_compress.analysis.history import History, figures
 from lightning_compress.analysis.inspect import (
     estimate_bytes,
     layer_table,
@@ -142,9 +142,10 @@ class CompressionReport(pl.Callback):
         self.report["seconds"] = {key: round(value, 3) for key, value in self._seconds.items()}
         folder = self._folder(trainer)
         write_json(self.report, folder / "report.json")
-        write_html(self.report, self._history, folder / "report.html")
+        pictures = figures(self._history, self.report["metric"])
+        write_html(self.report, pictures, folder / "report.html")
         for logger in trainer.loggers:
-            send(logger, self.report, self._history, trainer.global_step)
+            send(logger, self.report, self._history, pictures, trainer.global_step)
         if self.show:
             if trainer.progress_bar_callback is not None:
                 trainer.progress_bar_callback.teardown(trainer, pl_module, stage)  # so that no live bar is in the way

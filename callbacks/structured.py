@@ -18,7 +18,8 @@ from lightning_compress.layers import matches
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import Criterion
 from lightning_compress.pruning.blocks import choose_blocks, find_blocks, record_blocks, score_block
-from lightning_compress.pruning.coupling import Coupling, Group, couple, plain_name
+from lightning_compress.pruning.coupling import Coupling, Group, couple
+from lightning_compress.pruning.places import plain_name
 from lightning_compress.pruning.plan import (
     Drops,
     Limits,

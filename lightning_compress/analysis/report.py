@@ -5,14 +5,17 @@ from __future__ import annotations
 import html
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
-from lightning_compress.analysis.history import History, figures
 from lightning_compress.analysis.page import html_table, picture, write_page
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["headers", "summary_rows", "terminal_table", "write_html", "write_json"]
 
@@ -94,13 +97,11 @@ _CAPTIONS = {
 }
 
 
-def write_html(report: dict[str, Any], history: History, path: Path) -> None:
+def write_html(report: dict[str, Any], pictures: Mapping[str, Figure], path: Path) -> None:
     """Write one self-contained report.html."""
-    pictures = []
-    for name, figure in figures(history, report["metric"]).items():
-        pictures.append(picture(figure, _CAPTIONS[name]))
-    if not pictures:
-        pictures.append("<p>No pictures: pip install 'lightning-compress[report]'.</p>")
+    shown = [picture(figure, _CAPTIONS[name]) for name, figure in pictures.items()]
+    if not shown:
+        shown.append("<p>No pictures: pip install 'lightning-compress[report]'.</p>")
     problems = "".join(f'<p class="warning">{html.escape(text)}</p>' for text in report.get("warnings", []))
     layers = [
         [
@@ -137,7 +138,7 @@ def write_html(report: dict[str, Any], history: History, path: Path) -> None:
         "exported file in the same runtime; the compressed model is timed in PyTorch. Medians, one thread. "
         "Bytes are of the exported file.</p>",
         "<h2>Pictures</h2>",
-        *pictures,
+        *shown,
         "<h2>Proof of the files</h2>",
         html_table(
             ["file", "runtime", report["metric"] or "metric", "agreement", "max abs diff", "integer kernels", "batch"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,78 +19,15 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from lightning_compress.layers import EMBEDDING, PRUNABLE, find_layers, matches
+from lightning_compress.pruning.attention import Attention, find_attentions
+from lightning_compress.pruning.places import Place, entries, located, plain_name, tensor_of
 
-__all__ = ["Attention", "Coupling", "Entry", "Group", "Place", "couple", "entries", "plain_name", "tracing"]
+__all__ = ["Coupling", "Group", "couple", "tracing"]
 
 Forward = Callable[[nn.Module], Any]
 
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "nheads", "num_head", "h")
-_SPLIT = {"q", "k", "v", "query", "key", "value", "wq", "wk", "wv"}
-_FUSED = {"qkv": 3, "to_qkv": 3, "in_proj": 3, "c_attn": 3, "query_key_value": 3, "wqkv": 3, "kv": 2, "to_kv": 2}
 _ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a module's channels lie in one of its tensors.
-
-    Args:
-        key: The tensor's name in the module.
-        axis: The axis.
-        offsets: Channel i lies at i plus each of these.
-        modulo: Channel i lies at i modulo this, in every group of a grouped convolution.
-    """
-
-    key: str
-    axis: int
-    offsets: tuple[int, ...] = (0,)
-    modulo: int = 0
-
-    def positions(self, channels: Tensor) -> Tensor:
-        """Positions of channels along the axis, one row an offset."""
-        channels = channels % self.modulo if self.modulo else channels
-        return torch.stack([channels + offset for offset in self.offsets])
-
-
-@dataclass(frozen=True)
-class Place:
-    """Channels of one side of a module, and the root channel that each belongs to.
-
-    Args:
-        module: The module's name, or a raw parameter's.
-        side: ``"out"`` or ``"in"``; ``"out"`` where both are the same.
-        channels: Channels of the module.
-        roots: For each of them a channel of the group's root.
-        axis: Axis of a raw parameter.
-    """
-
-    module: str
-    side: str
-    channels: Tensor
-    roots: Tensor
-    axis: int = 0
-
-
-@dataclass
-class Attention:
-    """An attention whose heads are removed as a whole.
-
-    Args:
-        name: The module that knows the number of heads.
-        layers: Its linear layers that make queries, keys and values, with how many of these each makes.
-        num_heads: How many heads there are.
-        head_dim: Channels a head.
-        attributes: Its attributes that hold the number of heads.
-        sizes: Its attributes that hold the channels of all heads together.
-    """
-
-    name: str
-    layers: dict[str, int]
-    num_heads: int
-    head_dim: int
-    attributes: tuple[str, ...] = ()
-    sizes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -130,11 +67,6 @@ class Coupling:
 
     groups: list[Group]
     skipped: dict[str, str]
-
-
-def plain_name(name: str) -> str:
-    """A name free of ``torch.compile``'s prefix."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 @contextmanager
@@ -183,7 +115,7 @@ def couple(
                     "Give a name, a prefix of a name, or a glob such as 'encoder.*'."
                 )
     modules = dict(model.named_modules())
-    attentions = _find_attentions(modules, num_heads or {})
+    attentions = find_attentions(modules, num_heads or {})
     frozen = {id(p) for p in model.parameters() if not p.requires_grad}
     for p in model.parameters():
         p.requires_grad_(p.is_floating_point())
@@ -218,83 +150,8 @@ def couple(
     return Coupling(groups, reasons | dict(skipped or {}))
 
 
-def entries(module: nn.Module, side: str) -> list[Entry]:
-    """The tensors of a module that one side's channels lie in."""
-    found: list[Entry]
-    if isinstance(module, nn.modules.conv._ConvNd):
-        groups, per_group = module.groups, (module.in_channels // module.groups, module.out_channels // module.groups)
-        first, second = ("in", "out") if module.transposed else ("out", "in")
-        if groups > 1 and groups == module.out_channels == module.in_channels:
-            found = [Entry("weight", 0), Entry("bias", 0)]
-        elif side == first:
-            found = [Entry("weight", 0)]
-        else:
-            found = [Entry("weight", 1, modulo=per_group[second == "out"] if groups > 1 else 0)]
-        if side == "out" and found[-1].key != "bias":
-            found.append(Entry("bias", 0))
-    elif isinstance(module, nn.Linear):
-        found = [Entry("weight", 0), Entry("bias", 0)] if side == "out" else [Entry("weight", 1)]
-    elif isinstance(module, nn.Embedding):
-        found = [Entry("weight", 1)]
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        last = len(module.normalized_shape) - 1
-        found = [Entry("weight", last), Entry("bias", last)]
-    elif isinstance(module, nn.MultiheadAttention):
-        thrice = (0, module.embed_dim, 2 * module.embed_dim)
-        found = [Entry("in_proj_weight", 0, thrice), Entry("in_proj_weight", 1), Entry("in_proj_bias", 0, thrice)]
-        found += [Entry("bias_k", 2), Entry("bias_v", 2)]
-        found += [Entry("out_proj.weight", 0), Entry("out_proj.weight", 1), Entry("out_proj.bias", 0)]
-    else:  # batch, group and instance norms, PReLU
-        found = [Entry(key, 0) for key in ("weight", "bias", "running_mean", "running_var")]
-    return [entry for entry in found if tensor_of(module, entry.key) is not None]
-
-
-def tensor_of(module: nn.Module, key: str) -> Tensor | None:
-    """A stored parameter or buffer of a module, whatever the module shows under that name."""
-    *path, last = key.split(".")
-    for part in path:
-        module = module._modules[part]  # type: ignore[assignment]
-    found = module._parameters.get(last)
-    return module._buffers.get(last) if found is None else found
-
-
 def _module_of(name: str, parameter: str) -> str:
     return name if parameter == "weight" else name.removesuffix(parameter).rstrip(".")
-
-
-def _find_attentions(modules: Mapping[str, nn.Module], num_heads: Mapping[str, int]) -> dict[str, Attention]:
-    """Attentions by the name of each of their layers."""
-    found: dict[str, Attention] = {}
-    for pattern in num_heads:
-        if not any(matches(plain_name(name), [pattern]) for name in modules):
-            raise ValueError(
-                f"num_heads={pattern!r} matches no module. Give the name of an attention or a glob such as '*.attn'."
-            )
-    for name, module in modules.items():
-        if isinstance(module, nn.MultiheadAttention):
-            continue
-        given = next((num for pattern, num in num_heads.items() if matches(plain_name(name), [pattern])), None)
-        ints = {k: v for k, v in vars(module).items() if isinstance(v, int) and not isinstance(v, bool)}
-        keys = [key for key in _HEADS if ints.get(key, 0) > 0]
-        heads = given or (ints[keys[0]] if keys else 0)
-        makes: dict[str, int] = {}
-        for key, child in module.named_children():
-            plain = key.lower()
-            stem = plain.removesuffix("_proj").removesuffix("_linear").removeprefix("to_").removeprefix("w_")
-            times = _FUSED.get(plain) or _FUSED.get(stem) or (1 if plain in _SPLIT or stem in _SPLIT else 0)
-            if isinstance(child, nn.Linear) and times and heads and child.out_features % (times * heads) == 0:
-                makes[f"{name}.{key}".lstrip(".")] = times
-        if not makes:
-            continue
-        linears: list[Any] = [modules[key] for key in makes]
-        sizes = {linear.out_features // times for linear, times in zip(linears, makes.values(), strict=True)}
-        if len(sizes) == 1:
-            (size,) = sizes
-            counts = tuple(key for key, value in ints.items() if value == heads and (key in _HEADS or given))
-            inner = tuple(key for key, value in ints.items() if value == size and key not in counts)
-            attention = Attention(name, makes, heads, size // heads, counts, inner)
-            found |= dict.fromkeys(makes, attention)
-    return found
 
 
 def _trace(model: nn.Module, forward: Forward) -> tuple[tp.DependencyGraph, set[str]]:
@@ -431,14 +288,7 @@ def _atomize(
         module = modules.get(place.module)
         if place.module == name and place.side == "out":
             join(torch.cat([place.channels, torch.arange(num)]), torch.cat([place.roots, torch.arange(num)]))
-        groups = 1
-        if (
-            isinstance(module, nn.modules.conv._ConvNd)
-            and not module.groups == module.in_channels == module.out_channels
-        ):
-            groups, size = module.groups, module.out_channels if place.side == "out" else module.in_channels
-        elif isinstance(module, nn.GroupNorm):
-            groups, size = module.num_groups, module.num_channels
+        groups, size = _grouped(module, place.side)
         if groups > 1:
             join(place.channels % (size // groups), place.roots)
         if isinstance(module, nn.MultiheadAttention):
@@ -496,27 +346,21 @@ def _refuse(
             return f"{plain_name(place.module)} computes in groups, of which these are not all channels"
         tensors = []
         if module is not None:
-            tensors = [tensor_of(module, entry.key) for entry in entries(module, place.side)]
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module._parameters.get("weight") is None:
                 return f"the weight of {plain_name(place.module)} is parametrized or computed by other code"
             if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
                 return f"keys and values of {plain_name(place.module)} have sizes of their own"
-        if any(positions.max() >= tensor.shape[axis] for tensor, axis, positions in _found(place, modules)):
-            return f"its channels are rearranged on the way to {plain_name(place.module)}"
+            for entry in entries(module, place.side):
+                tensor = tensor_of(module, entry.key)
+                assert tensor is not None
+                if entry.positions(place.channels).max() >= tensor.shape[entry.axis]:
+                    return f"its channels are rearranged on the way to {plain_name(place.module)}"
+                tensors.append(tensor)
         if not named and any(id(tensor) in frozen for tensor in tensors):
             return f"{plain_name(place.module)} is frozen (requires_grad=False); include the layer by name to take it"
     if int(group.atoms.max()) == 0:
         return "its channels all go together"
     return None
-
-
-def _found(place: Place, modules: Mapping[str, nn.Module]) -> Iterator[tuple[Tensor, int, Tensor]]:
-    module = modules.get(place.module)
-    if module is not None:
-        for entry in entries(module, place.side):
-            tensor = tensor_of(module, entry.key)
-            assert tensor is not None
-            yield tensor, entry.axis, entry.positions(place.channels)
 
 
 def _without_torn_ties(
@@ -546,12 +390,3 @@ def _without_torn_ties(
             map(plain_name, groups[number].layers), f"{pair} share one weight and would lose different channels"
         )
     return [group for number, group in enumerate(groups) if number not in torn]
-
-
-def located(place: Place, modules: Mapping[str, nn.Module]) -> Iterable[tuple[str, int, Tensor, Tensor]]:
-    """Names of the tensors, axes, positions (offsets by channels) and root channels of a place."""
-    if place.side == "raw":
-        yield place.module, place.axis, place.channels[None], place.roots
-        return
-    for entry in entries(modules[place.module], place.side):
-        yield f"{place.module}.{entry.key}".lstrip("."), entry.axis, entry.positions(place.channels), place.roots

@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.pruning.coupling import Attention, Coupling, Forward, Group, located, plain_name, tracing
+from lightning_compress.pruning.attention import Attention
+from lightning_compress.pruning.coupling import Coupling, Forward, Group, tracing
+from lightning_compress.pruning.places import located, plain_name
 from lightning_compress.pruning.surgery import Record, apply_record, tensors_by_name
 
 __all__ = ["Drops", "Limits", "choose", "num_channels", "num_parameters", "prove", "prove_groups", "record_of"]

@@ -257,7 +257,7 @@ def test_distil_combined(name: str, tmp_path: Path) -> None:
     assert prepared(module).enabled
     kept = callback_of(trainer, KnowledgeDistillation)
     assert not differences(kept.state_dict()["teacher"], weights(tmp_path / f"{BEGIN}.ckpt"))
-    teacher = kept._teacher
+    teacher = kept._teacher.module
     assert prepared(teacher) is None or not prepared(teacher).enabled
     path = tmp_path / f"{NUM_BATCHES}.ckpt"
     found = make().test(make_module(name), ckpt_path=path, verbose=False)

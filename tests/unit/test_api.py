@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import get_origin
 
 import lightning.pytorch as pl
@@ -45,6 +46,12 @@ def test_every_room_of_the_house_is_there() -> None:
     rooms = ("phase", "layers", "testing", "pruning.masks", "quantization.convert", "deploy.onnx", "analysis.report")
     assert {f"lightning_compress.{room}" for room in rooms} <= set(MODULES)
     assert len(MODULES) > 25
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    listed = (Path(__file__).parents[2] / "pyproject.toml").read_text().partition("packages = [")[2].partition("]")[0]
+    packages = [m.name for m in pkgutil.walk_packages(lightning_compress.__path__, "lightning_compress.") if m.ispkg]
+    assert {f'"{name}"' for name in packages} <= {line.strip(" ,") for line in listed.splitlines()}
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -80,7 +80,7 @@ class Page(HTMLParser):
 
 
 def page_of(report: dict[str, Any], history: History, folder: Path) -> tuple[str, Page]:
-    write_html(report, history, folder / "below" / "report.html")
+    write_html(report, figures(history, report["metric"]), folder / "below" / "report.html")
     text = (folder / "below" / "report.html").read_text(encoding="utf-8")
     return text, Page(text)
 
