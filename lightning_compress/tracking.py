@@ -6,6 +6,7 @@ import json
 import netrc
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -24,6 +25,7 @@ __all__ = ["OfflineRun", "define_metric", "log_files", "log_histograms", "read_o
 
 _PATIENCE = 2.0  # seconds for an answer of the server
 _INIT = 15.0  # seconds for a run to begin there; W&B itself waits for 90
+_FLUSH = 2.0  # seconds after its last write in which a file may not be whole: finish() returns before W&B has closed it
 _FINISH = 60.0  # seconds for what is left to upload at the end; W&B itself waits forever
 
 
@@ -179,7 +181,7 @@ class OfflineRun:
 
 
 def read_offline_run(path: str | Path) -> OfflineRun:
-    """Read the ``.wandb`` file of an offline run.
+    """Read the ``.wandb`` file of an offline run; one that was written just now is waited for.
 
     Args:
         path: The file, or the folder ``offline-run-...`` that holds it.
@@ -191,7 +193,7 @@ def read_offline_run(path: str | Path) -> OfflineRun:
     if path.is_dir():
         path = next(iter(path.glob("*.wandb")), path / "run-*.wandb")
     run = OfflineRun()
-    for record in _records(path):
+    for record in _whole(path):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run.run_id, run.name, run.group = record.run.run_id, record.run.display_name, record.run.run_group
@@ -216,6 +218,16 @@ def read_offline_run(path: str | Path) -> OfflineRun:
 
 def _items(items: Any) -> dict[str, Any]:
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def _whole(path: Path) -> list[Any]:
+    """The records of a file, once the one that ends a run is among them, or nothing has been written for a while."""
+    until = path.stat().st_mtime + _FLUSH
+    while True:
+        records = list(_records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in records) or time.time() > until:
+            return records
+        time.sleep(0.01)
 
 
 def _records(path: Path) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -97,9 +98,21 @@ def test_a_file_cut_short_by_a_killed_run_gives_what_is_whole(
 ) -> None:
     path = tmp_path / written.name
     path.write_bytes(written.read_bytes()[:-num_bytes])
+    os.utime(path, (0, 0))
     found = read_offline_run(path)
     assert (found.run_id, found.config["lr"]) == (run.run_id, 0.1)
     assert found.history[:4] == run.history[:4]
+
+
+def test_a_file_that_is_still_being_written_is_waited_for(run: OfflineRun, written: Path, tmp_path: Path) -> None:
+    """W&B's finish() returns up to some milliseconds before the file is whole."""
+    path, whole = tmp_path / written.name, written.read_bytes()
+    path.write_bytes(whole[:7])
+    later = threading.Timer(0.3, path.write_bytes, [whole])
+    later.start()
+    found = read_offline_run(path)
+    later.join()
+    assert found == run
 
 
 def chunk(kind: int, data: bytes) -> bytes:
@@ -119,6 +132,7 @@ def test_a_record_at_the_end_of_a_block_leaves_the_next_one_readable(left: int, 
     path.write_bytes(
         bytes(7) + chunk(1, first.SerializeToString()) + end + chunk(4 if left == 7 else 1, second.SerializeToString())
     )
+    os.utime(path, (0, 0))
     run = read_offline_run(path)
     assert run.run_id == first.run.run_id
     assert run.history == [{"loss": 0.5}]
