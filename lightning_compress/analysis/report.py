@@ -17,7 +17,7 @@ from lightning_compress.analysis.page import html_table, picture, write_page
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["headers", "summary_rows", "terminal_table", "write_html", "write_json"]
+__all__ = ["headers", "short", "summary_rows", "terminal_table", "write_html", "write_json"]
 
 
 def summary_rows(report: dict[str, Any]) -> list[list[str]]:
@@ -43,7 +43,7 @@ def _row(values: dict[str, Any], latency: dict[str, float]) -> list[str]:
     def number(key: str, form: str) -> str:
         return "-" if values.get(key) is None else format(values[key], form)
 
-    counts = [_short(values.get(key)) for key in ("num_nonzero", "macs", "bytes", "bytes_zstd")]
+    counts = [short(values.get(key)) for key in ("num_nonzero", "macs", "bytes", "bytes_zstd")]
     times = [f"{latency[size]:.2f}" if size in latency else "-" for size in ("1", "64")]
     return [number("metric", ".4f"), number("sparsity", ".1%"), *counts, *times]
 
@@ -51,7 +51,7 @@ def _row(values: dict[str, Any], latency: dict[str, float]) -> list[str]:
 _LETTERS = (("", 1), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))
 
 
-def _short(value: float | None) -> str:
+def short(value: float | None) -> str:
     """A count in three digits with a thousands letter, such as 77.8k."""
     if value is None:
         return "-"
@@ -105,7 +105,7 @@ def write_html(report: dict[str, Any], pictures: Mapping[str, Figure], path: Pat
     problems = "".join(f'<p class="warning">{html.escape(text)}</p>' for text in report.get("warnings", []))
     layers = [
         [
-            *(row["name"], row["type"], *(_short(row[key]) for key in ("num_params", "macs", "bytes"))),
+            *(row["name"], row["type"], *(short(row[key]) for key in ("num_params", "macs", "bytes"))),
             *(f"{row['sparsity']:.1%}", str(row["weight_bits"]), str(row["input_bits"])),
         ]
         for row in report["layers"]

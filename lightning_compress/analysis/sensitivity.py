@@ -217,7 +217,7 @@ def table(found: Sensitivity, metric: str) -> Table:
     caption = (
         f"{len(found.rows)} evaluations in {found.seconds:.1f} s; {found.cached} of {len(found.layers)} layers cached"
     )
-    shown = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, header_style="bold")
+    shown = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=0, header_style="bold")
     shown.add_column("layer", overflow="fold")
     for kind, level in found.levels:
         shown.add_column(_label(kind, level), justify="right", no_wrap=True)
@@ -225,7 +225,8 @@ def table(found: Sensitivity, metric: str) -> Table:
         shown.add_column("Hessian", justify="right", no_wrap=True)
     for layer in found.layers:
         cells = [f"{found.drop(layer, *level):.3f}" for level in found.levels]
-        shown.add_row(layer, *cells, *([f"{found.traces[layer]:.1e}"] if found.traces else []))
+        cells += [f"{found.traces[layer]:.1e}"] if found.traces else []
+        shown.add_row(layer, *(f" {cell}" for cell in cells))
     return shown
 
 

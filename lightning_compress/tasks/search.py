@@ -213,15 +213,19 @@ class Search:
         from rich import box
         from rich.table import Table
 
+        from lightning_compress.analysis.report import short
+
         wanted = ", ".join(f"{name} {value:g}" for name, value in self.budget.items())
-        shown = Table(title=f"budget: {wanted}; dense {self.metric} {self.dense:.4f}", box=box.SIMPLE_HEAD)
+        title = f"budget: {wanted}; dense {self.metric} {self.dense:.4f}"
+        shown = Table(title=title, box=box.SIMPLE_HEAD, padding=0, header_style="bold")
         for name in ("", "weights", "bits", "zeros", "bytes", "zstd", "ms @1", "MACs", self.metric, "drop"):
-            shown.add_column(name, justify="right")
+            shown.add_column(name, justify="right" if name else "left", no_wrap=True)
         for c in self.tried:
             mark = "found" if c is found else "trained" if c.trained else "probed"
-            size = f"{c.num_params:,}", f"{c.bits:.2f}", f"{c.sparsity:.0%}", f"{c.bytes:,}", f"{c.bytes_zstd:,}"
-            metric, drop = (f"{c.metric:.4f}", f"{c.metric_drop:.4f}") if c.trained else ("-", "-")
-            shown.add_row(mark, *size, f"{c.latency_ms:.3f}", f"{c.macs:,}", metric, drop)
+            cells = [short(c.num_params), f"{c.bits:.2f}", f"{c.sparsity:.0%}", f"{c.bytes:,}", f"{c.bytes_zstd:,}"]
+            cells += [f"{c.latency_ms:.3f}", short(c.macs)]
+            cells += [f"{c.metric:.4f}", f"{c.metric_drop:.4f}"] if c.trained else ["-", "-"]
+            shown.add_row(mark, *(f" {cell}" for cell in cells), style="bold" if c is found else None)
         return shown
 
 
