@@ -121,7 +121,8 @@ def test_resume_and_init_from_take_the_demo_checkpoint(demo: tuple[Path, str], t
 def test_sweep_makes_one_run_a_job_in_one_group_and_one_table(launcher: str, tmp_path: Path) -> None:
     text = command(
         *("-m", "experiment=mnist_prune_int8", "sweep=sparsity", "trainer.max_epochs=1", f"hydra/launcher={launcher}"),
-        *("+trainer.limit_train_batches=20", "+trainer.limit_val_batches=1", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
+        *("+trainer.limit_train_batches=20", "+trainer.limit_val_batches=1", "control=false"),
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
     )
     runs = offline_runs(tmp_path)
     assert [r.name.split()[0] for r in runs] == ["0", "1", "2"]
@@ -280,7 +281,8 @@ def test_plain_trainer_script(tmp_path: Path) -> None:
 
 
 def test_lightning_cli(tmp_path: Path) -> None:
-    options = ["--trainer.max_epochs", "2", "--trainer.default_root_dir", str(tmp_path)]
+    options = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "20"]
+    options += ["--trainer.default_root_dir", str(tmp_path)]
     run("-m", "experiments.foreign.cli", "fit", "--config", "experiments/foreign/cli.yaml", *options, cwd=ROOT)
     report = json.loads((tmp_path / "report.json").read_text())
     bits = {row["name"]: row["weight_bits"] for row in report["layers"]}
@@ -289,7 +291,7 @@ def test_lightning_cli(tmp_path: Path) -> None:
 
 
 def test_foreign_hydra_application(tmp_path: Path) -> None:
-    options = ["trainer.max_epochs=2", f"hydra.run.dir={tmp_path}"]
+    options = ["trainer.max_epochs=2", "+trainer.limit_train_batches=20", f"hydra.run.dir={tmp_path}"]
     run("-m", "experiments.foreign.app", "+compression=prune_int8", "callbacks.prune.sparsity=0.8", *options)
     assert 0.8 <= json.loads((tmp_path / "report.json").read_text())["compressed"]["sparsity"] < 0.81
 
