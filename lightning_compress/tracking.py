@@ -221,8 +221,8 @@ def _items(items: Any) -> dict[str, Any]:
 
 
 def _whole(path: Path) -> list[Any]:
-    """The records of a file, once the one that ends a run is among them, or nothing has been written for a while."""
-    until = path.stat().st_mtime + _FLUSH
+    """The records of a file, once the one that ends a run is among them, or it has had time to be written."""
+    until = min(path.stat().st_mtime, time.time()) + _FLUSH  # another machine's clock may be ahead
     while True:
         records = list(_records(path))
         if any(record.WhichOneof("record_type") == "exit" for record in records) or time.time() > until:

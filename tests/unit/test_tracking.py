@@ -115,6 +115,13 @@ def test_a_file_that_is_still_being_written_is_waited_for(run: OfflineRun, writt
     assert found == run
 
 
+def test_a_killed_run_of_a_machine_whose_clock_is_ahead_is_read_soon(written: Path, tmp_path: Path) -> None:
+    path = tmp_path / written.name
+    path.write_bytes(written.read_bytes()[:7])
+    os.utime(path, (2**32, 2**32))
+    assert read_offline_run(path) == OfflineRun()
+
+
 def chunk(kind: int, data: bytes) -> bytes:
     return bytes(4) + len(data).to_bytes(2, "little") + bytes([kind]) + data
 
