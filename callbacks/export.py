@@ -11,7 +11,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_compress.deploy.files import Pair, is_quantized, try_format, words_of_caution, write_files
+from lightning_compress.deploy.cpu import cpu_features
+from lightning_compress.deploy.files import (
+    Pair,
+    is_quantized,
+    try_format,
+    words_of_caution,
+    words_of_doubt,
+    write_files,
+)
 from lightning_compress.deploy.formats import FORMATS, check_formats, installed_formats, pip_command
 from lightning_compress.deploy.forward import Inputs, replaced_forward
 from lightning_compress.deploy.size import weigh
@@ -43,9 +51,13 @@ class Export(pl.Callback):
         dirpath: Folder of the files; ``deploy`` below the Trainer's default_root_dir without one.
         name: Name of the files, without ending.
         rehearse: Whether formats that are named are tried before training.
+        min_agreement: Share of validation samples on which a file must give the model's answer; below it is a warning.
+        max_difference: Largest difference of a file's outputs from the model's, as a share of their range; above it is
+            a warning.
 
     Raises:
-        ValueError: If a format is unknown; before training starts, if a runtime cannot take the model.
+        ValueError: If a format is unknown or a threshold lies outside 0..1; before training starts, if a runtime cannot
+            take the model.
         ModuleNotFoundError: If a format's packages are missing, before training starts, with the pip command.
 
     Example:
@@ -58,6 +70,8 @@ class Export(pl.Callback):
         dirpath: str | Path | None = None,
         name: str = "model",
         rehearse: bool = True,
+        min_agreement: float = 0.99,
+        max_difference: float = 0.02,
     ) -> None:
         self._all = formats is None or formats == "all" or list(formats) == ["all"]
         named = [] if self._all or formats is None else formats
@@ -65,12 +79,18 @@ class Export(pl.Callback):
         self.dirpath = dirpath
         self.name = name
         self.rehearse = rehearse
+        self.min_agreement = min_agreement
+        self.max_difference = max_difference
         self.artifacts: list[Artifact] = []
         self.metrics: dict[str, dict[str, float]] = {}
         self.failures: dict[str, str] = {}
         unknown = [name for name in self.formats if name not in FORMATS]
         if unknown:
             check_formats(unknown)
+        for field in ("min_agreement", "max_difference"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"Export.{field}={value!r}: accepted is a number from 0 to 1, for instance 0.99.")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot be written, before training starts."""
@@ -147,12 +167,15 @@ class Export(pl.Callback):
             metrics = {}
         self.metrics[name] = metrics
         artifact.max_abs_diff, artifact.agreement = comparison.max_abs_diff, comparison.agreement
+        artifact.max_rel_diff = comparison.max_rel_diff
+        artifact.overflowing, artifact.cpu = files.overflowing, cpu_features()
         artifact.latency_ms, artifact.latency_ms_float = pair.latency()
         artifact.bytes_zstd_float = weigh(files.twin[_BATCH_SIZES[0]])[1]
         artifact.integer_kernels, artifact.num_kernels = pair.integer_kernels()
         artifact.batch = "dynamic" if kind.dynamic_batch else str(_BATCH_SIZES[0])
         artifact.integers = kind.activations if quantized else None
-        artifact.warnings = words_of_caution(artifact) if quantized else []
+        artifact.warnings = words_of_doubt(artifact, self.min_agreement, self.max_difference)
+        artifact.warnings += words_of_caution(artifact) if quantized else []
         for text in artifact.warnings:
             rank_zero_warn(text)
         rank_zero_info(f"Export wrote {path}: {artifact.bytes:,} bytes, {artifact.bytes_zstd:,} as zstd")

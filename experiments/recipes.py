@@ -95,6 +95,7 @@ def taught(scheme: Scheme) -> Method:
 
 SCHEMES = {
     "int8": int8(),
+    "int8 exact": int8(exact_kernels=True),
     "w4a8": w4a8(),
     "log4": log4(),
     "exp4": exp4(),

@@ -122,8 +122,13 @@ def write_html(report: dict[str, Any], pictures: Mapping[str, Figure], path: Pat
     ]
     proof = [
         [
-            *(Path(a["path"]).name, a["runtime"], *(_show(a[k]) for k in ("metric", "agreement", "max_abs_diff"))),
+            *(
+                Path(a["path"]).name,
+                a["runtime"],
+                *(_show(a[k]) for k in ("metric", "agreement", "max_abs_diff", "max_rel_diff")),
+            ),
             *(f"{a['integer_kernels']} of {a['num_kernels']}" if a.get("num_kernels") else "-", a.get("batch", "")),
+            a.get("cpu", ""),
         ]
         for a in report["artifacts"]
     ]
@@ -141,7 +146,10 @@ def write_html(report: dict[str, Any], pictures: Mapping[str, Figure], path: Pat
         *shown,
         "<h2>Proof of the files</h2>",
         html_table(
-            ["file", "runtime", report["metric"] or "metric", "agreement", "max abs diff", "integer kernels", "batch"],
+            [
+                *("file", "runtime", report["metric"] or "metric", "agreement", "max abs diff", "of range"),
+                *("integer kernels", "batch", "run on"),
+            ],
             proof,
         ),
         "<h2>Layers</h2>",
@@ -168,10 +176,14 @@ def _facts(report: dict[str, Any]) -> str:
         for size in ("1", "64"):
             if size in first["latency_ms"]:
                 ratio = first["latency_ms_float"][size] / first["latency_ms"][size]
-                facts.append((f"{ratio:.2f}x", f"faster at batch {size} in {first['runtime']}"))
+                facts.append(_speed(ratio, f"at batch {size} in {first['runtime']}"))
         if first["agreement"] is not None:
             facts.append((f"{first['agreement']:.2%}", "same answers as the PyTorch model"))
     return '<ul class="facts">' + "".join(f"<li><b>{a}</b>{html.escape(b)}</li>" for a, b in facts) + "</ul>"
+
+
+def _speed(ratio: float, where: str) -> tuple[str, str]:
+    return (f"{ratio:.2f}x", f"faster {where}") if ratio >= 1 else (f"{1 / ratio:.2f}x", f"slower {where}")
 
 
 def _show(value: float | None) -> str:

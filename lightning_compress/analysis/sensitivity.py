@@ -20,6 +20,7 @@ from lightning_compress.analysis.replay import Replay
 from lightning_compress.deploy.forward import Inputs
 from lightning_compress.layers import PRUNABLE, Layer, find_layers
 from lightning_compress.quantization.fake_quant import WeightFakeQuantize
+from lightning_compress.quantization.overflow import portable
 from lightning_compress.quantization.quantizers import Affine
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _pruned(weight: Tensor, sparsity: float) -> Tensor:
 
 
 def _rounded(layer: Layer, weight: Tensor, bits: float) -> Tensor:
-    fake = WeightFakeQuantize(Affine(int(bits), symmetric=True), layer.out_axis)
+    fake = WeightFakeQuantize(portable(Affine(int(bits), symmetric=True), Affine()), layer.out_axis)
     fake.enabled = True
     return fake(weight)
 

@@ -12,17 +12,24 @@ from lightning_compress.deploy.formats import Format
 from lightning_compress.deploy.forward import Inputs, run_model, with_batch
 from lightning_compress.deploy.runner import Kernels
 from lightning_compress.deploy.verify import Artifact, time_together
-from lightning_compress.quantization.convert import to_float
+from lightning_compress.quantization.convert import overflowing, to_float
 from lightning_compress.quantization.prepare import prepared
 
-__all__ = ["Files", "is_quantized", "try_format", "words_of_caution", "write_files"]
+__all__ = ["Files", "is_quantized", "try_format", "words_of_caution", "words_of_doubt", "write_files"]
 
 
 class Files(NamedTuple):
-    """Paths by batch size; one path for all where a file takes any batch."""
+    """Paths by batch size; one path for all where a file takes any batch.
+
+    Args:
+        shipped: The files of the model.
+        twin: Their float twins.
+        overflowing: Layers that only a CPU with VNNI multiplies exactly in this format's runtime.
+    """
 
     shipped: dict[int, Path]
     twin: dict[int, Path]
+    overflowing: list[str]
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -46,7 +53,8 @@ def write_files(kind: Format, model: nn.Module, inputs: Inputs, path: Path, size
     """
     plain = to_float(model)
     shipped = kind.convert(model) if is_quantized(model) else plain
-    files = Files({}, {})
+    exact = kind.activations == "int8"  # XNNPACK adds in 32 bits on every CPU
+    files = Files({}, {}, [] if exact or shipped is plain else overflowing(shipped))
     for size in sizes:
         if kind.dynamic_batch and files.shipped:
             files.shipped[size], files.twin[size] = files.shipped[sizes[0]], files.twin[sizes[0]]
@@ -110,8 +118,35 @@ class Pair:
         return self.shipped.integer_kernels()
 
 
+def words_of_doubt(artifact: Artifact, min_agreement: float, max_difference: float) -> list[str]:
+    """Where the file does not answer like the model, or would not on another CPU, in words.
+
+    Args:
+        artifact: The file and its proof.
+        min_agreement: Least share of samples with the model's answer.
+        max_difference: Largest difference of an output, as a share of the output's range.
+    """
+    file, said = f"{Path(artifact.path).name} in {artifact.runtime}", []
+    agreement, difference = artifact.agreement, artifact.max_rel_diff
+    if agreement is not None and not agreement >= min_agreement:
+        said.append(f"{file} gives the model's answer on {agreement:.2%} of the samples; {min_agreement:.2%} is asked.")
+    if difference is not None and not difference <= max_difference:  # NaN too
+        said.append(
+            f"{file} differs from the model by {difference:.2%} of its output's range; {max_difference:.2%} is allowed."
+        )
+    if artifact.overflowing:
+        num, first = len(artifact.overflowing), ", ".join(artifact.overflowing[:3])
+        said.append(
+            f"{file} is exact only on CPUs that add products in 32 bits (on x86: with VNNI). Elsewhere {num} of its "
+            f"layers ({first}{', ...' if num > 3 else ''}) can saturate, for two of their weights and activations do "
+            f"not fit into 16 bits together. It was run on {artifact.cpu}. To ship to any x86 CPU train without "
+            "exact_kernels=True, or take ExecuTorch or LiteRT."
+        )
+    return said
+
+
 def words_of_caution(artifact: Artifact) -> list[str]:
-    """What a user would not expect of a quantized file, in words."""
+    """Where a quantized file is no smaller or no faster than its float twin, in words."""
     file, said = f"{Path(artifact.path).name} in {artifact.runtime}", []
     if artifact.bytes_zstd >= (artifact.bytes_zstd_float or artifact.bytes_zstd + 1):
         said.append(
@@ -121,7 +156,10 @@ def words_of_caution(artifact: Artifact) -> list[str]:
     for size, ms in artifact.latency_ms.items():
         before = artifact.latency_ms_float[size]
         if ms >= before:
-            said.append(f"{file} is not faster than its float twin at batch {size}: {ms:.3g} ms against {before:.3g}.")
+            said.append(
+                f"{file} is not faster than its float twin at batch {size}: {ms:.3g} ms against {before:.3g} "
+                f"({artifact.cpu})."
+            )
     integer, total = artifact.integer_kernels or 0, artifact.num_kernels or 0
     if integer < total:
         said.append(f"{file} runs {total - integer} of {total} operations with stored weights in float kernels.")

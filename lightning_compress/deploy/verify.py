@@ -38,7 +38,10 @@ class Artifact:
         num_kernels: How many such operations there are.
         batch: ``"dynamic"``, or the batch size of the file; a file for another size lies beside it.
         integers: Type of the activations' codes; None of a float file.
-        warnings: What one would not expect of a quantized file, in words.
+        warnings: What one would not expect of the file, in words.
+        max_rel_diff: Largest difference of an output as a share of the range of that output's values.
+        overflowing: Layers whose weights a CPU without VNNI cannot multiply exactly in this runtime.
+        cpu: The CPU that ran the file, by its instructions.
     """
 
     format: str
@@ -57,6 +60,9 @@ class Artifact:
     batch: str = "dynamic"
     integers: str | None = None
     warnings: list[str] = field(default_factory=list)
+    max_rel_diff: float | None = None
+    overflowing: list[str] = field(default_factory=list)
+    cpu: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -79,7 +85,7 @@ class Comparison:
         self.runner = runner
         self.num_calls = 0
         self._same = self._num = 0
-        self._diff = 0.0
+        self._outputs: dict[int, _Output] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The file's outputs for the model's arguments."""
@@ -87,14 +93,13 @@ class Comparison:
         inputs = Inputs(*tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, (args, kwargs)))
         expected, got = run_model(self.model, inputs), self.runner(inputs)
         self.num_calls += 1
-        for a, b in zip(tree_leaves(expected), tree_leaves(got), strict=True):
+        for i, (a, b) in enumerate(zip(tree_leaves(expected), tree_leaves(got), strict=True)):
             if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
                 self._count(a.float(), b.float())
+                self._outputs.setdefault(i, _Output()).see(a.float(), b.float())
         return tree_map(lambda x: x.to(devices[0]) if devices and isinstance(x, Tensor) else x, got)
 
     def _count(self, a: Tensor, b: Tensor) -> None:
-        worst = float((a - b).abs().max())
-        self._diff = worst if math.isnan(worst) else max(self._diff, worst)
         has_classes = a.dim() and a.shape[-1] > 1
         same = a.argmax(-1) == b.argmax(-1) if has_classes else (a - b).abs() <= 0.01 * a.abs().max()
         self._same += int(same.sum())
@@ -102,13 +107,40 @@ class Comparison:
 
     @property
     def max_abs_diff(self) -> float:
-        """Largest difference seen."""
-        return self._diff
+        """Largest difference seen; 0 before any."""
+        return _worst([output.diff for output in self._outputs.values()])
+
+    @property
+    def max_rel_diff(self) -> float | None:
+        """Largest difference as a share of the range of the output in which it was seen; None before any."""
+        return _worst([output.share for output in self._outputs.values()]) if self._outputs else None
 
     @property
     def agreement(self) -> float | None:
         """Share of samples with the same answer; None before any."""
         return self._same / self._num if self._num else None
+
+
+def _worst(values: Sequence[float]) -> float:
+    """The largest value, NaN before all others; 0 of none."""
+    return math.nan if any(map(math.isnan, values)) else max(values, default=0.0)
+
+
+class _Output:
+    """One of the model's outputs over all calls: its range, and how far the file was from it."""
+
+    def __init__(self) -> None:
+        self.low, self.high, self.diff = math.inf, -math.inf, 0.0
+
+    def see(self, expected: Tensor, got: Tensor) -> None:
+        self.diff = _worst([self.diff, float((expected - got).abs().max())])
+        self.low, self.high = min(self.low, float(expected.min())), max(self.high, float(expected.max()))
+
+    @property
+    def share(self) -> float:
+        if self.diff == 0:
+            return 0.0
+        return self.diff / (self.high - self.low) if self.high > self.low else math.inf
 
 
 def time_together(calls: Sequence[Callable[[], Any]], seconds: float = 1.0) -> list[float]:

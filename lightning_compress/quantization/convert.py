@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from lightning_compress.layers import Layer, modules_by_name
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize, weights
+from lightning_compress.quantization.overflow import fits_pairs
 from lightning_compress.quantization.placement import Placement
 from lightning_compress.quantization.prepare import prepared
 from lightning_compress.quantization.quantizers import QParams, Quantizer, along
 
-__all__ = ["Activations", "check_convertible", "convert", "to_float"]
+__all__ = ["Activations", "check_convertible", "convert", "overflowing", "to_float"]
 
 Activations = Literal["uint8", "int8"]
 _LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
@@ -61,14 +62,15 @@ class _QuantizeDequantize:
     def __init__(self, activation: ActivationFakeQuantize, kind: Activations) -> None:
         qparams = activation.qparams()
         first, last = _ends(activation.quantizer, qparams)
+        self.largest = last - first
         self.lowest, self.highest = _LIMITS[kind]
         self.dtype = torch.uint8 if kind == "uint8" else torch.int8
         self.scale = float(qparams.scale)
         self.zero_point = int(qparams.zero_point) - first + self.lowest
         self.limits = None
-        if last - first < 255:  # the operation saturates at 8 bits only
+        if self.largest < 255:  # the operation saturates at 8 bits only
             begin = (first - int(qparams.zero_point)) * self.scale
-            self.limits = begin, begin + (last - first) * self.scale
+            self.limits = begin, begin + self.largest * self.scale
 
     def __call__(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or not torch.is_floating_point(x):
@@ -131,10 +133,30 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
     return model
 
 
+def overflowing(converted: nn.Module) -> list[str]:
+    """Layers of a converted model whose products a CPU without VNNI does not add exactly in uint8 x int8 kernels.
+
+    See :mod:`lightning_compress.quantization.overflow`; it is arithmetic on the weights that ship, on any CPU.
+    """
+    quantization = prepared(converted)
+    if quantization is None or quantization.placement is None:
+        return []
+    feeds, found = quantization.placement.feeds, []
+    for layer in quantization.layers:
+        feed = quantization.activations.get(feeds.get(layer.name, ""))
+        if feed is None or not feed.enabled:  # computes in float
+            continue
+        written, read = weights(layer.module)[layer.parameter], feed.quantize
+        assert isinstance(read, _QuantizeDequantize)
+        if not fits_pairs(written.codes, written.axis, read.largest):
+            found.append(layer.name)
+    return found
+
+
 def _ends(quantizer: Quantizer, qparams: QParams) -> tuple[int, int]:
     """The first and the last code."""
     most = torch.finfo(torch.float32).max / 4
-    low, high = quantizer.quantize(torch.tensor([-most, most]), qparams).tolist()
+    low, high = quantizer.quantize(torch.tensor([-most, most]), qparams).detach().tolist()
     return int(low), int(high)
 
 

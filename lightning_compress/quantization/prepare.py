@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ class Prepared:
         self.activations: dict[str, ActivationFakeQuantize] = {}
         _check_overrides(scheme, [layer.name for layer in self.layers])
         for layer in self.layers:
-            theirs = scheme.for_layer(layer.name)
-            upgrade([layer], theirs.weight, theirs.weight_granularity)
+            granularity = scheme.for_layer(layer.name).weight_granularity
+            upgrade([layer], scheme.weight_of(layer.name), granularity)
 
     @property
     def enabled(self) -> bool:
@@ -69,8 +70,8 @@ class Prepared:
     def rewrite(self, scheme: Scheme) -> None:
         """Quantize the weights in another way from now on; what their quantizers learned is forgotten."""
         for layer in self.layers:
-            quantizer, before = scheme.for_layer(layer.name).weight, self.scheme.for_layer(layer.name).weight
-            if quantizer != before:
+            quantizer = scheme.weight_of(layer.name)
+            if quantizer != self.scheme.weight_of(layer.name):
                 weights(layer.module)[layer.parameter].rewrite(quantizer)
         self.scheme = scheme
         torch.compiler.reset()
@@ -129,6 +130,7 @@ class Prepared:
         """
         if "placement" in state:
             _check_scheme(state["scheme"], self.scheme.to_state())
+            self._check_codes(state["scheme"].get("exact_kernels", True))
             placement = Placement(**state["placement"])
             known = modules_by_name(model)
             unknown = [name for name in (*placement.inputs, *placement.outputs) if name not in known]
@@ -147,6 +149,21 @@ class Prepared:
         for name, quantizer in self._quantizers().items():
             quantizer.from_state(state.get("learned", {}).get(name, {}))
         self.enable(state["enabled"])
+
+    def _check_codes(self, exact_kernels: bool) -> None:
+        """Raise if a checkpoint's weights were trained with other codes than they would be written with here."""
+        if exact_kernels == self.scheme.exact_kernels:
+            return
+        other = replace(self.scheme, exact_kernels=exact_kernels)
+        differing = [
+            layer.name for layer in self.layers if other.weight_of(layer.name) != self.scheme.weight_of(layer.name)
+        ]
+        if differing:
+            raise ValueError(
+                f"The checkpoint was trained with exact_kernels={exact_kernels}, and the scheme here has "
+                f"exact_kernels={self.scheme.exact_kernels}: the weights of {differing[0]} would be written with other "
+                f"codes. Give Scheme(..., exact_kernels={exact_kernels}) to go on as it was trained."
+            )
 
     def batch_norms(self, model: nn.Module) -> Iterator[nn.Module]:
         """The batch norms that are folded into quantized layers."""
@@ -175,7 +192,7 @@ def prepared(model: nn.Module) -> Prepared | None:
 
 
 def _check_scheme(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    for name in ours:
+    for name in ours.keys() - {"exact_kernels"}:
         if name in theirs and _differ(theirs[name], ours[name]):
             raise ValueError(
                 f"The checkpoint is quantized by another scheme: {name} is {theirs[name]!r} there and {ours[name]!r} "
@@ -185,7 +202,7 @@ def _check_scheme(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
 
 def _differ(a: Any, b: Any) -> bool:
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() != b.keys() or any(_differ(a[key], b[key]) for key in a)
+        return any(_differ(a.get(key), b.get(key)) for key in a.keys() | b.keys())  # a field that is new was None
     plain = (bool, int, float, str, list, type(None))
     return bool(a != b) if isinstance(a, plain) else type(a) is not type(b)
 

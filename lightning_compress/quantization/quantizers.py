@@ -88,14 +88,16 @@ class Affine(Quantizer):
     """Linear quantization: x_int = round((x - x_min) / (x_max - x_min) * (2^n - 1)) (Jacob 2018, arXiv:1712.05877).
 
     The range is widened to hold 0 and shifted so that 0 falls on a code. The symmetric form uses the codes
-    -(2^(n-1) - 1) .. 2^(n-1) - 1 around the zero point 0.
+    -top .. top around the zero point 0.
 
     Args:
-        bits: Bits a code, 2..8.
+        bits: Bits per code, 2..8.
         symmetric: Codes around zero, for weights; otherwise 0 .. 2^n - 1, for activations.
+        top: Largest code of the symmetric form; None for 2^(n-1) - 1. A :class:`Scheme` sets it where kernels need
+            smaller codes.
 
     Raises:
-        ValueError: If bits lies outside 2..8.
+        ValueError: If bits lies outside 2..8, or top outside 1 .. 2^(n-1) - 1, or codes with a top are not symmetric.
 
     Example:
         >>> q = Affine(bits=8)
@@ -106,18 +108,27 @@ class Affine(Quantizer):
 
     bits: int = 8
     symmetric: bool = False
+    top: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse widths that no code has."""
+        """Refuse widths that no code has, and a top beyond them."""
+        name = type(self).__name__
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            name = type(self).__name__
             raise ValueError(f"{name}.bits={self.bits!r}: accepted are the whole numbers 2..8, for instance {name}(8).")
+        highest = 2 ** (self.bits - 1) - 1
+        if self.top is not None and not (self.symmetric and type(self.top) is int and 1 <= self.top <= highest):
+            raise ValueError(
+                f"{name}.top={self.top!r}: accepted are None and, for symmetric codes, the whole numbers 1..{highest}, "
+                f"for instance {name}({self.bits}, symmetric=True, top={highest})."
+            )
 
     @property
     def limits(self) -> tuple[int, int]:
         """Lowest and highest code."""
-        top = 2 ** (self.bits - 1) - 1
-        return (-top, top) if self.symmetric else (0, 2**self.bits - 1)
+        if not self.symmetric:
+            return 0, 2**self.bits - 1
+        top = 2 ** (self.bits - 1) - 1 if self.top is None else self.top
+        return -top, top
 
     def qparams(self, low: Tensor, high: Tensor, axis: int | None = None) -> QParams:
         """Scale and zero point for a range."""
@@ -209,11 +220,12 @@ class LearnedStep(Affine):
     own step where that is smaller. With 2 bits, symmetric, the codes are -1, 0 and 1.
 
     Args:
-        bits: Bits a code, 2..8.
+        bits: Bits per code, 2..8.
         symmetric: Codes around zero, for weights; otherwise 0 .. 2^n - 1 around a zero point that stays.
+        top: Largest code of the symmetric form; None for 2^(n-1) - 1.
 
     Raises:
-        ValueError: If bits lies outside 2..8.
+        ValueError: As :class:`Affine`.
 
     Example:
         >>> q = LearnedStep(bits=2, symmetric=True)
@@ -249,11 +261,12 @@ class LearnedClip(LearnedStep):
     has the sum of the gradients of the values beyond it. :meth:`fit` takes the range with the least squared error.
 
     Args:
-        bits: Bits a code, 2..8.
+        bits: Bits per code, 2..8.
         symmetric: Codes around zero, for weights; otherwise 0 .. 2^n - 1 around a zero point that stays.
+        top: Largest code of the symmetric form; None for 2^(n-1) - 1.
 
     Raises:
-        ValueError: If bits lies outside 2..8.
+        ValueError: As :class:`Affine`.
 
     Example:
         >>> q = LearnedClip(bits=4)

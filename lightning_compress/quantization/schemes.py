@@ -12,6 +12,7 @@ from lightning_compress.layers import matches
 from lightning_compress.quantization import levels, observers, quantizers
 from lightning_compress.quantization.levels import AdditivePowerOfTwo, Binary, Codebook, Exponential, PowerOfTwo
 from lightning_compress.quantization.observers import MovingAverage, Observer
+from lightning_compress.quantization.overflow import portable
 from lightning_compress.quantization.quantizers import Affine, Float8, LearnedStep, Quantizer
 
 __all__ = [
@@ -47,6 +48,10 @@ class Scheme:
         exclude: Name patterns of layers to leave in float.
         overrides: Schemes of the layers whose names match a pattern; the first match decides. They only say how, not
             where: no include, exclude or overrides of their own.
+        exact_kernels: Promise that whatever runs the files adds products in 32 bits, so that weights of 8 bits use the
+            codes -127..127: ExecuTorch, LiteRT and ARM do, and onnxruntime, OpenVINO and Inductor on an x86 CPU with
+            VNNI. Without it 8-bit weights that meet 8-bit activations use -64..64, which every x86 CPU adds exactly
+            (:mod:`~lightning_compress.quantization.overflow`).
 
     Example:
         >>> mixed = Scheme(weight=Affine(4, symmetric=True), overrides={"head": int8()})
@@ -61,6 +66,7 @@ class Scheme:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     overrides: Mapping[str, Scheme] = field(default_factory=dict)
+    exact_kernels: bool = False
 
     def __post_init__(self) -> None:
         """Refuse parts of the wrong kind, which Hydra's _target_ would let pass."""
@@ -73,6 +79,11 @@ class Scheme:
             if not (isinstance(value, kind) or (optional and value is None)):
                 what = f"{'an' if kind is Observer else 'a'} {kind.__name__}{' or None' if optional else ''}"
                 raise TypeError(f"Scheme.{name}={value!r}: accepted is {what}, for instance {example}.")
+        if not isinstance(self.exact_kernels, bool):
+            raise TypeError(
+                f"Scheme.exact_kernels={self.exact_kernels!r}: accepted are True and False. Take False unless every "
+                "machine that runs the files has VNNI, or they run in ExecuTorch or LiteRT."
+            )
         for name in ("include", "exclude"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         size = self.weight_granularity
@@ -95,6 +106,12 @@ class Scheme:
         """The scheme of a layer: that of the first override whose pattern its name matches, or this one."""
         return next((nested for pattern, nested in self.overrides.items() if matches(name, [pattern])), self)
 
+    def weight_of(self, name: str) -> Quantizer:
+        """The quantizer that writes a layer's weight: that of its scheme, with codes that the kernels add exactly."""
+        theirs = self.for_layer(name)
+        exact = self.exact_kernels or theirs.exact_kernels
+        return theirs.weight if exact else portable(theirs.weight, theirs.inputs)
+
     def to_state(self) -> dict[str, Any]:
         """Plain values, for a checkpoint that loads without pickle."""
         return _to_state(self)
@@ -106,7 +123,8 @@ class Scheme:
         Raises:
             ValueError: If the state names a class that is not part of this package.
         """
-        return _from_state({"class": "Scheme", **state})
+        # a state from before there was a choice of codes is of a model that was trained in the full range
+        return _from_state({"class": "Scheme", "exact_kernels": True, **state})
 
 
 Names = Sequence[str]
@@ -119,19 +137,23 @@ def _scheme(
     return Scheme(weight, inputs, include=include, exclude=exclude, overrides=overrides or {}, **more)
 
 
-def int8(include: Names = (), exclude: Names = (), overrides: Overrides = None) -> Scheme:
-    """8 bits: weights symmetric and one scale an output channel, activations asymmetric and one scale a tensor.
+def int8(include: Names = (), exclude: Names = (), overrides: Overrides = None, exact_kernels: bool = False) -> Scheme:
+    """8 bits: weights symmetric with one scale per output channel, activations asymmetric with one scale per tensor.
 
     Args:
         include: Name patterns of the layers to quantize; empty for all.
         exclude: Name patterns of layers to leave in float.
         overrides: Schemes of the layers whose names match a pattern.
+        exact_kernels: Use the codes -127..127 rather than -64..64 for weights, which needs VNNI on x86, or ExecuTorch
+            or LiteRT: see :class:`Scheme`.
 
     Example:
         >>> int8(exclude=["head"]).weight.bits
         8
+        >>> int8().weight_of("layer").limits, int8(exact_kernels=True).weight_of("layer").limits
+        ((-64, 64), (-127, 127))
     """
-    return _scheme(Affine(8, symmetric=True), Affine(8), include, exclude, overrides)
+    return _scheme(Affine(8, symmetric=True), Affine(8), include, exclude, overrides, exact_kernels=exact_kernels)
 
 
 def w8(include: Names = (), exclude: Names = (), overrides: Overrides = None) -> Scheme:
@@ -139,7 +161,13 @@ def w8(include: Names = (), exclude: Names = (), overrides: Overrides = None) ->
     return _scheme(Affine(8, symmetric=True), None, include, exclude, overrides)
 
 
-def lsq(bits: int = 4, include: Names = (), exclude: Names = (), overrides: Overrides = None) -> Scheme:
+def lsq(
+    bits: int = 4,
+    include: Names = (),
+    exclude: Names = (),
+    overrides: Overrides = None,
+    exact_kernels: bool = False,
+) -> Scheme:
     """Weights and activations of a few bits, all with learned steps (Esser 2020, arXiv:1902.08153).
 
     The paper keeps the first and the last layer at 8 bits: ``overrides={"first": int8(), "last": int8()}``.
@@ -149,12 +177,14 @@ def lsq(bits: int = 4, include: Names = (), exclude: Names = (), overrides: Over
         include: Name patterns of the layers to quantize; empty for all.
         exclude: Name patterns of layers to leave in float.
         overrides: Schemes of the layers whose names match a pattern.
+        exact_kernels: Use all codes of 8 bits for weights: see :class:`Scheme`.
 
     Example:
         >>> lsq(3, overrides={"head": int8()}).for_layer("head").inputs.bits
         8
     """
-    return _scheme(LearnedStep(bits, symmetric=True), LearnedStep(bits), include, exclude, overrides)
+    weight, inputs = LearnedStep(bits, symmetric=True), LearnedStep(bits)
+    return _scheme(weight, inputs, include, exclude, overrides, exact_kernels=exact_kernels)
 
 
 def int4(include: Names = (), exclude: Names = (), overrides: Overrides = None) -> Scheme:

@@ -283,7 +283,7 @@ def test_the_layer_that_reads_a_value_says_how_it_is_quantized() -> None:
         "3:output": (Affine(5), Percentile(0.9)),
     }
     assert [weights(model[i])["weight"].quantizer for i in (0, 2, 4)] == [
-        Affine(8, symmetric=True),
+        Affine(8, symmetric=True, top=64),  # what pairs of 8-bit products leave
         LearnedStep(3, symmetric=True),
         Affine(4, symmetric=True),
     ]

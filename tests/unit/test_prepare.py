@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_compress import int8
+from lightning_compress import int4, int8, w4a8, w8
 from lightning_compress.quantization import Affine, MinMax, Scheme
-from lightning_compress.quantization.prepare import prepare, prepared
+from lightning_compress.quantization.prepare import Prepared, prepare, prepared
 
 from .helpers import noise, quantize, randomized, run, trace
 from .test_placement import Residual
@@ -96,3 +97,46 @@ def test_layers_that_are_left_alone_are_listed() -> None:
     assert prepared_.skipped == dict.fromkeys(("block1.conv1", "block1.conv2"), "excluded by name")
     with pytest.raises(ValueError, match="matches no layer"):
         prepare(Residual(), int8(include=["head"]))
+
+
+def old_state(prepared_: Prepared) -> dict[str, Any]:
+    """The state as it was written before there was a choice of codes."""
+    state = prepared_.state_dict()
+    scheme = {key: value for key, value in state["scheme"].items() if key != "exact_kernels"}
+    for key in ("weight", "inputs"):
+        scheme[key] = {k: v for k, v in scheme[key].items() if k != "top"}
+    return {**state, "scheme": scheme}
+
+
+def test_a_checkpoint_from_before_portable_codes_computes_as_it_was_trained() -> None:
+    model = randomized(Residual())
+    state = old_state(quantize(model, X, scheme=int8(exact_kernels=True)))
+    other = copy_of(model)
+    prepare(other, Scheme.from_state(state["scheme"])).load_state_dict(other, state)
+    assert torch.equal(run(other.eval(), X), run(model, X))
+
+
+def test_a_checkpoint_of_the_full_range_is_refused_by_a_scheme_that_would_narrow_its_codes() -> None:
+    model = randomized(Residual())
+    state = old_state(quantize(model, X, scheme=int8(exact_kernels=True)))
+    with pytest.raises(ValueError, match=r"Give Scheme\(..., exact_kernels=True\) to go on as it was trained"):
+        prepare(copy_of(model), int8()).load_state_dict(copy_of(model), state)
+
+
+@pytest.mark.parametrize("scheme", [w4a8(), int4(), w8()], ids=["w4a8", "int4", "w8"])
+def test_an_old_checkpoint_whose_codes_are_the_same_either_way_goes_on(scheme: Scheme) -> None:
+    model = randomized(Residual())
+    quantization = quantize(model, X, scheme=scheme)
+    quantization.begin()
+    state = quantization.state_dict()
+    state["scheme"] = {key: value for key, value in state["scheme"].items() if key != "exact_kernels"}
+    other = copy_of(model)
+    prepare(other, scheme).load_state_dict(other, state)
+    assert torch.equal(run(other.eval(), X), run(model, X))
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A plain model with the same weights."""
+    other = Residual()
+    other.load_state_dict(model.state_dict())
+    return other

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.deploy.files import words_of_caution
+from lightning_compress.deploy.files import words_of_caution, words_of_doubt
 from lightning_compress.deploy.forward import Inputs, replaced_forward
 from lightning_compress.deploy.verify import Artifact, Comparison, time_together
 
@@ -119,6 +119,39 @@ def test_what_one_would_not_expect_of_a_quantized_file_is_said(fields: dict[str,
     assert words_of_caution(make_artifact()) == []
     (text,) = words_of_caution(make_artifact(**fields))
     assert said in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"agreement": 0.9899}, "gives the model's answer on 98.99% of the samples; 99.00% is asked"),
+        ({"max_rel_diff": 0.0201}, "differs from the model by 2.01% of its output's range; 2.00% is allowed"),
+        ({"max_rel_diff": math.nan}, "differs from the model by nan%"),
+        ({"overflowing": ["a", "b", "c", "d"], "cpu": "x86_64 AVX2"}, r"4 of its layers (a, b, c, ...) can saturate"),
+        ({"overflowing": ["a"], "cpu": "x86_64 AVX2"}, "It was run on x86_64 AVX2. To ship to any x86 CPU train"),
+    ],
+)
+def test_a_file_that_does_not_answer_like_the_model_is_doubted(fields: dict[str, Any], said: str) -> None:
+    good = {"agreement": 0.99, "max_rel_diff": 0.02}
+    assert words_of_doubt(make_artifact(**good), 0.99, 0.02) == []
+    assert words_of_doubt(make_artifact(), 0.99, 0.02) == []  # nothing was compared
+    (text,) = words_of_doubt(make_artifact(**{**good, **fields}), 0.99, 0.02)
+    assert text.startswith("b.onnx in onnxruntime")
+    assert said in text
+
+
+def test_a_difference_is_a_share_of_the_range_of_its_own_output() -> None:
+    batches = [(x, 100 * x) for x in (torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [4.0]]))]
+    assert compare(lambda x: x).max_rel_diff is None
+    assert compare(lambda x: (x[0] + 0.1, x[1] + 0.1), batches[0]).max_rel_diff == pytest.approx(0.1)
+    both = compare(lambda x: (x[0] + 0.1, x[1] + 0.1), *batches)  # the range is that of all calls
+    assert both.max_rel_diff == pytest.approx(0.1 / 4)
+    assert both.max_abs_diff == pytest.approx(0.1, rel=1e-3)
+
+
+def test_outputs_without_a_range_have_no_share_that_passes() -> None:
+    assert compare(lambda x: x + 1e-6, torch.ones(2, 3)).max_rel_diff == math.inf
+    assert compare(lambda x: x.clone(), torch.ones(2, 3)).max_rel_diff == 0.0
 
 
 def test_medians_are_milliseconds_in_the_order_of_the_calls() -> None:
