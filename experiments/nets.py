@@ -95,6 +95,44 @@ class ResNet20(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
+class Bright(nn.Module):
+    """A small convolutional net whose filters begin positive, as smoothing ones are.
+
+    On bright images all of its products have one sign, which is the worst for kernels that add in 16 bits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for num_in, num_out in ((1, 16), (16, 32), (32, 32)):
+            layers += [nn.Conv2d(num_in, num_out, 3, 2, 1, bias=False), nn.BatchNorm2d(num_out), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 4))
+        with torch.no_grad():
+            for module in self.net:
+                if isinstance(module, nn.Conv2d):
+                    module.weight.abs_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of four classes for images of 1 x 16 x 16."""
+        return self.net(x)
+
+
+class Rows(nn.Module):
+    """A transformer of two blocks of torch's own layers that reads an image row by row."""
+
+    def __init__(self, dim: int = 64, heads: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Linear(28, dim)
+        self.position = nn.Parameter(torch.randn(28, dim) * 0.02)
+        layer = nn.TransformerEncoderLayer(dim, heads, 2 * dim, dropout=0.0, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(dim, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of ten classes for images of 1 x 28 x 28."""
+        return self.head(self.blocks(self.embed(x.squeeze(1)) + self.position).mean(1))
+
+
 class SplitAttention(nn.Module):
     """Queries, keys and values from a linear layer each, attributes as in BERT (Devlin 2018, arXiv:1810.04805)."""
 

@@ -29,6 +29,7 @@ from lightning_compress.deploy.files import Pair, write_files
 from lightning_compress.deploy.formats import FORMATS, check_formats
 from lightning_compress.deploy.forward import Inputs, run_model
 from lightning_compress.deploy.size import weigh
+from lightning_compress.quantization import Scheme
 
 NUM_IMAGES = 1000
 
@@ -64,8 +65,10 @@ class Net(Classifier):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def train(net: nn.Module, x: Tensor, y: Tensor, steps: int, callbacks: Sequence[Any]) -> Net:
-    """A model after so many steps, quantized in the last quarter."""
+def train(
+    net: nn.Module, x: Tensor, y: Tensor, steps: int, callbacks: Sequence[Any], scheme: Scheme | None = None
+) -> Net:
+    """A model after so many steps of 64 examples, quantized in the last quarter."""
     pl.seed_everything(0)
     model, num = Net(net), 64 * steps
     loader = DataLoader(TensorDataset(x[:num], y[:num]), 64, shuffle=True, drop_last=True)
@@ -74,7 +77,7 @@ def train(net: nn.Module, x: Tensor, y: Tensor, steps: int, callbacks: Sequence[
         trainer = pl.Trainer(
             max_steps=steps,
             accelerator="cpu",
-            callbacks=[*callbacks, QuantizationAwareTraining()],
+            callbacks=[*callbacks, QuantizationAwareTraining(scheme)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -72,8 +72,9 @@ class Artifact:
 class Comparison:
     """Stands in for a model's forward, answers with the file's outputs, and counts how far they are from the model's.
 
-    The answer of a sample is the index of its largest value along the last axis; with a single value there, two
-    answers agree when they differ by less than 1 % of the largest.
+    The answer of a sample is the index of its largest value along the axis of classes: the second of an output with
+    four axes or more (images, whose pixels have an answer each), else the last. With a single value there, two answers
+    agree when they differ by less than 1 % of the largest.
 
     Args:
         model: The PyTorch model.
@@ -100,8 +101,11 @@ class Comparison:
         return tree_map(lambda x: x.to(devices[0]) if devices and isinstance(x, Tensor) else x, got)
 
     def _count(self, a: Tensor, b: Tensor) -> None:
-        has_classes = a.dim() and a.shape[-1] > 1
-        same = a.argmax(-1) == b.argmax(-1) if has_classes else (a - b).abs() <= 0.01 * a.abs().max()
+        axis = 1 if a.dim() >= 4 else -1
+        if a.dim() and a.shape[axis] > 1:
+            same = a.argmax(axis) == b.argmax(axis)
+        else:
+            same = (a - b).abs() <= 0.01 * a.abs().max()
         self._same += int(same.sum())
         self._num += same.numel()
 

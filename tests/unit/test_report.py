@@ -27,7 +27,14 @@ def make_report(**changes: Any) -> dict[str, Any]:
         "bytes_zstd": 52_000,
     }
     artifact = {"format": "onnx", "runtime": "onnxruntime", "path": "out/model.onnx", "bytes": 270_000}
-    artifact |= {"bytes_zstd": 52_000, "metric": 0.974, "max_abs_diff": 0.0123, "agreement": 0.9975}
+    artifact |= {
+        "bytes_zstd": 52_000,
+        "metric": 0.974,
+        "max_abs_diff": 0.0123,
+        "agreement": 0.9975,
+        "max_rel_diff": 0.001,
+        "cpu": "x86_64 AVX2",
+    }
     artifact |= {"latency_ms": {"1": 0.25, "64": 2.0}, "latency_ms_float": {"1": 0.5, "64": 3.0}}
     layer = {"name": "net.<0>", "type": "Linear", "num_params": 235_200, "sparsity": 0.9, "weight_bits": 8}
     layer |= {"input_bits": 8, "macs": 235_200, "bytes": 52_920}
@@ -145,7 +152,7 @@ def test_the_page_shows_tables_pictures_and_facts_and_loads_nothing(tmp_path: Pa
     text, page = page_of(report, make_history(), tmp_path)
     assert page.open == []
     assert page.rows[: 1 + len(summary_rows(report))] == [headers(report), *summary_rows(report)]
-    assert ["model.onnx", "onnxruntime", "0.974", "0.9975", "0.0123", "-", ""] in page.rows
+    assert ["model.onnx", "onnxruntime", "0.974", "0.9975", "0.0123", "0.001", "-", "", "x86_64 AVX2"] in page.rows
     assert ["net.<0>", "Linear", "235k", "235k", "52.9k", "90.0%", "8", "8"] in page.rows
     assert page.addresses == []
     assert len(page.images) == 4

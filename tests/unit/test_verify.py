@@ -54,6 +54,18 @@ def test_agreement_is_the_share_of_samples_with_the_same_largest_class() -> None
     assert compare(change, logits, logits[:3]).agreement == pytest.approx(6 / 8)
 
 
+def test_each_pixel_of_an_image_has_an_answer_of_its_own() -> None:
+    """(N, C, H, W), with two classes: one of 12 pixels changes sides, and no column's largest pixel tells."""
+    logits = torch.stack([torch.arange(12.0).view(3, 4), torch.full((3, 4), 5.5)])[None]
+
+    def change(x: Tensor) -> Tensor:
+        other = x.clone()
+        other[0, 0, 1, 1] += 1  # from 5 to 6, over the other class
+        return other
+
+    assert compare(change, logits).agreement == pytest.approx(11 / 12)
+
+
 def test_single_values_agree_within_one_percent_of_the_largest() -> None:
     assert compare(lambda x: x + 0.09, torch.tensor([[10.0], [1.0], [-5.0]])).agreement == 1.0
     assert compare(
