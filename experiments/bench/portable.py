@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -129,10 +130,8 @@ def _answers(runner: Any, x: Tensor, y: Tensor, expected: Tensor) -> dict[str, f
 def measure(folder: Path) -> list[dict[str, Any]]:
     """All files of a folder on the CPU that this process sees."""
     torch.set_num_threads(1)
-    if cpu_features() == "x86_64 AVX2":  # or the compiler would use what is hidden
-        torch._inductor.config.cpp.simdlen = 256
     rows = []
-    for net in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for net in sorted(path.parent for path in folder.glob("*/data.pt")):
         saved = torch.load(net / "data.pt")
         x, y = saved["x"], saved["y"]
         for runtime, key in RUNTIMES.items():
@@ -237,7 +236,9 @@ def run(
                 rows += [{"cpu": "AVX2", **row} for net in made for row in _reference(net, made[net])]
                 continue
             out = Path(name, "rows.json")
-            subprocess.run([sys.executable, "-m", __name__, name, str(out)], env=variables, check=True)
+            # or Inductor would take what it compiled for the other CPU
+            own = {**(variables or os.environ), "TORCHINDUCTOR_CACHE_DIR": str(Path(name, f"inductor_{cpu}"))}
+            subprocess.run([sys.executable, "-m", __name__, name, str(out)], env=own, check=True)
             rows += [{"cpu": cpu, **row} for row in json.loads(out.read_text())]
     for row in rows:
         weighed = made[row["net"]]["bytes"][row["remedy"]]
