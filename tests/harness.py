@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning_compress.callbacks import CompressionReport, FineTuning, GradualPruning, QuantizationAwareTraining
 
+from lightning_compress.deploy.verify import Artifact
 from lightning_compress.phase import Phase
 
 from .zoo import BATCHES, MODULES
@@ -213,3 +214,13 @@ def in_two_processes(script: str, folder: Path) -> dict[str, Any]:
     results = json.loads(found.read_text())
     assert done.returncode == 0 or any(result != "ok" for result in results.values()), done.stderr[-3000:]
     return results
+
+
+def assert_agrees(artifact: Artifact) -> None:
+    """The file computes what the model computes, here and on a CPU without VNNI.
+
+    Agreement is no measure of a toy's few samples: a near tie among them is decided by the step of a code.
+    """
+    assert artifact.max_rel_diff is not None
+    assert artifact.max_rel_diff <= 0.02
+    assert artifact.overflowing == []

@@ -199,7 +199,7 @@ def _reference(net: str, made: dict[str, Any]) -> list[dict[str, Any]]:
 def cost(seeds: int, data: Path | None, folder: Path) -> tuple[float, list[dict[str, Any]]]:
     """What the narrower range costs, in points: full range minus ours, each pair from the same dense model."""
     found = quant_accuracy.run(schemes=["int8", "int8 exact"], seeds=seeds, data=data, folder=folder)
-    by = {(run["job"]["task"], run["job"]["method"], run["job"]["seed"]): run["accuracy"] for run in found["runs"]}
+    by = {(run["task"], run["method"], run["seed"]): run["accuracy"] for run in found["runs"]}
     rows, all_costs = [], []
     for task in sorted({task for task, _, _ in by}):
         costs = [by[task, "int8 exact", seed] - by[task, "int8", seed] for seed in range(seeds)]

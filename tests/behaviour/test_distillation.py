@@ -28,7 +28,15 @@ from lightning_compress.analysis.inspect import sparsity
 from lightning_compress.phase import Phase
 from lightning_compress.quantization.prepare import prepared
 
-from ..harness import callback_of, compile_inner, differences, in_two_processes, snapshot, where_plain_can
+from ..harness import (
+    assert_agrees,
+    callback_of,
+    compile_inner,
+    differences,
+    in_two_processes,
+    snapshot,
+    where_plain_can,
+)
 from ..zoo import MODULES
 from .distilled import (
     BATCHES,
@@ -313,7 +321,7 @@ def test_distil_export(name: str, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, quantization, teacher_of(name), export := Export(["onnx"]), limit_val_batches=2)
     trainer.fit(make_module(name))
     assert not export.failures
-    assert export.artifacts[0].agreement >= 0.99
+    assert_agrees(export.artifacts[0])
 
 
 @pytest.mark.parametrize("name", list(BY_HAND))

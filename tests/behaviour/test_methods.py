@@ -25,6 +25,7 @@ from ..harness import (
     SaveAfter,
     SeedEachBatch,
     accumulate_by_hand,
+    assert_agrees,
     assert_compiled_as_eager,
     assert_equal_outputs,
     compile_inner,
@@ -218,7 +219,7 @@ def test_export(method: str, name: str, tmp_path: Path) -> None:
         return
     trainer.fit(module)
     assert not export.failures
-    assert export.artifacts[0].agreement >= 0.99
+    assert_agrees(export.artifacts[0])
 
 
 @pytest.mark.xdist_group("ddp")

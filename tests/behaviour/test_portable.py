@@ -58,7 +58,9 @@ def fit(folder: Path, scheme: Scheme, formats: list[str], **options: Any) -> tup
 
 
 def test_the_full_range_is_a_warning_wherever_the_file_was_made(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"model\.onnx in onnxruntime is exact only on CPUs .* \(net\.net\.0, net\.net\.3"):
+    with pytest.warns(
+        UserWarning, match=r"model\.onnx in onnxruntime is exact only on CPUs .* \(net\.net\.0, net\.net\.3"
+    ):
         export, report = fit(tmp_path, int8(exact_kernels=True), ["onnx"])
     (artifact,) = report["artifacts"]
     assert artifact["overflowing"] == export.artifacts[0].overflowing

@@ -17,7 +17,16 @@ from lightning_compress.quantization import MSE, Affine, Observer, Percentile, S
 from lightning_compress.quantization.placement import Tracer
 from lightning_compress.quantization.prepare import prepare, prepared
 
-from ..harness import SaveAfter, assert_equal_outputs, callback_of, differences, make_module, make_trainer, outputs
+from ..harness import (
+    SaveAfter,
+    assert_agrees,
+    assert_equal_outputs,
+    callback_of,
+    differences,
+    make_module,
+    make_trainer,
+    outputs,
+)
 from ..zoo import BATCHES, MODULES
 
 SCHEMES = {
@@ -161,7 +170,7 @@ def test_fit_quantizes_at_its_end_before_the_export(tmp_path: Path) -> None:
     assert enabled == {"last batch": False, "last validation": False, "end": True}
     assert not export.failures
     assert export.artifacts[0].integers == "uint8"
-    assert export.artifacts[0].agreement >= 0.99
+    assert_agrees(export.artifacts[0])
     plain = make_module("mlp")
     make_trainer(tmp_path, callbacks=[]).fit(plain)
     torch.manual_seed(0)

@@ -36,6 +36,7 @@ from ..harness import (
     SaveAfter,
     SeedEachBatch,
     accumulate_by_hand,
+    assert_agrees,
     assert_compiled_as_eager,
     assert_equal_outputs,
     callback_of,
@@ -357,7 +358,7 @@ def test_channels_combined(name: str, tmp_path: Path) -> None:
     else:
         trainer.fit(module)
         assert not export.failures
-        assert export.artifacts[0].agreement >= 0.99
+        assert_agrees(export.artifacts[0])
     trainer.callbacks.remove(export)
     assert_smaller(trainer, module, name)
     assert sparsity(callback_of(trainer, GradualPruning).masks.layers) >= SPARSITY
@@ -388,7 +389,7 @@ def test_layers_combined(name: str, tmp_path: Path) -> None:
     else:
         trainer.fit(module)
         assert not export.failures
-        assert export.artifacts[0].agreement >= 0.99
+        assert_agrees(export.artifacts[0])
     assert_smaller(trainer, module, name)
     layers = callback_of(trainer, GradualPruning).masks.layers
     names = {id(p) for p in module.parameters()}
