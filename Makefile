@@ -35,7 +35,7 @@ test-all: $(ALL) ## install every runtime, and run the tests of the files in eac
 check: install ## lint, types, architecture, docstring examples, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	.ci/joined $(BIN)/mypy --cache-dir $(CURDIR)/.mypy_cache
+	.ci/joined $(BIN)/mypy
 	.ci/joined $(BIN)/lint-imports --no-logo --no-cache
 	.ci/joined $(BIN)/pytest -p no:cacheprovider --doctest-modules lightning_compress
 	$(BIN)/codespell --skip '.git,.venv,outputs,multirun,*.svg,LICENSE'
