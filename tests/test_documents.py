@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.bench.__main__ import parse
-from lightning_compress.callbacks import Export, QuantizationAwareTraining
 from lightning_compress.cli import TASKS
+from lightning_compress.deploy.files import write_files
 from lightning_compress.deploy.formats import FORMATS
+from lightning_compress.deploy.forward import Inputs
+
+from .unit.helpers import quantize
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/methods/*.md")), *sorted(ROOT.glob("docs/guides/*.md"))]
@@ -116,12 +119,13 @@ def test_python_runs_as_written(document: str) -> None:
 @pytest.mark.runtimes
 @pytest.mark.usefixtures("_folder")
 def test_python_runs_as_written_in_every_runtime() -> None:
-    quantize = QuantizationAwareTraining()
-    trainer = pl.Trainer(max_epochs=8, callbacks=[quantize, Export(list(FORMATS))], logger=False)
-    trainer.fit(MyModule(), datamodule=MyData())
     given = names()
-    with torch.no_grad():
-        run_python(ROOT / IN_RUNTIMES, given)
+    model = given["model"].eval()
+    quantize(model, given["images"])
+    for name in ("onnx", "executorch", "litert", "torch"):
+        kind = FORMATS[name]
+        write_files(kind, model, Inputs((given["images"],), {}), Path(f"deploy/model{kind.suffix}"), (1,))
+    run_python(ROOT / IN_RUNTIMES, given)
     assert given["logits"].shape == (8, 3)
 
 
