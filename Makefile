@@ -32,11 +32,12 @@ test: install ## run all tests; prints the behaviour matrix
 test-all: $(ALL) ## install every runtime, and run the tests of the files in each of them; nothing is skipped
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m runtimes --runtimes
 
-check: install ## lint, types, architecture, spelling
+check: install ## lint, types, architecture, docstring examples, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	.ci/joined $(BIN)/mypy
+	.ci/joined $(BIN)/lint-imports --no-logo --no-cache
+	.ci/joined $(BIN)/pytest -p no:cacheprovider --doctest-modules lightning_compress
 	$(BIN)/codespell --skip '.git,.venv,outputs,multirun,*.svg,LICENSE'
 
 format: install ## format the code

@@ -68,7 +68,7 @@ class KnowledgeDistillation(pl.Callback):
         >>> trainer = pl.Trainer(callbacks=[KnowledgeDistillation(alpha=0.5)], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # each a setting of its own, given by name
         self,
         teacher: str | Path | nn.Module = "self",
         alpha: float = 0.9,
@@ -143,7 +143,7 @@ class KnowledgeDistillation(pl.Callback):
                 "and in training_step before manual_backward: loss = callback.loss(loss, outputs, *inputs), with the "
                 "outputs of the distilled module and the arguments it was called with."
             )
-        if pl_module._compiler_ctx is not None:
+        if pl_module._compiler_ctx is not None:  # noqa: SLF001  # the only mark of a compiled module
             raise ValueError(
                 "KnowledgeDistillation sees no calls inside a LightningModule that is compiled as a whole. Compile a "
                 "part instead: self.net = torch.compile(self.net)."

@@ -50,7 +50,7 @@ class RigL(GradualPruning):
         >>> trainer = pl.Trainer(callbacks=[RigL(sparsity=0.8, every=100)], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # each a setting of its own, given by name
         self,
         sparsity: float = 0.9,
         criterion: Criterion | None = None,

@@ -45,14 +45,15 @@ def check_validation_data(trainer: pl.Trainer, pl_module: pl.LightningModule) ->
 
 def has_validation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """Whether the run has a validation step and data for it."""
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    # Lightning has no public name for the loader's source
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source  # noqa: SLF001
     return bool(is_overridden("validation_step", pl_module) and source.is_defined() and trainer.limit_val_batches)
 
 
 def copied(model: pl.LightningModule) -> pl.LightningModule:
     """A copy that can be evaluated while the Trainer holds on to the original."""
     copy_ = copy.deepcopy(model)
-    copy_._metric_attributes = None  # a cache of the original's metrics by identity
+    copy_._metric_attributes = None  # noqa: SLF001  # a cache of the original's metrics by identity
     return copy_
 
 
@@ -65,7 +66,8 @@ def evaluate(trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, float]
     """
     with isolate_rng(), quiet(), _alone():
         # made anew, so that a rank that evaluates alone sees all data and not its share
-        loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
+        # Lightning has no public name for the loader's source
+        loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()  # noqa: SLF001
         runner = pl.Trainer(
             strategy=SingleDeviceStrategy(trainer.strategy.root_device),
             plugins=[LightningEnvironment()],

@@ -40,5 +40,6 @@ def _ask(callback: Any, checkpoint: Any, ask: Any, trainer: pl.Trainer, current:
     if callback.reached:
         return ask(trainer, current)
     if checkpoint.save_last:
-        checkpoint._last_global_step_saved = trainer.global_step  # at which Lightning then saves the last, too
+        # at which Lightning then saves the last, too
+        checkpoint._last_global_step_saved = trainer.global_step  # noqa: SLF001
     return False

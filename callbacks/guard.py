@@ -65,7 +65,7 @@ class AccuracyGuard(pl.Callback):
         ...                      enable_checkpointing=False)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # each a setting of its own, given by name
         self,
         max_drop: float = 0.01,
         monitor: str | None = None,

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["send"]
 
 
-def send(logger: Any, report: dict[str, Any], history: History, pictures: Mapping[str, Figure], step: int) -> None:
+# one branch per kind of logger
+def send(logger: Any, report: dict[str, Any], history: History, pictures: Mapping[str, Figure], step: int) -> None:  # noqa: C901
     """Give a logger the report; one that refuses a part of it costs a warning, not the run.
 
     Args:

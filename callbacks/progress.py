@@ -31,5 +31,5 @@ def show_in_progress_bar(trainer: pl.Trainer, items: Callable[[], dict[str, Any]
         metrics = {k: v for k, v in original(trainer, model).items() if not k.startswith("compress/")}
         return items() | metrics
 
-    bar._compress_get_metrics = original  # type: ignore[attr-defined]
+    bar._compress_get_metrics = original  # type: ignore[attr-defined]  # noqa: SLF001  # ours, on a bar that is not
     bar.get_metrics = get_metrics  # type: ignore[method-assign, assignment]

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
@@ -20,9 +19,9 @@ from lightning_compress.pruning.distribution import Scope
 from lightning_compress.pruning.patterns import out_first
 from lightning_compress.pruning.sharding import whole
 
-from .clock import all_callbacks, check_run, read_clock
+from .clock import check_run, read_clock
 from .gate import gate_checkpoints, open_checkpoints
-from .structure import check_strategy, check_structure_on_load, is_model_parallel
+from .structure import averages, check_strategy, check_structure_on_load, is_model_parallel
 
 __all__ = ["GradualPruning"]
 
@@ -63,7 +62,7 @@ class GradualPruning(pl.Callback):
         ...                      enable_checkpointing=False)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # each a setting of its own, given by name
         self,
         sparsity: float | Schedule | None = None,
         criterion: Criterion | None = None,
@@ -400,9 +399,8 @@ class GradualPruning(pl.Callback):
             self.masks.apply()
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
-        for callback in all_callbacks(trainer):
-            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                self.masks.apply_to_copy(callback._average_model.module)
+        for average in averages(trainer):
+            self.masks.apply_to_copy(average)
         self._last_step = clock.step
         self._goal_met = self.goal
         self._done = progress >= 1

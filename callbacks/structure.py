@@ -43,7 +43,8 @@ def check_strategy(trainer: pl.Trainer, callback: pl.Callback, model_parallel: b
 
 def averages(trainer: pl.Trainer) -> list[Any]:
     """The averaged copies of the module that callbacks of Lightning keep."""
-    found = [c._average_model for c in all_callbacks(trainer) if isinstance(c, WeightAveraging)]
+    # Lightning has no public name for the averaged copy
+    found = [c._average_model for c in all_callbacks(trainer) if isinstance(c, WeightAveraging)]  # noqa: SLF001
     return [average.module for average in found if average is not None]
 
 
@@ -58,7 +59,7 @@ def check_structure_on_load(pl_module: pl.LightningModule) -> None:
 
 def _load_checked(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
     type(pl_module).on_load_checkpoint(pl_module, checkpoint)
-    trainer = pl_module._trainer
+    trainer = pl_module._trainer  # noqa: SLF001  # the property raises where there is none
     for model in (pl_module, *(averages(trainer) if trainer is not None else ())):
         follow_structure(model, checkpoint)
     if "state_dict" in checkpoint:  # a ModelParallelStrategy has loaded the weights by itself by now

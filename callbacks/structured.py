@@ -75,7 +75,7 @@ class ChannelPruning(Shrinking):
         >>> trainer = pl.Trainer(callbacks=[ChannelPruning(sparsity=0.5)], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # each a setting of its own, given by name
         self,
         sparsity: float = 0.5,
         criterion: Criterion | None = None,

@@ -41,7 +41,7 @@ class Teacher:
             self.module = source.eval()
             return
         copy = to_float(pl_module)
-        copy._metric_attributes = None  # a cache of the original's metrics by identity
+        copy._metric_attributes = None  # noqa: SLF001  # a cache of the original's metrics by identity
         if source != "self":
             _load(copy, Path(source))
         self.module = copy.requires_grad_(False)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from torch import nn
+
+from experiments.baselines import Budget, fit
 from lightning_compress.callbacks import (
     ChannelPruning,
     GradualPruning,
     KnowledgeDistillation,
     QuantizationAwareTraining,
 )
-from torch import nn
-
-from experiments.baselines import Budget, fit
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import LAMP
 from lightning_compress.quantization import (

@@ -33,7 +33,9 @@ def load_from_checkpoint(module_class: type[T], path: str | Path, *, scheme: Sch
         ValueError: If the checkpoint quantizes modules that the model has not.
 
     Example:
-        >>> load_from_checkpoint(MyModule, "last.ckpt")  # doctest: +SKIP
+        A training must have written the checkpoint; the README's example is one, and is run by the tests.
+
+        >>> model = load_from_checkpoint(MyModule, "last.ckpt")  # doctest: +SKIP
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={str(path)!r}: there is no such checkpoint. Give the path of a .ckpt file.")

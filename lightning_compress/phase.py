@@ -43,7 +43,7 @@ class Phase:
         ValueError: If begin and end are out of order or out of range.
 
     Example:
-        >>> Phase(0.2, 0.6).progress(Clock(step=40, epoch=4.0, run=0.4))
+        >>> Phase(0.25, 0.75).progress(Clock(step=50, epoch=5.0, run=0.5))
         0.5
     """
 

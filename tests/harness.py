@@ -12,8 +12,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning_compress.callbacks import CompressionReport, FineTuning, GradualPruning, QuantizationAwareTraining
 
+from lightning_compress.callbacks import CompressionReport, FineTuning, GradualPruning, QuantizationAwareTraining
 from lightning_compress.deploy.verify import Artifact
 from lightning_compress.phase import Phase
 

@@ -7,6 +7,7 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -16,19 +17,24 @@ from rich.table import Table
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 
 
-def main() -> None:
-    """Parse, run, print, write."""
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """The benchmark's options by name; the benchmark itself and the file to write are among them."""
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--json", type=Path, help="also write headline and rows to this file")
-    name = parser.parse_known_args()[0].name
+    name = parser.parse_known_args(arguments)[0].name
     module = import_module(f"experiments.bench.{name}")
     if hasattr(module, "add_arguments"):
         module.add_arguments(parser)
-    options = vars(parser.parse_args())
+    return vars(parser.parse_args(arguments))
+
+
+def main() -> None:
+    """Parse, run, print, write."""
+    options = parse(sys.argv[1:])
+    name = options.pop("name")
     path = options.pop("json")
-    options.pop("name")
-    result = module.run(**options)
+    result = import_module(f"experiments.bench.{name}").run(**options)
     table = Table(title=name, box=box.SIMPLE_HEAD)
     for i, column in enumerate(result["rows"][0]):
         words = any(isinstance(row[column], str) and " " in row[column] for row in result["rows"])

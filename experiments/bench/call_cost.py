@@ -28,14 +28,16 @@ def calls(num: int, channels: int, size: int) -> tuple[Callable[[], Tensor], Cal
     scale, zero, bias = torch.full((channels,), 0.01), torch.zeros(channels, dtype=torch.int64), torch.zeros(channels)
     x, dense = codes.float(), weight.float()
     packed = torch.ops.onednn.qconv_prepack(weight, scale, 0.02, 128, *_AROUND, shape)
-    reordered = torch.ops.mkldnn._reorder_convolution_weight(dense, *_AROUND, shape)
+    # what Inductor calls
+    reordered = torch.ops.mkldnn._reorder_convolution_weight(dense, *_AROUND, shape)  # noqa: SLF001
 
     def in_int8() -> Tensor:
         ends: tuple[Any, ...] = (0.05, 0, torch.uint8, "relu", [], "")
         return torch.ops.onednn.qconv_pointwise(codes, 0.02, 128, packed, scale, zero, bias, *_AROUND, *ends)
 
     def in_float() -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(x, reordered, bias, *_AROUND, "relu", [], "")
+        # what Inductor calls
+        return torch.ops.mkldnn._convolution_pointwise(x, reordered, bias, *_AROUND, "relu", [], "")  # noqa: SLF001
 
     return in_float, in_int8
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning_compress.callbacks import GradualPruning, QuantizationAwareTraining
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.models import Classifier
 from experiments.nets import ResNet20, vit
 from experiments.tasks import data_folder, mnist
+from lightning_compress.callbacks import GradualPruning, QuantizationAwareTraining
 from lightning_compress.deploy.files import Pair, write_files
 from lightning_compress.deploy.formats import FORMATS, check_formats
 from lightning_compress.deploy.forward import Inputs, run_model

@@ -18,7 +18,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning_compress.callbacks import AccuracyGuard, KnowledgeDistillation
 from rich.progress import track
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,6 +25,7 @@ from experiments.baselines import accuracy
 from experiments.jobs import load, quiet, task_arguments, trained
 from experiments.tasks import TASKS, Batches, Classifier, Data, Task, data_folder
 from lightning_compress.analysis.inspect import sparsity, weight_layers
+from lightning_compress.callbacks import AccuracyGuard, KnowledgeDistillation
 
 MAX_DROP, TIMES = 0.01, 3  # as many epochs as three compressions take
 

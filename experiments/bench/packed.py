@@ -30,7 +30,6 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
-from lightning_compress.callbacks import GradualPruning, KnowledgeDistillation, QuantizationAwareTraining
 from rich.progress import track
 from torch import nn
 
@@ -39,6 +38,7 @@ from experiments.bench.step_overhead import resnet50
 from experiments.jobs import kept, quiet, trained
 from experiments.layouts import is_same, ways
 from experiments.tasks import LENET5, TASKS, Data, Task, data_folder
+from lightning_compress.callbacks import GradualPruning, KnowledgeDistillation, QuantizationAwareTraining
 from lightning_compress.deploy.packed import load_packed, save_packed
 from lightning_compress.layers import find_layers
 from lightning_compress.phase import Phase

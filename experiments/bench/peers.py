@@ -17,11 +17,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning
-from lightning_compress.callbacks import GradualPruning
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_compress.callbacks import GradualPruning
 from lightning_compress.phase import Phase
 
 TARGET, EPOCHS = 0.8, 6

@@ -55,7 +55,7 @@ def _row(runs: list[Run], tuned: bool) -> dict[str, Any]:
     }
 
 
-def run(
+def run(  # noqa: PLR0913  # the options of the command
     tasks: list[str] | None = None,
     seeds: int = 3,
     tune_seeds: int = 3,

@@ -16,13 +16,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning_compress.callbacks import SET, GradualPruning, KnowledgeDistillation, RigL
 from rich.progress import track
 from torch import nn
 
 from experiments.baselines import Budget, accuracy, dense, fit, weights_of
 from experiments.jobs import quiet, trained
 from experiments.tasks import TASKS, data_folder
+from lightning_compress.callbacks import SET, GradualPruning, KnowledgeDistillation, RigL
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import (
     LAMP,

@@ -15,13 +15,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning_compress.callbacks import QuantizationAwareTraining
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.baselines import accuracy
 from experiments.jobs import load, quiet, trained
 from experiments.tasks import TASKS, Classifier, Data, Task, data_folder
+from lightning_compress.callbacks import QuantizationAwareTraining
 from lightning_compress.quantization import Affine, Scheme
 
 SCHEMES = {
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="keeps the dense models")
 
 
-def quantized(task: Task, model: nn.Module, data: Data, scheme: Scheme, options: dict[str, bool]) -> float:
+def quantized(task: Task, model: nn.Module, data: Data, scheme: Scheme, options: dict[str, Any]) -> float:
     """Accuracy of a dense model once it is quantized."""
     module = Classifier(model, 0.1, 0.0)
     loader = DataLoader(TensorDataset(data.x_train, data.y_train), task.batch_size)

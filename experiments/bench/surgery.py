@@ -22,12 +22,12 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from lightning_compress.callbacks import ChannelPruning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.bench.step_overhead import resnet50
 from experiments.nets import Bert, FusedAttention, SplitAttention, ViT, mobilenet
+from lightning_compress.callbacks import ChannelPruning
 from lightning_compress.phase import Phase
 from lightning_compress.pruning.blocks import choose_blocks, find_blocks, record_blocks, score_block
 from lightning_compress.pruning.coupling import couple

@@ -1,11 +1,11 @@
 """python -m experiments.foreign.trainer: a plain Trainer script."""
 
 import lightning.pytorch as pl
-from lightning_compress.callbacks import CompressionReport, Export, GradualPruning, QuantizationAwareTraining
 
 import lightning_compress
 from experiments.data import MNIST5k
 from experiments.models import ResNet
+from lightning_compress.callbacks import CompressionReport, Export, GradualPruning, QuantizationAwareTraining
 
 if __name__ == "__main__":
     callbacks = [GradualPruning(sparsity=0.9), QuantizationAwareTraining(), CompressionReport(), Export(["onnx"])]

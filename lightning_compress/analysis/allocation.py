@@ -59,7 +59,7 @@ class Point:
 
 
 @torch.no_grad()
-def allocate(
+def allocate(  # noqa: PLR0913  # each a setting of its own, given by name
     model: nn.Module,
     inputs: Inputs,
     evaluate: Callable[[nn.Module], float],

@@ -94,7 +94,7 @@ class Sensitivity:
 
 
 @torch.no_grad()
-def sensitivity(
+def sensitivity(  # noqa: PLR0913  # each a setting of its own, given by name
     model: nn.Module,
     evaluate: Callable[[nn.Module], float],
     *,

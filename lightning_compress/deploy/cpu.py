@@ -20,6 +20,7 @@ def cpu_features() -> str:
     """
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     integer = [name for key, name in _INTEGER.items() if known.get(key)]
-    if not known and torch.cpu._is_vnni_supported():
+    # torch before get_capabilities() has no public name for it
+    if not known and torch.cpu._is_vnni_supported():  # noqa: SLF001
         integer = [_INTEGER["avx512_vnni"]]
     return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *integer])

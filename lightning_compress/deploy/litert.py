@@ -122,7 +122,8 @@ class Runner:
     def integer_kernels(self) -> Kernels:
         """Counted from the interpreter's operations: the types of input and weight."""
         types = {d["index"]: d["dtype"] for d in self.interpreter.get_tensor_details()}
-        heavy = [op for op in self.interpreter._get_ops_details() if op["op_name"] in _HEAVY]
+        # the interpreter shows its operations nowhere else
+        heavy = [op for op in self.interpreter._get_ops_details() if op["op_name"] in _HEAVY]  # noqa: SLF001
         read = [op["inputs"][1:3] if op["op_name"] == "TRANSPOSE_CONV" else op["inputs"][:2] for op in heavy]
         return Kernels(sum(all(types[int(i)] == np.int8 for i in pair) for pair in read), len(heavy))
 

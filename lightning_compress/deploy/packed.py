@@ -103,7 +103,15 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> dict[str, T
         ValueError: If the file is damaged or of another kind, or is not of this model.
 
     Example:
-        >>> load_packed("model.safetensors", MyModule())  # doctest: +SKIP
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+        >>> trained = nn.Linear(3, 2)
+        >>> save_packed(trained, path)
+        >>> model = nn.Linear(3, 2)
+        >>> sorted(load_packed(path, model))
+        ['bias', 'weight']
+        >>> torch.equal(model.weight, trained.weight)
+        True
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={str(path)!r}: there is no such file. Give the path of a file of save_packed.")

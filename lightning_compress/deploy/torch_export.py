@@ -40,7 +40,7 @@ def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
     shapes = tuple(batch if x.dim() and x.shape[0] == size else None for x in tensors)
     with torch.no_grad():
         program = torch.export.export(graph, tensors, dynamic_shapes=shapes)
-    program._example_inputs = None
+    program._example_inputs = None  # noqa: SLF001  # they would be stored in the file
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.export.save(program, path)
 

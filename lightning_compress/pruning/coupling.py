@@ -83,7 +83,7 @@ def tracing() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def couple(
+def couple(  # noqa: C901  # the whole way from a trace to groups and refusals
     model: nn.Module,
     forward: Forward,
     include: Sequence[str] = (),
@@ -218,9 +218,11 @@ def _groups(graph: Any, modules: Mapping[str, nn.Module], attentions: Mapping[st
         yield _atomize(name, num, sorted(set(outs), key=order.__getitem__), places, modules, attentions)
 
 
-def _reach(graph: Any, root: nn.Module, function: Any, num: int, names: Mapping[int, str]) -> Iterator[Place]:
+# a walk over torch-pruning's graph, with its exceptions
+def _reach(graph: Any, root: nn.Module, function: Any, num: int, names: Mapping[int, str]) -> Iterator[Place]:  # noqa: C901
     """All channels that follow when channels of the root go, each with every root channel that it follows."""
-    start = [tp._helpers._HybridIndex(idx=i, root_idx=i) for i in range(num)]
+    # torch-pruning's indices have no public name
+    start = [tp._helpers._HybridIndex(idx=i, root_idx=i) for i in range(num)]  # noqa: SLF001
     if isinstance(root, nn.modules.conv._ConvNd) and ops.module2type(root) == ops.OPTYPE.DEPTHWISE_CONV:
         function = tp.pruner.function.PrunerBox[ops.OPTYPE.DEPTHWISE_CONV].prune_out_channels
     pairs: dict[tuple[Any, Any], dict[Any, None]] = defaultdict(dict)
@@ -246,7 +248,8 @@ def _reach(graph: Any, root: nn.Module, function: Any, num: int, names: Mapping[
         roots = torch.tensor([index.root_idx for index in found])
         side = "out" if graph.is_out_channel_pruning_fn(handler) else "in"
         if isinstance(node.module, nn.Parameter):
-            yield Place(graph._param_to_name[node.module], "raw", channels, roots, node.pruning_dim)
+            # torch-pruning's names of raw parameters
+            yield Place(graph._param_to_name[node.module], "raw", channels, roots, node.pruning_dim)  # noqa: SLF001
         elif id(node.module) in names:
             yield Place(names[id(node.module)], side, channels, roots)
 
@@ -315,7 +318,7 @@ def _grouped(module: nn.Module | None, side: str) -> tuple[int, int]:
     return 1, 0
 
 
-def _refuse(
+def _refuse(  # noqa: C901  # one branch per reason to leave channels alone
     group: Group,
     modules: Mapping[str, nn.Module],
     frozen: set[int],
@@ -348,7 +351,8 @@ def _refuse(
         if module is not None:
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module._parameters.get("weight") is None:
                 return f"the weight of {plain_name(place.module)} is parametrized or computed by other code"
-            if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
+            # torch's own mark of a layer with three projections
+            if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:  # noqa: SLF001
                 return f"keys and values of {plain_name(place.module)} have sizes of their own"
             for entry in entries(module, place.side):
                 tensor = tensor_of(module, entry.key)

@@ -194,7 +194,8 @@ def num_parameters(model: nn.Module, record: Record) -> int:
     return total
 
 
-def record_of(model: nn.Module, groups: Sequence[Group], drops: Drops) -> Record:
+# channels, heads and attributes of one record
+def record_of(model: nn.Module, groups: Sequence[Group], drops: Drops) -> Record:  # noqa: C901
     """What is kept of every tensor, and the attributes that change with it."""
     modules = dict(model.named_modules())
     gone: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))

@@ -50,7 +50,12 @@ def ranks_of(group: Any = None) -> Ranks:
         group: The group, such as ``mesh.get_group()`` of a DTensor's mesh; None for all processes.
 
     Example:
-        >>> keep_highest([p.to_local().abs() for p in parameters], 0.9, ranks_of())  # doctest: +SKIP
+        >>> from torch import tensor
+        >>> from lightning_compress.pruning.selection import keep_highest
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> keep_highest([tensor([1.0, 4.0]), tensor([2.0, 3.0])], 0.5, ranks_of())
+        [tensor([False,  True]), tensor([False,  True])]
+        >>> dist.destroy_process_group()
     """
 
     def gather(array: np.ndarray) -> list[np.ndarray]:

@@ -97,7 +97,8 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def restore_structure(model: nn.Module, structure: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
+# blocks, then attributes, then shapes: each needs the one before
+def restore_structure(model: nn.Module, structure: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:  # noqa: C901
     """Bring a model to a saved structure, smaller or larger than it is, so that the weights can be loaded.
 
     What the structure does not name stays as it is: a checkpoint of another model is still refused when it loads.

@@ -99,7 +99,13 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
             such type.
 
     Example:
-        >>> convert(model, activations="int8")  # doctest: +SKIP
+        >>> from lightning_compress.quantization import int8
+        >>> from lightning_compress.quantization.prepare import prepare
+        >>> model = nn.Linear(3, 2)
+        >>> x = torch.ones(1, 3)
+        >>> prepare(model, int8()).enable(True)
+        >>> torch.equal(convert(model, activations="int8")(x), model(x))
+        True
     """
     if activations not in _LIMITS:
         accepted = " and ".join(map(repr, _LIMITS))

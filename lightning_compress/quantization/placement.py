@@ -132,7 +132,7 @@ class Tracer(TorchFunctionMode):
         self._keep.clear()
         self._bn_inputs.clear()
 
-    def __torch_function__(
+    def __torch_function__(  # noqa: C901  # one branch per kind of function
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Follow values through functions inside the model's forward."""

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from lightning_compress.callbacks import GradualPruning
 
 from lightning_compress.analysis.inspect import sparsity
+from lightning_compress.callbacks import GradualPruning
 from lightning_compress.quantization.prepare import prepared
 
 from ..harness import SPARSITY, callback_of, make_module, make_trainer

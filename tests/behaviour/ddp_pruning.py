@@ -10,9 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning_compress.callbacks import GradualPruning
 from torch import Tensor, nn
 
+from lightning_compress.callbacks import GradualPruning
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import (
     APoZ,

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from lightning_compress.callbacks import QuantizationAwareTraining
 from torch import Tensor
 
+from lightning_compress.callbacks import QuantizationAwareTraining
 from lightning_compress.phase import Phase
 from lightning_compress.quantization import Affine, Percentile, Scheme
 from lightning_compress.quantization.prepare import prepared

@@ -8,9 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning_compress.callbacks import GradualPruning, KnowledgeDistillation
 from torch import Tensor
 
+from lightning_compress.callbacks import GradualPruning, KnowledgeDistillation
 from lightning_compress.phase import Phase
 
 from ..harness import SaveAfter, SeedEachBatch, callback_of

@@ -16,10 +16,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
-from lightning_compress.callbacks import SET, FineTuning, GradualPruning, RigL
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from lightning_compress.callbacks import SET, FineTuning, GradualPruning, RigL
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import LAMP, Block, Channel, Constant, NofM, Random, SparedMagnitude
 from lightning_compress.pruning.distribution import keep_groups

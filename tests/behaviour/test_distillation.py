@@ -13,6 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor
+
+import lightning_compress
+from lightning_compress.analysis.inspect import sparsity
 from lightning_compress.callbacks import (
     ChannelPruning,
     Export,
@@ -21,10 +25,6 @@ from lightning_compress.callbacks import (
     LayerPruning,
     QuantizationAwareTraining,
 )
-from torch import Tensor
-
-import lightning_compress
-from lightning_compress.analysis.inspect import sparsity
 from lightning_compress.phase import Phase
 from lightning_compress.quantization.prepare import prepared
 

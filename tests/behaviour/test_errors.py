@@ -12,6 +12,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from torch.utils.data import DataLoader, IterableDataset
+
+import lightning_compress
+from experiments.bench import errors
 from lightning_compress.callbacks import (
     ChannelPruning,
     CompressionReport,
@@ -22,10 +26,6 @@ from lightning_compress.callbacks import (
     LayerPruning,
     QuantizationAwareTraining,
 )
-from torch.utils.data import DataLoader, IterableDataset
-
-import lightning_compress
-from experiments.bench import errors
 from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.layers import Layer
 from lightning_compress.phase import Phase

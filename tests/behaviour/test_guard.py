@@ -15,6 +15,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+from lightning_compress.analysis.inspect import sparsity, weight_layers
 from lightning_compress.callbacks import (
     AccuracyGuard,
     ChannelPruning,
@@ -23,8 +25,6 @@ from lightning_compress.callbacks import (
     QuantizationAwareTraining,
     RigL,
 )
-
-from lightning_compress.analysis.inspect import sparsity, weight_layers
 from lightning_compress.phase import Phase
 from lightning_compress.quantization.schemes import fp8
 

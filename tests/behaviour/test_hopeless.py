@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+
 from lightning_compress.callbacks import CompressionReport
 from lightning_compress.callbacks.hopeless import Hopeless, StopHopeless
 

@@ -16,9 +16,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning_compress.callbacks import CompressionReport, FineTuning, GradualPruning, QuantizationAwareTraining
 
 from lightning_compress.analysis.inspect import sparsity
+from lightning_compress.callbacks import CompressionReport, FineTuning, GradualPruning, QuantizationAwareTraining
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import Constant, Random
 from lightning_compress.quantization.prepare import prepared

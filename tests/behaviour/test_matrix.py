@@ -11,10 +11,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning_compress.callbacks import Export, GradualPruning
 
 import lightning_compress
 from lightning_compress.analysis.inspect import sparsity
+from lightning_compress.callbacks import Export, GradualPruning
 from lightning_compress.quantization.prepare import prepared
 
 from ..harness import (

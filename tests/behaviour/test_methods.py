@@ -12,10 +12,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning_compress.callbacks import Export, GradualPruning, QuantizationAwareTraining, RigL
 
 import lightning_compress
 from lightning_compress.analysis.inspect import sparsity
+from lightning_compress.callbacks import Export, GradualPruning, QuantizationAwareTraining, RigL
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import NofM
 from lightning_compress.quantization.prepare import prepared

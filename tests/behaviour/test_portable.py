@@ -10,13 +10,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_compress.callbacks import CompressionReport, Export, QuantizationAwareTraining
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.bench.portable import bright
 from experiments.nets import Bright
 from lightning_compress import Scheme, int8
+from lightning_compress.callbacks import CompressionReport, Export, QuantizationAwareTraining
 
 
 class Smooth(pl.LightningModule):

@@ -8,10 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning_compress.callbacks import Export, QuantizationAwareTraining
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_compress
+from lightning_compress.callbacks import Export, QuantizationAwareTraining
 from lightning_compress.phase import Phase
 from lightning_compress.quantization import MSE, Affine, Observer, Percentile, Scheme, int8
 from lightning_compress.quantization.placement import Tracer

@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_compress.callbacks import SET, GradualPruning, RigL
 from torch import Tensor, nn
 
 from lightning_compress.analysis.inspect import sparsity
+from lightning_compress.callbacks import SET, GradualPruning, RigL
 from lightning_compress.layers import Layer, find_layers
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import (

@@ -15,10 +15,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning_compress.callbacks import ChannelPruning, GradualPruning, QuantizationAwareTraining
 
 import lightning_compress
 from lightning_compress.analysis.inspect import sparsity
+from lightning_compress.callbacks import ChannelPruning, GradualPruning, QuantizationAwareTraining
 from lightning_compress.phase import Phase
 from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.prepare import prepared

@@ -12,6 +12,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+
+import lightning_compress
+from lightning_compress.analysis.inspect import count_macs, sparsity
 from lightning_compress.callbacks import (
     ChannelPruning,
     Export,
@@ -19,10 +23,6 @@ from lightning_compress.callbacks import (
     LayerPruning,
     QuantizationAwareTraining,
 )
-from torch import nn
-
-import lightning_compress
-from lightning_compress.analysis.inspect import count_macs, sparsity
 from lightning_compress.deploy.forward import Inputs
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import MeanActivation, Taylor

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import get_origin
 
 import lightning.pytorch as pl
-import lightning_compress.callbacks
 import pytest
 
 import lightning_compress
+import lightning_compress.callbacks
 
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(lightning_compress.__path__, "lightning_compress.") if module.name

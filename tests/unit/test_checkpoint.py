@@ -8,10 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning_compress.callbacks import GradualPruning, QuantizationAwareTraining
 from torch import Tensor, nn
 
 from lightning_compress import Phase, int8, load_from_checkpoint
+from lightning_compress.callbacks import GradualPruning, QuantizationAwareTraining
 from lightning_compress.checkpoint import check_structure
 from lightning_compress.quantization import Affine, Scheme
 from lightning_compress.quantization.prepare import prepared

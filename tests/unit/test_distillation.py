@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_compress.callbacks import GradualPruning, KnowledgeDistillation
 from torch import Tensor, nn
 
+from lightning_compress.callbacks import GradualPruning, KnowledgeDistillation
 from lightning_compress.deploy.forward import Inputs
 from lightning_compress.distillation import Call, feature_loss, main_tensor, output_loss, record_calls, teach
 from lightning_compress.phase import Phase

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from lightning_compress.callbacks import Export
 
+from lightning_compress.callbacks import Export
 from lightning_compress.deploy import FORMATS, formats
 from lightning_compress.deploy.formats import check_formats, installed_formats, pip_command
 
