@@ -165,7 +165,7 @@ def prepare(net: str, data: Path, folder: Path) -> dict[str, Any]:
         x, y = images.x_train.unsqueeze(1), images.y_train
         x_test, y_test = images.x_test[:NUM].unsqueeze(1), images.y_test[:NUM]
     folder.mkdir()
-    saved: dict[str, Any] = {"x": x_test, "y": y_test}
+    saved: dict[str, Any] = {"x": x_test.clone(), "y": y_test.clone()}  # not the whole data set behind them
     bytes_: dict[str, Any] = {}
     references = {}
     for name, scheme in RANGES.items():
