@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 
 from lightning_compress.deploy.formats import FORMATS, pip_command
 
+from .harness import NotOnThisCPU
 from .zoo import MODULES
+
+NOT_HERE = "not on this CPU"
 
 _LEFT = pytest.StashKey[int]()
 
@@ -50,13 +54,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[_LEFT] = len(left)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """What the plain module cannot do on this CPU is an outcome of its own: neither passed nor failed."""
+    report = yield
+    if call.excinfo and isinstance(call.excinfo.value, NotOnThisCPU):
+        report.outcome, report.longrepr = "skipped", str(call.excinfo.value)
+        report.user_properties.append((NOT_HERE, str(call.excinfo.value)))
+    return report
+
+
+def pytest_report_teststatus(report: Any) -> tuple[str, str, str] | None:
+    """Counted and shown by that name."""
+    if NOT_HERE in dict(getattr(report, "user_properties", ())) and report.when == "call":
+        return NOT_HERE, "n", NOT_HERE.upper()
+    return None
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print modules x properties for every method, with what became of each."""
     left = terminalreporter.config.stash.get(_LEFT, 0)
     if left:
         terminalreporter.line(f"{left} tests in OpenVINO, ExecuTorch, LiteRT and Inductor are left to: make test-all")
     tables: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
-    for outcome in ("passed", "failed", "skipped", "error"):
+    for outcome in ("passed", "failed", "skipped", "error", NOT_HERE):
         for report in terminalreporter.stats.get(outcome, []):
             test = re.search(r"behaviour/test_(?:\w+)\.py::test_(\w+)\[(.+)\](?:@\S+)?$", getattr(report, "nodeid", ""))
             if test and (outcome != "passed" or report.when == "call"):
@@ -69,12 +90,17 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
                     row[found["property"]] = outcome if known == "passed" else known
     for method, rows in tables.items():
         properties = list(dict.fromkeys(key for row in rows.values() for key in row))
-        widths = {key: max(8, len(key) + 2) for key in properties}
+        cells = {(name, key): {"passed": "ok"}.get(row[key], row[key]) for name, row in rows.items() for key in row}
+        widths = {key: 2 + max(6, len(key), *(len(c) for (_, k), c in cells.items() if k == key)) for key in properties}
         terminalreporter.section(f"behaviour matrix: {method}")
         terminalreporter.line(f"{'module':18}" + "".join(f"{key:>{widths[key]}}" for key in properties))
-        for name, row in rows.items():
-            marks = {key: {"passed": "ok"}.get(row[key], row[key]) if key in row else "-" for key in properties}
-            terminalreporter.line(f"{name:18}" + "".join(f"{marks[key]:>{widths[key]}}" for key in properties))
+        for name in rows:
+            line = "".join(f"{cells.get((name, key), '-'):>{widths[key]}}" for key in properties)
+            terminalreporter.line(f"{name:18}" + line)
+    if terminalreporter.stats.get(NOT_HERE):
+        terminalreporter.section(NOT_HERE)
+    for report in terminalreporter.stats.get(NOT_HERE, []):
+        terminalreporter.line(f"{report.nodeid.split('::')[-1]}: {dict(report.user_properties)[NOT_HERE]}")
 
 
 def pytest_configure(config: Any) -> None:

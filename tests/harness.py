@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,33 @@ def make_module(name: str) -> pl.LightningModule:
     """A module of the zoo, always with the same weights."""
     torch.manual_seed(0)
     return MODULES[name]()
+
+
+class NotOnThisCPU(Exception):
+    """The plain module cannot do it either: with its reason, which conftest prints below the table."""
+
+
+@contextmanager
+def where_plain_can(name: str, folder: Path, **options: Any) -> Iterator[None]:
+    """A property is ours to keep where the plain module has it: train without callbacks what failed with them.
+
+    Only what fails in the same words is excused. Any other failure is raised as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        plain = make_trainer(folder, callbacks=[SeedEachBatch()], **options)
+        try:
+            plain.fit(make_module(name))
+        except Exception as alike:
+            if (type(alike), str(alike)) == (type(error), str(error)):
+                raise NotOnThisCPU(f"without callbacks too: {type(alike).__name__}: {first_line(alike)}") from alike
+        raise
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().split("\n")[0]
 
 
 def callback_of(trainer: pl.Trainer, kind: type) -> Any:

@@ -47,6 +47,7 @@ from ..harness import (
     make_trainer,
     outputs,
     snapshot,
+    where_plain_can,
 )
 from ..zoo import MODULES
 
@@ -290,7 +291,8 @@ def test_layers_accumulate(name: str, tmp_path: Path) -> None:
 
 @each_block
 def test_layers_bf16(name: str, tmp_path: Path) -> None:
-    trainer, module = train("layers", name, tmp_path, precision="bf16-mixed")
+    with where_plain_can(name, tmp_path, precision="bf16-mixed"):
+        trainer, module = train("layers", name, tmp_path, precision="bf16-mixed")
     assert_smaller(trainer, module, name)
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
@@ -307,7 +309,8 @@ def test_layers_refused(name: str, tmp_path: Path) -> None:
 
 @each_module
 def test_channels_bf16(name: str, tmp_path: Path) -> None:
-    trainer, module = train("channels", name, tmp_path, precision="bf16-mixed")
+    with where_plain_can(name, tmp_path, precision="bf16-mixed"):
+        trainer, module = train("channels", name, tmp_path, precision="bf16-mixed")
     assert_smaller(trainer, module, name)
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
