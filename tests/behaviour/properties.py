@@ -341,7 +341,8 @@ def thinned(cells: list[Cell]) -> list[Cell]:
         best = max(cells, key=lambda cell: len(lacking.intersection(pairs(cell))))
         lacking.difference_update(pairs(best))
         chosen.append(best)
-    return sorted(chosen, key=cells.index)
+    picked = set(chosen)
+    return [cell for cell in cells if cell in picked]
 
 
 def pairs(cell: Cell) -> tuple[tuple[str, str], ...]:
