@@ -129,9 +129,20 @@ def inert(cell: Cell, runs: Runs, folder: Path) -> None:
 
 
 def target(cell: Cell, runs: Runs, folder: Path) -> None:
-    """What was asked for is reached."""
-    trainer, module, _ = runs(cell)
+    """What was asked for is reached, and what is dropped in the end was so in the last checkpoint of the run too."""
+    trainer, module, folder = runs(cell)
     cell.assert_reached(trainer, module)
+    saved = torch.load(folder / f"{cell.how.saved[-1]}.ckpt", weights_only=True)["state_dict"]
+    for layer, weight in masked(trainer, module, cell):
+        assert saved[layer].shape != weight.shape or not saved[layer][weight == 0].any(), layer
+
+
+def masked(trainer: pl.Trainer, module: pl.LightningModule, cell: Cell) -> list[tuple[str, torch.Tensor]]:
+    """The weights with masks that only ever drop, by the name of the parameter."""
+    pruning = [callback for callback in trainer.callbacks if isinstance(callback, GradualPruning)]
+    names = {id(p): key for key, p in module.named_parameters()}
+    layers = pruning[0].masks.layers if pruning and cell.how.zeros else []
+    return [(names[id(layer.weight)], layer.weight.detach()) for layer in layers]
 
 
 def resume(cell: Cell, runs: Runs, folder: Path) -> None:
@@ -242,10 +253,8 @@ def ema(cell: Cell, runs: Runs, folder: Path) -> None:
         trainer.fit(module)
         cell.assert_reached(trainer, module)
         averaged = torch.load(folder / f"{num_batches}.ckpt", weights_only=True)["state_dict"]
-        pruning = [callback for callback in trainer.callbacks if isinstance(callback, GradualPruning)]
-        names = {id(p): key for key, p in module.named_parameters()}
-        for layer in pruning[0].masks.layers if pruning and cell.how.zeros else []:
-            assert not averaged[names[id(layer.weight)]][layer.weight == 0].any()
+        for layer, weight in masked(trainer, module, cell):
+            assert not averaged[layer][weight == 0].any(), layer
         for batches in cell.some(saved):
             again, trainer_again = cell.make_module(), make(folder / "again", first)
             trainer_again.fit(again, ckpt_path=folder / f"{batches}.ckpt", weights_only=True)
