@@ -278,7 +278,7 @@ METHODS: dict[str, Method] = {
     "int4": quantized("int4", learned=True),
     "log4": quantized("log4"),
     "ptq": Method(
-        lambda name: [*prune_beside(name), QuantizationAwareTraining("int8", Phase(1 / 4, 1 / 2), None)],
+        lambda name: [*prune_beside(name), QuantizationAwareTraining("int8", Phase(1 / 4, 3 / 4), None)],
         reached_scheme(learned=False),
         3,
         (2, 4, 6, 8, 11),
