@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 ALL    := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format matrix sweep clean
+.PHONY: help install demo test test-all test-full check format matrix sweep clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test: install ## run all tests; prints the behaviour matrix
 
 test-all: $(ALL) ## install every runtime, and run the tests of the files in each of them; nothing is skipped
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m runtimes --runtimes
+
+test-full: install ## run every cell of the behaviour matrix, which make test thins; nightly
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --full tests/behaviour/test_matrix.py
 
 check: install ## lint, types, architecture, docstring examples, spelling
 	$(BIN)/ruff check .

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,15 @@ import pytest
 
 from lightning_compress.deploy.formats import FORMATS, pip_command
 
+from .behaviour.methods import METHODS
+from .behaviour.properties import PROPERTIES
 from .harness import NotOnThisCPU
+from .table import Key, draw
 from .zoo import MODULES
 
 NOT_HERE = "not on this CPU"
 
 _LEFT = pytest.StashKey[int]()
-
-_METHOD = re.compile(
-    r"(?:(?P<method>distil|channels|layers)_)?(?P<property>\w+) "
-    r"(?:(?P<variant>rigl|n:m|ternary|ptq|log4|w4a8|int4)-)?(?P<module>.+)"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +32,8 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``make test-all`` demands every runtime."""
+    """``make test-all`` demands every runtime, ``make test-full`` every cell of the behaviour matrix."""
+    parser.addoption("--full", action="store_true", help="every cell of the behaviour matrix, every checkpoint")
     parser.addoption("--runtimes", action="store_true", help="fail if the packages of a runtime are missing")
 
 
@@ -72,31 +69,20 @@ def pytest_report_teststatus(report: Any) -> tuple[str, str, str] | None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print modules x properties for every method, with what became of each."""
+    """Print what became of each cell of the behaviour matrix."""
     left = terminalreporter.config.stash.get(_LEFT, 0)
     if left:
         terminalreporter.line(f"{left} tests in OpenVINO, ExecuTorch, LiteRT and Inductor are left to: make test-all")
-    tables: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
-    for outcome in ("passed", "failed", "skipped", "error", NOT_HERE):
+    cells: dict[Key, str] = {}
+    for outcome in ("passed", NOT_HERE, "failed", "error"):  # the worst stands
         for report in terminalreporter.stats.get(outcome, []):
-            test = re.search(r"behaviour/test_(?:\w+)\.py::test_(\w+)\[(.+)\](?:@\S+)?$", getattr(report, "nodeid", ""))
-            if test and (outcome != "passed" or report.when == "call"):
-                found = _METHOD.match(f"{test[1]} {test[2]}")
-                name = re.sub(r"^(True|False)-|-(True|False)$", "", found["module"]) if found else ""
-                if found and name in MODULES:
-                    method = found["method"] or found["variant"] or "magnitude + int8"
-                    row = tables[method][name]
-                    known = row.get(found["property"], "passed")
-                    row[found["property"]] = outcome if known == "passed" else known
-    for method, rows in tables.items():
-        properties = list(dict.fromkeys(key for row in rows.values() for key in row))
-        cells = {(name, key): {"passed": "ok"}.get(row[key], row[key]) for name, row in rows.items() for key in row}
-        widths = {key: 2 + max(6, len(key), *(len(c) for (_, k), c in cells.items() if k == key)) for key in properties}
-        terminalreporter.section(f"behaviour matrix: {method}")
-        terminalreporter.line(f"{'module':18}" + "".join(f"{key:>{widths[key]}}" for key in properties))
-        for name in rows:
-            line = "".join(f"{cells.get((name, key), '-'):>{widths[key]}}" for key in properties)
-            terminalreporter.line(f"{name:18}" + line)
+            cell = dict(getattr(report, "user_properties", ())).get("cell")
+            if cell and (outcome != "passed" or report.when == "call"):
+                cells[tuple(cell)] = "ok" if outcome == "passed" else outcome
+    if cells:
+        terminalreporter.section("behaviour matrix")
+    for line in draw(cells, METHODS, MODULES, PROPERTIES):
+        terminalreporter.line(line)
     if terminalreporter.stats.get(NOT_HERE):
         terminalreporter.section(NOT_HERE)
     for report in terminalreporter.stats.get(NOT_HERE, []):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -89,22 +88,19 @@ class NotOnThisCPU(Exception):
     """The plain module cannot do it either: with its reason, which conftest prints below the table."""
 
 
-@contextmanager
-def where_plain_can(name: str, folder: Path, **options: Any) -> Iterator[None]:
-    """A property is ours to keep where the plain module has it: train without callbacks what failed with them.
+def assert_fails_alike(error: Exception, plain: Callable[[], None]) -> NoReturn:
+    """A property is ours to keep where the plain module has it: do without callbacks what failed with them.
 
-    Only what fails in the same words is excused. Any other failure is raised as it is.
+    Only what fails in the same words is excused, and an assertion by one of the same property. Any other failure is
+    raised as it is.
     """
     try:
-        yield
-    except Exception as error:
-        plain = make_trainer(folder, callbacks=[SeedEachBatch()], **options)
-        try:
-            plain.fit(make_module(name))
-        except Exception as alike:
-            if (type(alike), str(alike)) == (type(error), str(error)):
-                raise NotOnThisCPU(f"without callbacks too: {type(alike).__name__}: {first_line(alike)}") from alike
-        raise
+        plain()
+    except Exception as alike:
+        same_words = str(alike) == str(error) or isinstance(error, AssertionError)
+        if type(alike) is type(error) and same_words:
+            raise NotOnThisCPU(f"without callbacks too: {type(alike).__name__}: {first_line(alike)}") from alike
+    raise error
 
 
 def first_line(error: Exception) -> str:
@@ -204,15 +200,25 @@ def assert_compiled_as_eager(module: pl.LightningModule) -> None:
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def in_two_processes(script: str, folder: Path) -> dict[str, Any]:
-    """What a module of tests/behaviour, run by torch.distributed in two processes, wrote."""
-    found = folder / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += ["-m", f"tests.behaviour.{script}", str(found)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert found.exists(), done.stderr[-3000:]
-    results = json.loads(found.read_text())
-    assert done.returncode == 0 or any(result != "ok" for result in results.values()), done.stderr[-3000:]
+def in_two_processes(calls: list[tuple[str, str, list[str]]], folder: Path) -> list[str]:
+    """What each call of a function of the tests came to in two processes: "ok", or a traceback.
+
+    All calls share one group of processes, for importing torch takes longer than most of them. Behind a call that
+    fails the others get a new one.
+    """
+    results: list[str] = []
+    while len(results) < len(calls):
+        attempt = folder / f"from_{len(results)}"
+        attempt.mkdir()
+        (attempt / "calls.json").write_text(json.dumps(calls[len(results) :]))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+        command += ["-m", "tests.behaviour.two_processes", "calls.json", "found.json"]
+        command[-2:] = [str(attempt / name) for name in command[-2:]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        assert (attempt / "found.json").exists(), done.stderr[-3000:]
+        found = json.loads((attempt / "found.json").read_text())
+        assert done.returncode == 0 or found[-1] != "ok", done.stderr[-3000:]
+        results += found
     return results
 
 

@@ -1,11 +1,10 @@
-"""Prunes sharded weights in two processes; run by torch.distributed.run, writes what each case came to.
+"""Prunes sharded weights in two processes, see ``test_sharded``.
 
 Both processes see the same data, so that a sharded run must be that of a single process, bit for bit.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,6 @@ from lightning_compress.pruning.sharding import is_sharded, whole
 
 from ..harness import SaveAfter, SeedEachBatch, differences, make_trainer
 from ..zoo import BATCH_SIZE, Classifier, classes, noise
-from .ddp import write
 
 EPOCHS = 3
 SAVED = (1, 5, 10)  # batches: before the phase, inside and after it
@@ -170,10 +168,7 @@ CASES: dict[str, Callable[[Path], str]] = {
 }
 
 
-def main(path: Path) -> None:
-    """All cases; the processes share a folder."""
-    write(path, list(CASES), lambda name: CASES[name](path.parent))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def prune(name: str, folder: Path) -> None:
+    """What each of the two processes does; they share the folder."""
+    found = CASES[name](folder)
+    assert found == "ok", found

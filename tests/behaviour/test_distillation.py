@@ -1,4 +1,4 @@
-"""Every LightningModule of the zoo with a teacher; conftest prints the table."""
+"""What a teacher keeps beyond the matrix: its gradient, by hand, beside what shrinks."""
 
 from __future__ import annotations
 
@@ -12,31 +12,18 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
-import lightning_compress
-from lightning_compress.analysis.inspect import sparsity
 from lightning_compress.callbacks import (
     ChannelPruning,
     Export,
-    GradualPruning,
     KnowledgeDistillation,
     LayerPruning,
     QuantizationAwareTraining,
 )
 from lightning_compress.phase import Phase
-from lightning_compress.quantization.prepare import prepared
 
-from ..harness import (
-    assert_agrees,
-    callback_of,
-    compile_inner,
-    differences,
-    in_two_processes,
-    snapshot,
-    where_plain_can,
-)
+from ..harness import assert_agrees, callback_of, differences, in_two_processes, snapshot
 from ..zoo import MODULES
 from .distilled import (
     BATCHES,
@@ -45,7 +32,6 @@ from .distilled import (
     FEATURES,
     NUM_BATCHES,
     SAVED,
-    TAUGHT,
     GANByHand,
     ManualBoringByHand,
     main_output,
@@ -61,40 +47,20 @@ each_module = pytest.mark.parametrize(
 each_automatic = pytest.mark.parametrize("name", [name for name in MODULES if name not in BY_HAND])
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One whole run a module, with its checkpoints, trained once and only read."""
-    made: dict[str, tuple[pl.Trainer, pl.LightningModule, Path]] = {}
-
-    def run(name: str) -> tuple[pl.Trainer, pl.LightningModule, Path]:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name.replace("+", "-"))
-            module, trainer = make_module(name), make_trainer(folder, teacher_of(name), save(folder))
-            trainer.fit(module)
-            made[name] = trainer, module, folder
-        return made[name]
-
-    return run
-
-
 def weights(path: Path) -> dict[str, Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-@each_module
-def test_distil_inert(name: str, runs: Any, tmp_path: Path) -> None:
-    """Until compression begins the run is bit for bit the one without a teacher; then it is another."""
-    _, taught, folder = runs(name)
-    plain = make_module(name)
-    make_trainer(tmp_path, teacher_of(name, phase=Phase(0.875, 1)), save(tmp_path)).fit(plain)
-    none = MODULES[name]()
-    none.load_state_dict(make_module(name).state_dict())
-    make_trainer(tmp_path / "none", save(tmp_path / "none")).fit(none)
-    for batches in (1, BEGIN):
-        assert not differences(weights(folder / f"{batches}.ckpt"), weights(tmp_path / f"none/{batches}.ckpt"))
-    assert not differences(weights(tmp_path / f"{NUM_BATCHES - 1}.ckpt"), weights(tmp_path / "none/7.ckpt"))
-    assert differences(taught.state_dict(), none.state_dict())
-    assert "training_step" not in taught.__dict__
+@pytest.mark.parametrize("name", ["conv+bn+residual", "lstm", "dict", "gan"])
+def test_until_its_phase_a_teacher_changes_nothing(name: str, tmp_path: Path) -> None:
+    """The run is bit for bit the one that is pruned without a teacher; then it is another."""
+    taught, alone = make_module(name), MODULES[name]()
+    alone.load_state_dict(make_module(name).state_dict())
+    make_trainer(tmp_path, teacher_of(name, phase=Phase(0.875, 1)), save(tmp_path)).fit(taught)
+    make_trainer(tmp_path / "alone", save(tmp_path / "alone")).fit(alone)
+    for batches in SAVED:
+        assert not differences(weights(tmp_path / f"{batches}.ckpt"), weights(tmp_path / f"alone/{batches}.ckpt"))
+    assert differences(taught.state_dict(), alone.state_dict())
 
 
 class ByHand(pl.Callback):
@@ -177,55 +143,8 @@ def test_distil_accumulate(name: str, tmp_path: Path) -> None:
     assert_gradients_of_the_formula(name, tmp_path, 2)
 
 
-@each_module
-def test_distil_resume(name: str, runs: Any, tmp_path: Path) -> None:
-    """Resumed before, at, inside and after the pruning, a run ends bit-identically, the teacher too."""
-    trainer, module, folder = runs(name)
-    expected = snapshot(trainer, module)
-    assert expected["callbacks"]["KnowledgeDistillation"]["teacher"]
-    for batches in SAVED:
-        again, trainer_again = make_module(name), make_trainer(tmp_path, teacher_of(name))
-        trainer_again.fit(again, ckpt_path=folder / f"{batches}.ckpt", weights_only=True)
-        assert not differences(expected, snapshot(trainer_again, again)), f"resumed after {batches} batches"
-
-
-@each_module
-def test_distil_bf16(name: str, tmp_path: Path) -> None:
-    """Mixed precision."""
-    module = make_module(name)
-    trainer = make_trainer(tmp_path, distil := teacher_of(name), precision="bf16-mixed")
-    with where_plain_can(name, tmp_path, precision="bf16-mixed"):
-        trainer.fit(module)
-    assert 0 < trainer.callback_metrics["compress/distillation_loss"] < torch.inf
-    assert all(torch.isfinite(p).all() for p in module.parameters())
-    assert not distil._warned
-
-
-@each_module
-def test_distil_ema(name: str, tmp_path: Path) -> None:
-    """Beside averaged weights, resumed too."""
-
-    def train(folder: Path, path: Path | None = None) -> dict[str, Any]:
-        module = make_module(name)
-        trainer = make_trainer(folder, EMAWeightAveraging(decay=0.8), teacher_of(name), save(folder))
-        trainer.fit(module, ckpt_path=path, weights_only=True)
-        return snapshot(trainer, module)
-
-    assert not differences(train(tmp_path), train(tmp_path / "again", tmp_path / "5.ckpt"))
-
-
-@each_module
-def test_distil_compile(name: str, tmp_path: Path) -> None:
-    """An inner part under torch.compile."""
-    module = compile_inner(make_module(name))
-    distil = KnowledgeDistillation(loss="mse" if name == "gan" else "kl", by_hand=name in BY_HAND)
-    trainer = make_trainer(tmp_path, distil, max_epochs=1)
-    trainer.fit(module)
-    assert trainer.callback_metrics["compress/distillation_loss"] > 0
-
-
-@each_module
-def test_distil_copy(name: str, runs: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["conv+bn+residual", "mlp", "foreign", "gan"])
+def test_distil_copy(name: str, tmp_path: Path) -> None:
     """Copies made inside a step and after the fit share nothing and ask no teacher."""
     copies: list[tuple[pl.LightningModule, Any]] = []
 
@@ -249,31 +168,6 @@ def test_distil_copy(name: str, runs: Any, tmp_path: Path) -> None:
         if name not in BY_HAND:
             trainer.fit(copied)
             assert "compress/distillation_loss" not in trainer.callback_metrics
-
-
-@each_module
-def test_distil_combined(name: str, tmp_path: Path) -> None:
-    """With pruning and quantization: both are reached, the teacher stays in float, the checkpoint tests and loads."""
-    quantization = QuantizationAwareTraining(calibrate=Phase(0.5, 0.75), phase=Phase(0.75, 1.0))
-
-    def make(*extra: pl.Callback) -> pl.Trainer:
-        pruning = GradualPruning(0.8, phase=Phase(BEGIN / NUM_BATCHES, 0.5), every=1)
-        return make_trainer(tmp_path, pruning, copy.deepcopy(quantization), teacher_of(name), *extra, prune=False)
-
-    module, trainer = make_module(name), make(save(tmp_path))
-    trainer.fit(module)
-    assert sparsity(callback_of(trainer, GradualPruning).masks.layers) >= 0.8
-    assert prepared(module).enabled
-    kept = callback_of(trainer, KnowledgeDistillation)
-    assert not differences(kept.state_dict()["teacher"], weights(tmp_path / f"{BEGIN}.ckpt"))
-    teacher = kept._teacher.module
-    assert prepared(teacher) is None or not prepared(teacher).enabled
-    path = tmp_path / f"{NUM_BATCHES}.ckpt"
-    found = make().test(make_module(name), ckpt_path=path, verbose=False)
-    assert found == make().test(copy.deepcopy(module), verbose=False)
-    loaded = lightning_compress.load_from_checkpoint(TAUGHT[name], path)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
-    assert prepared(loaded).enabled
 
 
 @pytest.mark.parametrize("name", ["conv+bn+residual", "mlp", "dict", "frozen"])
@@ -372,14 +266,17 @@ def test_distil_by_hand(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+def teach(name: str, folder: Path) -> None:
+    """What each of two processes does: with a teacher other weights come out than without."""
+    options = {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
+    taught, alone = make_module(name), make_module(name)
+    make_trainer(folder, teacher_of(name), **options).fit(taught)
+    make_trainer(folder, teacher_of(name, alpha=0.0), **options).fit(alone)
+    assert differences(dict(taught.named_parameters()), dict(alone.named_parameters()))
+
+
 @pytest.mark.xdist_group("ddp")
-@pytest.mark.parametrize("name", list(MODULES))
-def test_distil_ddp(name: str, ddp: dict[str, Any]) -> None:
-    """Two processes are taught alike, by the same teacher."""
-    assert ddp[name] == "ok"
-
-
-@pytest.fixture(scope="session")
-def ddp(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All modules, one after the other, in one group of two processes."""
-    return in_two_processes("ddp_distillation", tmp_path_factory.mktemp("ddp"))
+def test_two_processes_are_taught(tmp_path: Path) -> None:
+    names = ("mlp", "lstm", "gan", "manual-boring")
+    found = in_two_processes([(__name__, "teach", [name]) for name in names], tmp_path)
+    assert found == ["ok"] * len(names), "\n".join(found)

@@ -210,8 +210,24 @@ def test_nan_never_holds(tmp_path: Path) -> None:
     assert 0.4 < sparsity(weight_layers(module)) <= 0.6
 
 
+def guard_both(kind: str, folder: Path) -> None:
+    """What each of two processes does."""
+    Priced.allowed_bits = 3
+    guard, module = AccuracyGuard(0.01), priced()
+    make(folder, guard, *steered(kind == "bits"), devices=2, strategy="ddp").fit(module)
+    mine = {name: p.detach() for name, p in module.named_parameters()}
+    both: list[Any] = [None, None]
+    torch.distributed.all_gather_object(both, (mine, guard.history))
+    assert not differences(*both)
+    assert (0.49 if kind == "bits" else 0.7) < sparsity(weight_layers(module)) <= ALLOWED + 0.001
+    if kind == "bits":
+        assert guard.level == {"bits": 3}
+
+
+@pytest.mark.xdist_group("ddp")
 def test_two_processes_decide_alike(tmp_path: Path) -> None:
-    assert in_two_processes("ddp_guard", tmp_path) == {"sparsity": "ok", "bits": "ok"}
+    found = in_two_processes([(__name__, "guard_both", [kind]) for kind in ("sparsity", "bits")], tmp_path)
+    assert found == ["ok", "ok"], "\n".join(found)
 
 
 @pytest.mark.parametrize(

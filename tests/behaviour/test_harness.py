@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 
 from .. import harness
-from ..harness import NotOnThisCPU, make_module, make_trainer, where_plain_can
+from ..harness import NotOnThisCPU, assert_fails_alike, make_module, make_trainer
 from ..zoo import MLP
 
 
@@ -40,8 +40,13 @@ def _module(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fit(folder: Path, *callbacks: pl.Callback, **options: Any) -> None:
-    with where_plain_can("no-bf16", folder, **options):
-        make_trainer(folder, callbacks=list(callbacks), **options).fit(make_module("no-bf16"))
+    def train(*given: pl.Callback) -> None:
+        make_trainer(folder, callbacks=list(given), **options).fit(make_module("no-bf16"))
+
+    try:
+        train(*callbacks)
+    except RuntimeError as error:
+        assert_fails_alike(error, train)
 
 
 def test_what_the_plain_module_cannot_do_is_not_on_this_cpu(tmp_path: Path) -> None:

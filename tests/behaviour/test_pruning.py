@@ -42,7 +42,7 @@ from lightning_compress.pruning import (
 )
 from lightning_compress.pruning.distribution import erdos_renyi_kernel
 
-from ..harness import SaveAfter, SeedEachBatch, differences, in_two_processes, make_module, make_trainer, snapshot
+from ..harness import SaveAfter, SeedEachBatch, differences, make_module, make_trainer, snapshot
 from ..zoo import BATCHES, MLP
 from .test_errors import NoTraining
 
@@ -134,12 +134,6 @@ def test_a_criterion_reaches_its_target_in_bf16_with_accumulation(criterion: str
     accumulate = {"accumulate_grad_batches": 3} if module.automatic_optimization else {}
     fit(tmp_path, module, pruning, precision="bf16-mixed", **accumulate)
     assert_reached(pruning)
-
-
-@pytest.mark.xdist_group("ddp_pruning")
-def test_two_processes_drop_the_same_weights(tmp_path: Path) -> None:
-    found = in_two_processes("ddp_pruning", tmp_path)
-    assert found == dict.fromkeys(found, "ok")
 
 
 def test_a_phase_that_begins_with_the_run_waits_for_what_is_observed(tmp_path: Path) -> None:

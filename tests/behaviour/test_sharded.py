@@ -10,7 +10,8 @@ from .sharded import CASES
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return in_two_processes("sharded", tmp_path_factory.mktemp("sharded"))
+    calls = [("tests.behaviour.sharded", "prune", [case]) for case in CASES]
+    return dict(zip(CASES, in_two_processes(calls, tmp_path_factory.mktemp("sharded")), strict=True))
 
 
 @pytest.mark.xdist_group("sharded")

@@ -16,8 +16,9 @@ import pytest
 import lightning_compress
 import lightning_compress.callbacks
 
+PACKAGES = (lightning_compress, lightning_compress.callbacks)  # the second lies in another folder
 MODULES = sorted(
-    module.name for module in pkgutil.walk_packages(lightning_compress.__path__, "lightning_compress.") if module.name
+    module.name for package in PACKAGES for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
 )
 
 
@@ -42,27 +43,22 @@ def test_the_engine_loads_torch_and_not_lightning() -> None:
     assert loaded.isdisjoint({"lightning", "pytorch_lightning", "wandb", "hydra", "onnxruntime"})
 
 
-def test_every_room_of_the_house_is_there() -> None:
-    rooms = ("phase", "layers", "testing", "pruning.masks", "quantization.convert", "deploy.onnx", "analysis.report")
-    assert {f"lightning_compress.{room}" for room in rooms} <= set(MODULES)
-    assert len(MODULES) > 25
-
-
 def test_every_package_is_in_the_wheel() -> None:
     listed = (Path(__file__).parents[2] / "pyproject.toml").read_text().partition("packages = [")[2].partition("]")[0]
     packages = [m.name for m in pkgutil.walk_packages(lightning_compress.__path__, "lightning_compress.") if m.ispkg]
     assert {f'"{name}"' for name in packages} <= {line.strip(" ,") for line in listed.splitlines()}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_every_public_name_of_a_module_is_there_and_has_a_docstring(name: str) -> None:
-    module = import_module(name)
-    assert module.__doc__
-    public = getattr(module, "__all__", [])
-    assert len(set(public)) == len(public)
-    for item in public:
-        value = getattr(module, item)
-        assert get_origin(value) or not callable(value) or value.__doc__, item
+def test_every_public_name_of_a_module_is_there_and_has_a_docstring() -> None:
+    assert {"lightning_compress.callbacks.pruning", "lightning_compress.deploy.onnx"} < set(MODULES)
+    for name in MODULES:
+        module = import_module(name)
+        assert module.__doc__, name
+        public = getattr(module, "__all__", [])
+        assert len(set(public)) == len(public), name
+        for item in public:
+            value = getattr(module, item)
+            assert get_origin(value) or not callable(value) or value.__doc__, f"{name}.{item}"
 
 
 def test_the_names_of_the_package_are_those_of_their_modules() -> None:

@@ -59,21 +59,22 @@ def entries(path: Path) -> dict[str, dict]:
         return json.loads(zstandard.ZstdDecompressor().decompress(file.get_tensor("index").tobytes()))["tensors"]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.95, 1.0])
 @pytest.mark.parametrize("dtype", FLOATS + COMPLEX + INTS, ids=str)
-def test_every_dtype_at_every_sparsity(dtype: torch.dtype, share: float, tmp_path: Path) -> None:
-    value = sparse(40, 33, share=share) * (1 if dtype.is_floating_point or dtype.is_complex else 20)
-    assert_round_trip({"weight": (value.abs() if "uint" in str(dtype) else value).to(dtype)}, tmp_path / "x")
+def test_every_sparsity(dtype: torch.dtype, tmp_path: Path) -> None:
+    for share in (0.0, 0.02, 0.5, 0.95, 1.0):
+        value = sparse(40, 33, share=share) * (1 if dtype.is_floating_point or dtype.is_complex else 20)
+        assert_round_trip({"weight": (value.abs() if "uint" in str(dtype) else value).to(dtype)}, tmp_path / "x")
 
 
 @pytest.mark.parametrize("dtype", FLOATS + COMPLEX + INTS, ids=str)
-@pytest.mark.parametrize("num", [1, 7, 4096])
-def test_every_bit_pattern(dtype: torch.dtype, num: int, tmp_path: Path) -> None:
+def test_every_bit_pattern(dtype: torch.dtype, tmp_path: Path) -> None:
     """NaN with their payloads, infinities, denormals; bools are bytes of 0 and 1."""
-    raw = torch.randint(256, (num * dtype.itemsize,), dtype=torch.uint8, generator=torch.Generator().manual_seed(num))
-    value = (raw % 2).bool() if dtype == torch.bool else raw.view(dtype)
-    raw.view(-1, dtype.itemsize)[::3] = 0
-    assert_round_trip({"some": value, "none": torch.zeros_like(value)}, tmp_path / "x")
+    for num in (1, 7, 4096):
+        generator = torch.Generator().manual_seed(num)
+        raw = torch.randint(256, (num * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+        value = (raw % 2).bool() if dtype == torch.bool else raw.view(dtype)
+        raw.view(-1, dtype.itemsize)[::3] = 0
+        assert_round_trip({"some": value, "none": torch.zeros_like(value)}, tmp_path / "x")
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -51,11 +52,11 @@ def test_progress_outside_of_the_phase_is_clipped(kind: type[Schedule]) -> None:
 
 
 @pytest.mark.parametrize("kind", [Constant, Rounds, *KINDS])
-@pytest.mark.parametrize("field", ["final", "initial"])
-@pytest.mark.parametrize("value", [90, -0.1, 1.0001, math.nan, "0.5", None, True])
-def test_a_sparsity_that_is_no_share_is_refused(kind: type[Schedule], field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"{kind.__name__}\.{field}"):
-        kind(**{field: value})
+def test_a_sparsity_that_is_no_share_is_refused(kind: type[Schedule]) -> None:
+    for field in ("final", "initial"):
+        for value in (90, -0.1, 1.0001, math.nan, "0.5", None, True):
+            with pytest.raises(ValueError, match=rf"{kind.__name__}\.{field}={re.escape(repr(value))}"):
+                kind(**{field: value})
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf, "3"])

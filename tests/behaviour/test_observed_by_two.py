@@ -1,13 +1,12 @@
-"""Prunes by what was observed in two processes; run by torch.distributed.run, writes what each criterion came to."""
+"""Criteria that observe data, in two processes that see unlike data: both drop the same weights."""
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,9 +25,8 @@ from lightning_compress.pruning import (
     Wanda,
 )
 
-from ..harness import make_module, make_trainer
+from ..harness import differences, in_two_processes, make_module, make_trainer
 from ..zoo import MLP
-from .ddp import write
 
 CRITERIA: dict[str, Criterion] = {
     "wanda": Wanda(),
@@ -60,38 +58,30 @@ class Inputs(pl.Callback):
         self.inputs = batch[0]
 
 
-def train(name: str, folder: Path) -> str:
-    """ "ok", or what is wrong."""
+def prune(name: str, folder: Path) -> None:
+    """What each of the two processes does."""
     torch.manual_seed(0)
     module = OneLeavesOut() if name == "branch" else make_module("conv+bn+residual")
     pattern = Element() if name in ("wanda", "taylor", "movement") else Channel()
     pruning, inputs = GradualPruning(0.5, CRITERIA[name], pattern, phase=Phase(0.4, 0.8), every=1), Inputs()
     options: dict[str, Any] = {"devices": 2, "strategy": "ddp_find_unused_parameters_true", "limit_val_batches": 0}
-    trainer = make_trainer(folder, callbacks=[pruning, inputs], **options)
-    trainer.fit(module)
-    assert pruning.masks is not None
-    assert pruning._observation is not None
-    seen = pruning._observation.seen
-    bits = [entry["bits"].float() for entry in pruning.masks.state_dict().values()]
-    mine = torch.cat([t.detach().flatten() for t in (*module.parameters(), *bits, *(seen[k] for k in sorted(seen)))])
-    for what, values, alike in (("weights, masks or averages", mine, True), ("inputs", inputs.inputs.flatten(), False)):
-        first = values.clone()
-        torch.distributed.broadcast(first, 0)
-        same = torch.tensor(int(torch.equal(values, first)))
-        torch.distributed.all_reduce(same, torch.distributed.ReduceOp.MIN)
-        if bool(same) != alike:
-            return f"the {what} of the processes are {'unlike' if alike else 'alike'}"
-    if not pruning.reached or pruning.masks.sparsity < 0.3:
-        return f"sparsity {pruning.masks.sparsity}"
-    left_out = {key for key in pruning.skipped if key.startswith("others")}
-    return "ok" if (name != "branch" or left_out == {"others.0", "others.1"}) else f"skipped {pruning.skipped}"
+    make_trainer(folder, callbacks=[pruning, inputs], **options).fit(module)
+    mine = {
+        "weights": {key: p.detach() for key, p in module.named_parameters()},
+        "masks": pruning.masks.state_dict(),
+        "averages": pruning._observation.seen,
+    }
+    both: list[Any] = [None, None]
+    torch.distributed.all_gather_object(both, (mine, inputs.inputs))
+    assert not differences(both[0][0], both[1][0])
+    assert differences(both[0][1], both[1][1]), "both saw the same data"
+    assert pruning.reached
+    assert pruning.masks.sparsity >= 0.3
+    if name == "branch":
+        assert {key for key in pruning.skipped if key.startswith("others")} == {"others.0", "others.1"}
 
 
-def main(path: Path) -> None:
-    """All criteria."""
-    with tempfile.TemporaryDirectory() as folder:
-        write(path, list(CRITERIA), lambda name: train(name, Path(folder)))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+@pytest.mark.xdist_group("ddp")
+def test_two_processes_drop_the_same_weights(tmp_path: Path) -> None:
+    found = in_two_processes([(__name__, "prune", [name]) for name in CRITERIA], tmp_path)
+    assert found == ["ok"] * len(CRITERIA), "\n".join(found)
