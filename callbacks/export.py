@@ -178,7 +178,8 @@ class Export(pl.Callback):
         artifact.warnings += words_of_caution(artifact) if quantized else []
         for text in artifact.warnings:
             rank_zero_warn(text)
-        rank_zero_info(f"Export wrote {path}: {artifact.bytes:,} bytes, {artifact.bytes_zstd:,} as zstd")
+        size = f"{artifact.bytes:,} bytes, {artifact.bytes_zstd:,} as zstd"
+        rank_zero_info(f"Export wrote {path}: {size}; run on {artifact.cpu}")
         return artifact
 
 
