@@ -59,6 +59,7 @@ class Method:
         zeros: Whether a weight that is zero in the end was in no average any more.
         backend: Of torch.compile.
         options: For the Trainer.
+        simulated: Whether its codes have no form in integer kernels, so that an export is refused.
     """
 
     callbacks: Callable[[str], list[pl.Callback]]
@@ -73,6 +74,7 @@ class Method:
     zeros: bool = True
     backend: str = "eager"
     options: dict[str, Any] = field(default_factory=dict)
+    simulated: bool = False
 
 
 def pruning_of(trainer: pl.Trainer) -> GradualPruning:
@@ -233,7 +235,16 @@ def quantized(scheme: str, learned: bool = False) -> Method:
     # in pruning, in calibration, after it, in training, and after the ranges froze
     saved = (2, 4, 6, 8, 11)
     backend = "aot_eager" if scheme == "ternary" else "eager"
-    return Method(callbacks, reached_scheme(learned), 3, saved, inert=6, base="pruned", backend=backend)
+    return Method(
+        callbacks,
+        reached_scheme(learned),
+        3,
+        saved,
+        inert=6,
+        base="pruned",
+        backend=backend,
+        simulated=scheme == "log4",
+    )
 
 
 def int8(calibrate: Phase, phase: Phase) -> QuantizationAwareTraining:

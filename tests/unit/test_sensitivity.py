@@ -60,7 +60,7 @@ def by_hand(model: nn.Module, name: str, kind: str, level: float) -> float:
                 weight.view(-1)[i] = 0.0
         else:
             for channel in weight:
-                scale = channel.abs().max() / (2 ** (int(level) - 1) - 1)
+                scale = channel.abs().max() / min(2 ** (int(level) - 1) - 1, 64)  # 8 bits as files hold them
                 channel.copy_((channel / scale).round() * scale)
         return score(changed)
 
