@@ -122,6 +122,9 @@ class RigL(GradualPruning):
         assert layer.weight.grad is not None
         return layer.weight.grad.detach().abs()
 
+    def keep(self) -> None:
+        """Nothing: an exchange follows from the steps before, and no guard could ask for less."""
+
     def state_dict(self) -> dict[str, Any]:
         """Also when weights were exchanged last, by optimizer."""
         return {**super().state_dict(), "exchanged": dict(self._exchanged)}
