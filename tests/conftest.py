@@ -11,6 +11,7 @@ import pytest
 
 from lightning_compress.deploy.formats import FORMATS, pip_command
 
+from .pairs import print_pairs
 from .zoo import MODULES
 
 _LEFT = pytest.StashKey[int]()
@@ -75,6 +76,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         for name, row in rows.items():
             marks = {key: {"passed": "ok"}.get(row[key], row[key]) if key in row else "-" for key in properties}
             terminalreporter.line(f"{name:18}" + "".join(f"{marks[key]:>{widths[key]}}" for key in properties))
+    print_pairs(terminalreporter)
 
 
 def pytest_configure(config: Any) -> None:
