@@ -74,11 +74,13 @@ class Compressing(Phased, Following, Protocol):
         ...     def go_back(self, pl_module, kept):
         ...         self.reached = kept["reached"]
         ...     def on_train_batch_end(self, trainer, pl_module, *_):
-        ...         self.reached |= trainer.fit_loop.epoch_progress.current.processed >= trainer.max_epochs / 2
+        ...         self.reached = trainer.global_step >= trainer.estimated_stepping_batches / 2
         ...         for name, p in pl_module.named_parameters() if self.reached else ():
         ...             p.data *= not name.endswith("bias")
         >>> isinstance(ZeroBias(), Compressing)
         True
+        >>> from lightning_compress.testing import check_callback
+        >>> check_callback(ZeroBias())
     """
 
     gate_checkpoints: bool
