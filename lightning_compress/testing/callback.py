@@ -51,9 +51,8 @@ def check_callback(callback: Any) -> None:
         phases = list(callback.phases())
     pairs = [isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Phase) for item in phases]
     require(phases and all(pairs), f"{name}.phases gives {phases!r}, no pairs of a name and a Phase")
-    late = [
-        phase for _, phase in phases if phase.end > {"run": 1, "epoch": _EPOCHS}.get(phase.unit, _EPOCHS * _BATCHES)
-    ]
+    longest = {"run": 1, "epoch": _EPOCHS, "step": _EPOCHS * _BATCHES}
+    late = [phase for _, phase in phases if phase.end > longest[phase.unit]]
     require(not late, f"{name}.phases has {late}, beyond a run of {_EPOCHS} epochs of {_BATCHES} steps")
     _check_words(callback, "before a run")
     with TemporaryDirectory() as folder:

@@ -40,7 +40,7 @@ OTHERS: dict[str, Any] = {
     "ChannelPruning": lambda: ChannelPruning(0.5, phase=Phase(0.1, 0.3)),
     "LayerPruning": lambda: LayerPruning(1, phase=Phase(0.1, 0.3)),
     "FineTuning": lambda: FineTuning(Phase(0.1, 0.3), "constant"),
-    "KnowledgeDistillation": lambda: KnowledgeDistillation(alpha=0.5),
+    "KnowledgeDistillation": lambda: KnowledgeDistillation(alpha=0.5, phase=Phase(0.1, 0.3)),
     "AccuracyGuard": lambda: AccuracyGuard(100.0, bits=(6, 4)),
 }
 
@@ -171,9 +171,9 @@ def test_a_block_that_is_gone_is_not_removed_again(tmp_path: Path) -> None:
 
 
 def test_where_no_block_is_left_that_is_said(tmp_path: Path) -> None:
-    second = LayerPruning(2, phase=Phase(0.4, 0.6), include=["blocks"])
+    second = LayerPruning(2, phase=Phase(0.4, 0.6))
     with pytest.warns(UserWarning, match="LayerPruning.num_layers=2: 1 are removed, for others shrank the model"):
-        fit(tmp_path, make(), LayerPruning(2, phase=Phase(0.1, 0.3), include=["blocks"]), second)
+        fit(tmp_path, make(), LayerPruning(2, phase=Phase(0.1, 0.3)), second)
     assert second.stands() == {"layers": 1}
 
 
