@@ -166,6 +166,8 @@ class QuantizationAwareTraining(pl.Callback):
                 f"{found.scheme}. Accepted is the scheme that it was trained with. Give that one, leave this callback "
                 "out, or give ckpt_path= a checkpoint of this scheme."
             )
+        if found is not None and not found.is_by(self.scheme):
+            found.remove(pl_module)
         before, self.prepared = self.prepared, prepare(pl_module, self.scheme)
         if self.prepared is not before and self.prepared.skipped:
             left = "; ".join(f"{name}: {reason}" for name, reason in self.prepared.skipped.items())

@@ -178,20 +178,16 @@ class Prepared:
 
 
 def prepare(model: nn.Module, scheme: Scheme) -> Prepared:
-    """Upgrade a model's layers in place, disabled for now and bitwise equal.
+    """Upgrade a model's layers in place, disabled for now and bitwise equal; a prepared model is left as it is.
 
-    A model that was prepared by the same scheme is left as it is; one that was prepared by another begins anew.
+    Whether it was prepared by this scheme says :meth:`Prepared.is_by`; :meth:`Prepared.remove` lets another begin.
 
     Raises:
         ValueError: If a name pattern matches no layer.
     """
-    found = prepared(model)
-    if found is not None and not found.is_by(scheme):
-        found.remove(model)
-        found = None
-    if found is None:
-        found = model.__dict__[_ATTRIBUTE] = Prepared(model, scheme)
-    return found
+    if prepared(model) is None:
+        model.__dict__[_ATTRIBUTE] = Prepared(model, scheme)
+    return model.__dict__[_ATTRIBUTE]
 
 
 def prepared(model: nn.Module) -> Prepared | None:

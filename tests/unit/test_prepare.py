@@ -34,11 +34,13 @@ def test_a_prepared_model_is_bitwise_the_plain_one_until_it_is_enabled() -> None
     assert torch.equal(run(model, X), expected)
 
 
-def test_preparing_twice_by_one_scheme_leaves_the_first() -> None:
+def test_preparing_twice_leaves_the_first() -> None:
     model = nn.Linear(3, 3)
     assert prepared(model) is None
     first = prepare(model, int8())
-    assert prepare(model, int8()) is first is prepared(model)
+    assert prepare(model, Scheme(weight=Affine(2, symmetric=True))) is first is prepared(model)
+    assert first.is_by(int8())
+    assert not first.is_by(Scheme(weight=Affine(2, symmetric=True)))
     assert list(model.state_dict()) == ["weight", "bias"]
 
 
@@ -52,11 +54,12 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize(("make", "x"), [(Residual, X), (Recurrent, noise(2, 3, 4))])
-def test_another_scheme_begins_anew(make: type[nn.Module], x: torch.Tensor) -> None:
+def test_where_the_first_is_removed_another_begins_anew(make: type[nn.Module], x: torch.Tensor) -> None:
     """Nothing of the first is left: the model is bitwise the plain one, and then as if it had been prepared once."""
     model, once = randomized(make()).eval(), randomized(make()).eval()
     expected, state = run(model, x), {name: value.clone() for name, value in model.state_dict().items()}
     first = quantize(model, x, scheme=int8())
+    first.remove(model)
     second = prepare(model, Scheme(Affine(3, symmetric=True), exclude=["fc"] if make is Residual else ["head"]))
     assert second is prepared(model)
     assert second is not first
