@@ -93,7 +93,7 @@ class FineTuning(pl.Callback):
         self._frozen_norms = [
             module
             for name, module in modules_by_name(pl_module).items()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and matches(name, self.freeze)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and matches(name, self.freeze)
         ]
         offset = 0
         for optimizer in trainer.optimizers:
@@ -135,7 +135,9 @@ class FineTuning(pl.Callback):
                 parameter.grad = None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the optimizers."""
+        """Let go of the optimizers, and of norms that a phase up to the end of the run has frozen."""
+        for norm in self._frozen_norms if self.active else ():
+            norm.train()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -122,6 +122,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._chain_tracer: ChainTracer | None = None
         self._correction: BiasCorrection | None = None
         self._calibrating = False
+        self._frozen: list[torch.nn.Module] = []
 
     def phases(self) -> list[tuple[str, Phase]]:
         """Its phases with their names."""
@@ -231,6 +232,7 @@ class QuantizationAwareTraining(pl.Callback):
             self._optimizer.param_groups[0]["lr"] = self.learning_rate * max(1 - training, 0)
         if frozen:
             for norm in self.prepared.batch_norms(pl_module):
+                self._frozen += [norm] if norm.training else []
                 norm.eval()
 
     def on_train_batch_end(
@@ -336,8 +338,11 @@ class QuantizationAwareTraining(pl.Callback):
         self._optimizer.zero_grad()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let checkpoints go."""
+        """Let checkpoints go; batch norms that were frozen train on in another run."""
         open_checkpoints(trainer)
+        for norm in self._frozen:
+            norm.train()
+        self._frozen.clear()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop watching, and let checkpoints go."""

@@ -75,8 +75,10 @@ def assert_reached(module: Small, callbacks: list[Any]) -> None:
         assert callback.stands().keys() == callback.asked().keys()
         for key, asked in callback.asked().items():
             stands = callback.stands()[key]
-            # of 60 channels, or of 1,300 weights, one more or less
-            assert stands <= asked if key == "bits" else asked <= stands < asked + 0.06, (callback, key)
+            if key == "bits" or any(isinstance(c, AccuracyGuard) for c in callbacks):  # as far as the guard lets it
+                assert stands <= asked
+            else:  # or, of 60 channels and 1,300 weights, a little more
+                assert asked <= stands < asked + 0.06
             assert key != "sparsity" or abs(found["sparsity"] - stands) < 1e-6
     assert found["blocks"] == 3 - sum(isinstance(c, LayerPruning) for c in callbacks)
     assert found["quantized"] == any(isinstance(c, QuantizationAwareTraining) for c in callbacks)
@@ -102,10 +104,11 @@ def test_pair(first: str, second: str, tmp_path: Path, record_property: Callable
 
     module, both = make(), callbacks()
     checkpoint = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
-    trainer = fit(tmp_path, module, *both, checkpoint, saved=(*SAVED, 20), max_epochs=5)
+    trainer = fit(tmp_path, module, *both, checkpoint, saved=SAVED, max_epochs=5)
     assert_reached(module, both)
 
-    loaded = load_from_checkpoint(Small, tmp_path / "20.ckpt")
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    loaded = load_from_checkpoint(Small, tmp_path / "end.ckpt")
     assert facts(loaded) == facts(module)
     assert_equal_outputs(loaded, module)
 

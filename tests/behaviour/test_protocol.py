@@ -269,10 +269,10 @@ def test_subclasses_of_every_callback_save_load_and_resume(name: str, tmp_path: 
         return plain
 
     module, again = make(), make()
-    fit(tmp_path, module, callback(), saved=(9, 40))
+    fit(tmp_path, module, callback(), saved=(9,)).save_checkpoint(tmp_path / "end.ckpt")
     fit(tmp_path, again, callback(), ckpt_path=tmp_path / "9.ckpt")
     assert not differences(module.state_dict(), again.state_dict())
-    loaded = lightning_compress.load_from_checkpoint(Small, tmp_path / "40.ckpt")
+    loaded = lightning_compress.load_from_checkpoint(Small, tmp_path / "end.ckpt")
     assert facts(loaded) == facts(module)
     assert_equal_outputs(loaded, module)
 
@@ -301,7 +301,6 @@ def test_fine_tuning_before_the_first_phase_is_not_compression(extra: list[Any],
     fit(tmp_path, make(), *extra, pruning, guard, teacher, report, measured, taught, referred)
     assert (measured.batch, taught.batch) == (20, 20)
     assert referred.batch == 21  # when the batch begins that compresses
-    assert guard.reference == 4
 
 
 def test_a_teacher_that_is_the_model_itself_needs_something_that_compresses(tmp_path: Path) -> None:
