@@ -145,7 +145,10 @@ class _Cuts(_Hook):
 class _Returns(_Hook):
     def __init__(self, callback: Any, step: int) -> None:
         super().__init__(step)
-        self.callback, self.same, self.kept, self.weights = callback, True, None, {}
+        self.callback = callback
+        self.same = True
+        self.kept: Any = None
+        self.weights: dict[str, Tensor] = {}
 
     def act(self, trainer: Any, pl_module: Any) -> None:
         """Keep; three steps later go back."""
