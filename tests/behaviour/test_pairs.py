@@ -71,11 +71,12 @@ def assert_reached(module: Small, callbacks: list[Any]) -> None:
     for callback in callbacks:
         if not isinstance(callback, Compressing):
             continue
-        assert callback.reached
+        guarded = any(isinstance(c, AccuracyGuard) for c in callbacks)
+        assert callback.reached or guarded  # a guard may end with a state from before the end of the phase
         assert callback.stands().keys() == callback.asked().keys()
         for key, asked in callback.asked().items():
             stands = callback.stands()[key]
-            if key == "bits" or any(isinstance(c, AccuracyGuard) for c in callbacks):  # as far as the guard lets it
+            if key == "bits" or guarded:  # as far as the guard lets it
                 assert stands <= asked
             else:  # or, of 60 channels and 1,300 weights, a little more
                 assert asked <= stands < asked + 0.06
@@ -115,7 +116,7 @@ def test_pair(first: str, second: str, tmp_path: Path, record_property: Callable
     best = facts(load_from_checkpoint(Small, checkpoint.best_model_path))
     assert {**best, "sparsity": None} == {**facts(module), "sparsity": None}
     pruned = [c.asked()["sparsity"] for c in both if isinstance(c, GradualPruning)]
-    assert best["sparsity"] >= max(pruned, default=0.0)
+    assert best["sparsity"] >= max(pruned, default=0.0) or "AccuracyGuard" in (first, second)
 
     def left(trainer: Any, module: Small, callbacks: list[Any]) -> Any:
         optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
