@@ -80,7 +80,8 @@ def assert_reached(module: Small, callbacks: list[Any]) -> None:
                 assert stands <= asked
             else:  # or, of 60 channels and 1,300 weights, a little more
                 assert asked <= stands < asked + 0.06
-            assert key != "sparsity" or abs(found["sparsity"] - stands) < 1e-6
+            # a weight that SET let grow stays at zero where no gradient reaches it
+            assert key != "sparsity" or -1e-6 < found["sparsity"] - stands < 0.01
     assert found["blocks"] == 3 - sum(isinstance(c, LayerPruning) for c in callbacks)
     assert found["quantized"] == any(isinstance(c, QuantizationAwareTraining) for c in callbacks)
 
