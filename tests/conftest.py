@@ -13,6 +13,7 @@ import pytest
 from lightning_compress.deploy.formats import FORMATS, pip_command
 
 from .harness import NotOnThisCPU
+from .pairs import print_pairs
 from .zoo import MODULES
 
 NOT_HERE = "not on this CPU"
@@ -97,6 +98,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         for name in rows:
             line = "".join(f"{cells.get((name, key), '-'):>{widths[key]}}" for key in properties)
             terminalreporter.line(f"{name:18}" + line)
+    print_pairs(terminalreporter)
     if terminalreporter.stats.get(NOT_HERE):
         terminalreporter.section(NOT_HERE)
     for report in terminalreporter.stats.get(NOT_HERE, []):
