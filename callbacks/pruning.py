@@ -388,8 +388,10 @@ class GradualPruning(pl.Callback):
     def go_back(self, pl_module: pl.LightningModule, kept: dict[str, Any]) -> None:
         """Return to an earlier state of this very run; the weights are the caller's."""
         assert self.masks is not None
+        done = self._done
         self.load_state_dict(kept)
         self._take_up(self.masks)
+        self._done |= done  # the clock goes one way: a phase that is over stays so
 
     def follow(self, pl_module: pl.LightningModule, record: Record) -> None:
         """Cut masks and remembered weights, forget what was seen of other shapes, and make up for what went."""
