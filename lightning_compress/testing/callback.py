@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from lightning_compress.phase import Phase
 from lightning_compress.pruning.surgery import Record, apply_record
+from lightning_compress.quantization.prepare import prepared
 from lightning_compress.testing.attempt import attempt, noise, require
 
 __all__ = ["check_callback"]
@@ -139,6 +140,10 @@ class _Cuts(_Hook):
                 record["attributes"] |= {f"{name}.a": {"out_features": len(left)}}
                 record["attributes"] |= {f"{name}.b": {"in_features": len(left)}}
         apply_record(pl_module, record, trainer.optimizers)
+        # quantizers follow before the callbacks do, as in a run that tells of a change
+        quantization = prepared(pl_module)
+        if quantization is not None:
+            quantization.follow(pl_module, record)
         self.callback.follow(pl_module, record)
 
 
@@ -226,8 +231,11 @@ def _fit(callback: Any, folder: Path, hook: _Hook | None = None, ckpt_path: str 
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two nested structures are equal, tensors bit for bit."""
-    (ours, shape), (theirs, other) = tree_flatten(a), tree_flatten(b)
-    tensors = [isinstance(x, Tensor) for x in ours] == [isinstance(x, Tensor) for x in theirs]
-    pairs = zip(ours, theirs, strict=False)
-    return shape == other and tensors and all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
+    """Whether two nested structures are equal, tensors bit for bit; the order of a dict's keys is of no account."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)

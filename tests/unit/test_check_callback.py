@@ -87,6 +87,24 @@ def test_a_callback_of_ones_own_keeps_the_contract() -> None:
     check_callback(Faint())
 
 
+class Turned(Faint):
+    """What it keeps is the same, under names in another order after a resume."""
+
+    turned = False
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return dict(reversed(state.items())) if self.turned else state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.turned = True
+
+
+def test_the_order_of_what_is_kept_is_of_no_account() -> None:
+    check_callback(Turned())
+
+
 def broken(**members: Any) -> Any:
     return type("Broken", (Faint,), members)()
 
