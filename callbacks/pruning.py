@@ -368,7 +368,7 @@ class GradualPruning(pl.Callback):
         if self.masks is not None:
             observed = None if self._observation is None or self.reached else self._observation.state_dict()
             state = {"masks": self.masks.state_dict(), "observed": observed}
-        goal = {} if self.goal is None else {"goal": self.goal}
+        goal = {} if self.goal is None else {"goal": self.goal, "goal_met": self._goal_met}
         return {**state, "rewound": self._rewound, "last_step": self._last_step, "done": self._done, **goal}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -379,7 +379,7 @@ class GradualPruning(pl.Callback):
         self._rewound = state_dict.get("rewound")
         self._last_step = state_dict["last_step"]
         self._done = state_dict["done"]
-        self.goal, self._goal_met = state_dict.get("goal"), None
+        self.goal, self._goal_met = state_dict.get("goal"), state_dict.get("goal_met")
 
     def keep(self) -> dict[str, Any] | None:
         """The masks, and how far the phase is."""
