@@ -5,6 +5,7 @@ from .dynamic import SET, RigL
 from .export import Export
 from .finetuning import FineTuning
 from .guard import AccuracyGuard
+from .protocol import Compressing
 from .pruning import GradualPruning
 from .quantization import QuantizationAwareTraining
 from .report import CompressionReport
@@ -14,6 +15,7 @@ __all__ = [
     "SET",
     "AccuracyGuard",
     "ChannelPruning",
+    "Compressing",
     "CompressionReport",
     "Export",
     "FineTuning",

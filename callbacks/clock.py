@@ -1,4 +1,4 @@
-"""The Trainer's clock, and the phases of all callbacks on it."""
+"""The Trainer's clock, and where on it the run is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import math
 
 import lightning.pytorch as pl
 
-from lightning_compress.phase import Clock, Phase, check_phases
+from lightning_compress.phase import Clock, check_phases
 
-__all__ = ["all_callbacks", "check_run", "current_phase", "first_begin", "phases_of", "read_clock"]
+from .protocol import phases_of
+
+__all__ = ["check_run", "current_phase", "read_clock"]
 
 
 def read_clock(trainer: pl.Trainer, num_batches: int) -> Clock:
@@ -35,16 +37,6 @@ def read_clock(trainer: pl.Trainer, num_batches: int) -> Clock:
     )
 
 
-def all_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    """Every callback of a Trainer, which sets them where type checkers do not look."""
-    return trainer.callbacks  # type: ignore[attr-defined]
-
-
-def phases_of(trainer: pl.Trainer) -> list[tuple[str, Phase]]:
-    """Every phase of every callback, with its name."""
-    return [item for callback in all_callbacks(trainer) if hasattr(callback, "phases") for item in callback.phases()]
-
-
 def check_run(trainer: pl.Trainer) -> None:
     """Raise before the first step unless all phases fit the run and follow each other."""
     check_phases(phases_of(trainer), read_clock(trainer, 0))
@@ -61,8 +53,3 @@ def current_phase(trainer: pl.Trainer, clock: Clock) -> tuple[int, str]:
         if progress >= 1:
             index, name = i, f"after {label}"
     return index, name
-
-
-def first_begin(trainer: pl.Trainer, clock: Clock) -> float:
-    """Largest progress of any phase: 0 or more once compression has begun."""
-    return max((phase.progress(clock) for _, phase in phases_of(trainer)), default=-math.inf)

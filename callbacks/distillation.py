@@ -26,8 +26,9 @@ from lightning_compress.distillation import (
 from lightning_compress.phase import Clock, Phase, check_phases
 from lightning_compress.pruning.surgery import structure_of
 
-from .clock import first_begin, phases_of, read_clock
+from .clock import read_clock
 from .evaluate import check_validation_data, copied, evaluate
+from .protocol import compressing_phases, compression_progress
 from .structure import check_strategy
 from .teacher import Teacher
 
@@ -56,7 +57,8 @@ class KnowledgeDistillation(pl.Callback):
             parameters that it calls.
         features: Names of layers whose outputs are taught too, by mean squared difference, with their weights; 1
             without. A layer of another shape than the teacher's is left out with a warning.
-        phase: When; by default from the first phase of the other callbacks on, or the whole run if there is none.
+        phase: When; by default from the first phase on in which another callback compresses, or the whole run if there
+            is none.
         class_axis: Axis of the classes for ``"kl"``: the last, or 1 for outputs (N, C, height, width).
         by_hand: Leave the training step alone: it calls :meth:`loss` itself, as manual optimization needs it.
 
@@ -156,7 +158,7 @@ class KnowledgeDistillation(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the modules and make the teacher ready."""
-        if self.teacher == "self" and self.phase is None and not phases_of(trainer):
+        if self.teacher == "self" and self.phase is None and not compressing_phases(trainer):
             raise ValueError(
                 "KnowledgeDistillation.teacher='self' is the model as it is before compression, but no callback "
                 "compresses. Add one, such as GradualPruning(), give a phase, or another teacher."
@@ -249,7 +251,7 @@ class KnowledgeDistillation(pl.Callback):
     def _is_time(self, trainer: pl.Trainer, clock: Clock) -> bool:
         if self.phase is not None:
             return 0 <= self.phase.progress(clock) < 1
-        return not phases_of(trainer) or first_begin(trainer, clock) >= 0
+        return not compressing_phases(trainer) or compression_progress(trainer, clock) >= 0
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the teacher be the model as it is, if the model is its own."""

@@ -18,6 +18,7 @@ from lightning_compress.pruning.distribution import Scope
 from lightning_compress.pruning.sharding import whole
 
 from .clock import read_clock
+from .protocol import all_callbacks
 from .pruning import GradualPruning
 
 __all__ = ["SET", "RigL"]
@@ -94,8 +95,23 @@ class RigL(GradualPruning):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse phases that cannot be; the steps of an earlier fit do not count in this one."""
         super().on_train_start(trainer, pl_module)
+        self._check_others(trainer)
         begun = self._last_step >= 0
         self._exchanged = {i: min(step, trainer.global_step) for i, step in self._exchanged.items() if begun}
+
+    def _check_others(self, trainer: pl.Trainer) -> None:
+        """Refuse another one that prunes the same layers: each would keep at zero what the other lets grow."""
+        assert self.masks is not None
+        ours = {id(layer.weight) for layer in self.masks.layers}
+        for other in all_callbacks(trainer):
+            masks = other.masks if isinstance(other, GradualPruning) and other is not self else None
+            shared = [layer.name for layer in masks.layers if id(layer.weight) in ours] if masks is not None else []
+            if shared:
+                raise ValueError(
+                    f"{type(self).__name__} prunes the same layers as {type(other).__name__}: {', '.join(shared)}. "
+                    "Each would keep at zero what the other lets grow. Accepted are layers of its own for each, by "
+                    "include and exclude."
+                )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -121,6 +137,9 @@ class RigL(GradualPruning):
         """Scores of a layer's weights at an optimizer step; the highest grow."""
         assert layer.weight.grad is not None
         return layer.weight.grad.detach().abs()
+
+    def keep(self) -> None:
+        """Nothing: an exchange follows from the steps before, and no guard could ask for less."""
 
     def state_dict(self) -> dict[str, Any]:
         """Also when weights were exchanged last, by optimizer."""

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.layers import matches, modules_by_name
 from lightning_compress.phase import Clock, Phase
 
-from .clock import check_run, phases_of, read_clock
+from .clock import check_run, read_clock
+from .protocol import compressing_phases
 
 __all__ = ["FineTuning"]
 
@@ -40,6 +41,8 @@ class FineTuning(pl.Callback):
         >>> trainer = pl.Trainer(callbacks=[FineTuning(Phase(0.6, 0.7), learning_rate=0.1)], logger=False,
         ...                      enable_checkpointing=False)
     """
+
+    compresses = False
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class FineTuning(pl.Callback):
         self._frozen_norms = [
             module
             for name, module in modules_by_name(pl_module).items()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and matches(name, self.freeze)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and matches(name, self.freeze)
         ]
         offset = 0
         for optimizer in trainer.optimizers:
@@ -132,7 +135,9 @@ class FineTuning(pl.Callback):
                 parameter.grad = None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the optimizers."""
+        """Let go of the optimizers, and of norms that a phase up to the end of the run has frozen."""
+        for norm in self._frozen_norms if self.active else ():
+            norm.train()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -148,7 +153,7 @@ class FineTuning(pl.Callback):
     def _records(self, trainer: pl.Trainer, clock: Clock) -> bool:
         """Whether now lies in the stretch to replay: as long as the phase, up to where compression began."""
         begin, end = self.phase.fractions(clock)
-        begins = [phase.fractions(clock)[0] for _, phase in phases_of(trainer)]
+        begins = [phase.fractions(clock)[0] for phase in compressing_phases(trainer)]
         origin = min([b for b in begins if b <= begin], default=begin)
         start = max(0.0, origin - (end - begin))
         now = Phase(start, max(origin, start)).progress(clock) if origin > start else -1.0

@@ -9,24 +9,26 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from .clock import all_callbacks
+from .protocol import Compressing, all_callbacks, compressing
 
 __all__ = ["gate_checkpoints", "open_checkpoints"]
 
 
-def gate_checkpoints(trainer: pl.Trainer, callback: Any) -> None:
-    """Let every ModelCheckpoint that keeps the best by a monitor wait until ``callback.reached``.
+def gate_checkpoints(trainer: pl.Trainer) -> None:
+    """Let every ModelCheckpoint that keeps the best by a monitor wait for all compressing callbacks that ask for it.
 
-    Several callbacks may gate the same run. Checkpoints without a monitor and ``save_top_k=-1`` are as they were;
-    ``save_last`` saves whenever a best might have been saved.
+    Called by each of them. Checkpoints without a monitor and ``save_top_k=-1`` are as they were; ``save_last`` saves
+    whenever a best might have been saved.
     """
+    names = " and ".join(type(callback).__name__ for callback in _gating(trainer))
     for checkpoint in all_callbacks(trainer):
-        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.monitor and checkpoint.save_top_k > 0:
-            ask = checkpoint.check_monitor_top_k
-            checkpoint.check_monitor_top_k = partial(_ask, callback, checkpoint, ask)  # type: ignore[method-assign]
+        if not isinstance(checkpoint, ModelCheckpoint) or "check_monitor_top_k" in checkpoint.__dict__:
+            continue
+        if names and checkpoint.monitor and checkpoint.save_top_k > 0:
+            checkpoint.__dict__["check_monitor_top_k"] = partial(_ask, checkpoint)
             rank_zero_info(
-                f"ModelCheckpoint(monitor={checkpoint.monitor!r}) saves the best from the moment on at which "
-                f"{type(callback).__name__} has reached its target (gate_checkpoints=False turns this off)."
+                f"ModelCheckpoint(monitor={checkpoint.monitor!r}) saves the best from the moment on at which {names} "
+                "have reached their targets (gate_checkpoints=False turns this off)."
             )
 
 
@@ -36,9 +38,13 @@ def open_checkpoints(trainer: pl.Trainer) -> None:
         checkpoint.__dict__.pop("check_monitor_top_k", None)
 
 
-def _ask(callback: Any, checkpoint: Any, ask: Any, trainer: pl.Trainer, current: Any = None) -> bool:
-    if callback.reached:
-        return ask(trainer, current)
+def _gating(trainer: pl.Trainer) -> list[Compressing]:
+    return [callback for callback in compressing(trainer) if callback.gate_checkpoints]
+
+
+def _ask(checkpoint: ModelCheckpoint, trainer: pl.Trainer, current: Any = None) -> bool:
+    if all(callback.reached for callback in _gating(trainer)):
+        return type(checkpoint).check_monitor_top_k(checkpoint, trainer, current)
     if checkpoint.save_last:
         # at which Lightning then saves the last, too
         checkpoint._last_global_step_saved = trainer.global_step  # noqa: SLF001

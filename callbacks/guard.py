@@ -18,13 +18,12 @@ from lightning_compress.ladder import Pace, next_bits, next_sparsity
 from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import LAMP
 
-from .clock import all_callbacks, first_begin, read_clock
-from .dynamic import RigL
+from .clock import read_clock
 from .evaluate import choose_metric, copied, evaluate, has_validation, more_is_better
+from .protocol import all_callbacks, compressing, compression_progress
 from .pruning import GradualPruning
 from .quantization import QuantizationAwareTraining
 from .rollback import go_back, keep
-from .shrinking import Shrinking
 from .structure import check_strategy
 
 __all__ = ["AccuracyGuard"]
@@ -136,7 +135,7 @@ class AccuracyGuard(pl.Callback):
                 f"{name} judges by validation data, but there is no validation_step, no val_dataloader, or "
                 "limit_val_batches=0. Add both to the LightningModule (or the dataloader to the DataModule)."
             )
-        wrong = next((type(c).__name__ for c in callbacks if isinstance(c, Shrinking | RigL)), None)
+        wrong = next((type(c).__name__ for c in compressing(trainer) if c.keep() is None), None)
         if wrong is not None:
             raise ValueError(
                 f"{name} beside {wrong}: it cannot take back what that does. Accepted are GradualPruning and "
@@ -179,7 +178,7 @@ class AccuracyGuard(pl.Callback):
     ) -> None:
         """When compression is about to begin, measure what it starts from; at the edges of phases, begin and end."""
         clock, pruner, quantizer = read_clock(trainer, batch_idx), self._pruner(trainer), self._quantizer(trainer)
-        if self.reference is None and first_begin(trainer, clock) >= 0:
+        if self.reference is None and compression_progress(trainer, clock) >= 0:
             metrics = evaluate(trainer, copied(pl_module))
             self.reference = float(trainer.strategy.broadcast(metrics[self._choose(list(metrics))]))
         if pruner is not None and self._kind is None and pruner.phase.progress(clock) >= 0:
@@ -293,9 +292,6 @@ class AccuracyGuard(pl.Callback):
     def _quantizer(self, trainer: pl.Trainer) -> QuantizationAwareTraining | None:
         return next((c for c in all_callbacks(trainer) if isinstance(c, QuantizationAwareTraining)), None)
 
-    def _steered(self, trainer: pl.Trainer) -> list[Any]:
-        return [c for c in (self._pruner(trainer), self._quantizer(trainer)) if c is not None]
-
     def _choose(self, logged: Sequence[str] | None = None) -> str:
         """The name of the metric."""
         if logged is not None and self._name is None:
@@ -320,13 +316,13 @@ class AccuracyGuard(pl.Callback):
         return min(math.sqrt(value * (1 - value) / num), self.max_drop / 2)
 
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule, value: float, level: float) -> dict[str, Any]:
-        state = keep(trainer, pl_module, self._steered(trainer))
+        state = keep(trainer, pl_module)
         return {"value": value, "level": level, "step": trainer.global_step, "state": state}
 
     def _back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Return to the last state that held."""
         assert self._good is not None
-        go_back(trainer, pl_module, self._steered(trainer), self._good["state"])
+        go_back(trainer, pl_module, self._good["state"])
         self._num_missed = 0
         self._ask(trainer, pl_module, self._good["level"])
 

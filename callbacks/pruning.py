@@ -18,10 +18,12 @@ from lightning_compress.pruning import Criterion, Cubic, Element, Magnitude, Mas
 from lightning_compress.pruning.distribution import Scope
 from lightning_compress.pruning.patterns import out_first
 from lightning_compress.pruning.sharding import whole
+from lightning_compress.pruning.surgery import Record, cut_state
 
 from .clock import check_run, read_clock
 from .gate import gate_checkpoints, open_checkpoints
-from .structure import averages, check_strategy, check_structure_on_load, is_model_parallel
+from .protocol import averages
+from .structure import check_strategy, check_structure_on_load, is_model_parallel
 
 __all__ = ["GradualPruning"]
 
@@ -61,6 +63,8 @@ class GradualPruning(pl.Callback):
         >>> trainer = pl.Trainer(callbacks=[GradualPruning(sparsity=0.8, phase=Phase(0.1, 0.7))], logger=False,
         ...                      enable_checkpointing=False)
     """
+
+    compresses = True
 
     def __init__(  # noqa: PLR0913  # each a setting of its own, given by name
         self,
@@ -177,6 +181,14 @@ class GradualPruning(pl.Callback):
         """Its phases with their names."""
         return [("prune", self.phase)]
 
+    def asked(self) -> dict[str, float]:
+        """The final sparsity."""
+        return {"sparsity": self.schedule.final}
+
+    def stands(self) -> dict[str, float]:
+        """The sparsity of the masks."""
+        return {"sparsity": 0.0 if self.masks is None else self.masks.sparsity}
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what sharded weights cannot take, and let a checkpoint of another structure be refused in words."""
         check_strategy(trainer, self, model_parallel=True)
@@ -220,7 +232,7 @@ class GradualPruning(pl.Callback):
             theirs = [layer for layer in layers if id(layer.weight) in ids]
             self._handles.append(optimizer.register_step_post_hook(partial(_enforce, self.masks, theirs)))
         if self.gate_checkpoints:
-            gate_checkpoints(trainer, self)
+            gate_checkpoints(trainer)
 
     def _take_up(self, masks: Masks) -> None:
         """Take the masks of a checkpoint."""
@@ -328,7 +340,7 @@ class GradualPruning(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so where a criterion has waited in vain."""
-        if self._observation is not None and not self._observation.ready and not self.reached:
+        if self._observation is not None and not self._observation.ready and self._last_step < 0:
             rank_zero_warn(
                 f"{type(self).__name__} pruned nothing: {self.criterion} had seen nothing of the layers when the run "
                 "ended. Let the phase begin some steps after the run, and let an optimizer train the layers."
@@ -356,7 +368,7 @@ class GradualPruning(pl.Callback):
         if self.masks is not None:
             observed = None if self._observation is None or self.reached else self._observation.state_dict()
             state = {"masks": self.masks.state_dict(), "observed": observed}
-        goal = {} if self.goal is None else {"goal": self.goal}
+        goal = {} if self.goal is None else {"goal": self.goal, "goal_met": self._goal_met}
         return {**state, "rewound": self._rewound, "last_step": self._last_step, "done": self._done, **goal}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -367,13 +379,36 @@ class GradualPruning(pl.Callback):
         self._rewound = state_dict.get("rewound")
         self._last_step = state_dict["last_step"]
         self._done = state_dict["done"]
-        self.goal, self._goal_met = state_dict.get("goal"), None
+        self.goal, self._goal_met = state_dict.get("goal"), state_dict.get("goal_met")
 
-    def go_back(self, pl_module: pl.LightningModule, state_dict: dict[str, Any]) -> None:
+    def keep(self) -> dict[str, Any] | None:
+        """The masks, and how far the phase is."""
+        return self.state_dict()
+
+    def go_back(self, pl_module: pl.LightningModule, kept: dict[str, Any]) -> None:
         """Return to an earlier state of this very run; the weights are the caller's."""
         assert self.masks is not None
-        self.load_state_dict(state_dict)
+        done = self._done
+        self.load_state_dict(kept)
         self._take_up(self.masks)
+        self._done |= done  # the clock goes one way: a phase that is over stays so
+
+    def follow(self, pl_module: pl.LightningModule, record: Record) -> None:
+        """Cut masks and remembered weights, forget what was seen of other shapes, and make up for what went."""
+        if self.masks is None:
+            return
+        self.masks.follow(pl_module, record)
+        left = {layer.name for layer in self.masks.layers}
+        self._targets = {name: target for name, target in self._targets.items() if name in left}
+        if self._rewound is not None:
+            self._rewound = cut_state(self._rewound, record)
+        if self._observation is not None:
+            self._observation.follow(pl_module)
+        # What is left may be less sparse than what went: the target is one of the model as it stands.
+        if self._done and self._observation is None:
+            self._drop(pl_module.trainer, 1.0)
+        elif self._done:
+            self._done = False  # until a batch was observed
 
     def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, clock: Clock) -> None:
         assert self.masks is not None
@@ -381,8 +416,21 @@ class GradualPruning(pl.Callback):
             return  # at the next batch
         if self._observation is not None and self._last_step < 0:
             self._skip_unseen(self._observation)
-        progress = min(self.phase.progress(clock), 1.0)
-        final, before = self.schedule.final, self.masks.sparsity
+        progress, before = min(self.phase.progress(clock), 1.0), self.masks.sparsity
+        self._drop(trainer, progress)
+        if self._rewound is not None and self.masks.sparsity > before:
+            pl_module.load_state_dict(self._rewound)
+            self.masks.apply()
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
+        self._last_step = clock.step
+        self._goal_met = self.goal
+        self._done = progress >= 1
+
+    def _drop(self, trainer: pl.Trainer, progress: float) -> None:
+        """Drop what is due, of the averages of the weights, too."""
+        assert self.masks is not None
+        final = self.schedule.final
         sparsity = self.schedule(progress) if self.goal is None else min(self.goal, final)
         share = sparsity / final if final else self.schedule.shape(min(max(progress, 0.0), 1.0))
         self.masks.update(
@@ -394,16 +442,8 @@ class GradualPruning(pl.Callback):
             floor=self.floor,
             observation=self._observation,
         )
-        if self._rewound is not None and self.masks.sparsity > before:
-            pl_module.load_state_dict(self._rewound)
-            self.masks.apply()
-            for optimizer in trainer.optimizers:
-                optimizer.state.clear()
         for average in averages(trainer):
             self.masks.apply_to_copy(average)
-        self._last_step = clock.step
-        self._goal_met = self.goal
-        self._done = progress >= 1
 
     def _skip_unseen(self, observation: Observation) -> None:
         """Name the layers that turned out not to be scored."""

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.phase import Phase
+from lightning_compress.pruning.surgery import Record
 from lightning_compress.quantization.correct import BiasCorrection
 from lightning_compress.quantization.equalize import ChainTracer, equalize
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize
@@ -21,6 +22,7 @@ from lightning_compress.quantization.schemes import Scheme, int8
 from lightning_compress.quantization.schemes import scheme as scheme_of
 
 from .clock import check_run, read_clock
+from .gate import gate_checkpoints, open_checkpoints
 from .structure import check_strategy, check_structure_on_load
 
 __all__ = ["QuantizationAwareTraining"]
@@ -54,6 +56,8 @@ class QuantizationAwareTraining(pl.Callback):
             (Nagel 2019, arXiv:1906.04721). Changes weights, so it is for ``trainer.validate`` with ``phase=None``.
         correct_bias: Take the mean error of the quantized weights out of the biases, or the folded batch norms' means;
             for ``trainer.validate`` with ``phase=None``, too.
+        gate_checkpoints: Whether a ModelCheckpoint with a monitor saves only once the model is quantized. Without a
+            phase none waits, for the model is quantized when the last one has been saved.
 
     Raises:
         ValueError: If a value is out of range, or calibration ends after the phase begins.
@@ -64,7 +68,9 @@ class QuantizationAwareTraining(pl.Callback):
         ...                      enable_checkpointing=False)
     """
 
-    def __init__(
+    compresses = True
+
+    def __init__(  # noqa: PLR0913  # each a setting of its own, given by name
         self,
         scheme: Scheme | str | None = None,
         calibrate: Phase | None = None,
@@ -73,6 +79,7 @@ class QuantizationAwareTraining(pl.Callback):
         learning_rate: float = 1e-3,
         equalize: bool = False,
         correct_bias: bool = False,
+        gate_checkpoints: bool = True,
     ) -> None:
         self.scheme = int8() if scheme is None else scheme_of(scheme) if isinstance(scheme, str) else scheme
         self.calibrate = Phase(0.7, 0.75) if calibrate is None else calibrate
@@ -81,6 +88,7 @@ class QuantizationAwareTraining(pl.Callback):
         self.learning_rate = learning_rate
         self.equalize = equalize
         self.correct_bias = correct_bias
+        self.gate_checkpoints = gate_checkpoints and phase is not None
         for name, kind in (("scheme", Scheme), ("calibrate", Phase), ("phase", Phase)):
             value = getattr(self, name)
             if not isinstance(value, kind) and not (name == "phase" and value is None):
@@ -114,10 +122,24 @@ class QuantizationAwareTraining(pl.Callback):
         self._chain_tracer: ChainTracer | None = None
         self._correction: BiasCorrection | None = None
         self._calibrating = False
+        self._frozen: list[torch.nn.Module] = []
 
     def phases(self) -> list[tuple[str, Phase]]:
         """Its phases with their names."""
         return [("calibrate", self.calibrate)] + ([] if self.phase is None else [("quantize", self.phase)])
+
+    @property
+    def reached(self) -> bool:
+        """Whether the model is quantized."""
+        return self.prepared is not None and self.prepared.enabled
+
+    def asked(self) -> dict[str, float]:
+        """Bits of the weights, where no override says otherwise."""
+        return {"bits": self._bits}
+
+    def stands(self) -> dict[str, float]:
+        """The same now; 32 before the model is quantized."""
+        return {"bits": self.scheme.weight.bits if self.reached else 32}
 
     def _refuse_options(self, found: str, fix: str) -> None:
         for name in ("equalize", "correct_bias"):
@@ -132,11 +154,23 @@ class QuantizationAwareTraining(pl.Callback):
         check_strategy(trainer, self)
         check_structure_on_load(pl_module)
 
-    def _attach(self, pl_module: pl.LightningModule) -> None:
-        """Upgrade the layers, disabled; and take up the state of a checkpoint."""
-        fresh = self.prepared is None
-        self.prepared = prepare(pl_module, self.scheme)
-        if fresh and self.prepared.skipped:
+    def _attach(self, pl_module: pl.LightningModule, anew: bool = False) -> None:
+        """Upgrade the layers, disabled; and take up the state of a checkpoint.
+
+        A model that another run has quantized by another scheme begins anew where it is to be quantized; where it is
+        only looked at, that is refused: as it was trained it can be looked at without this callback.
+        """
+        found = prepared(pl_module)
+        if found is not None and found.enabled and self._state is None and not anew and not found.is_by(self.scheme):
+            raise ValueError(
+                f"QuantizationAwareTraining.scheme={self.scheme}: the model is quantized by another one, "
+                f"{found.scheme}. Accepted is the scheme that it was trained with. Give that one, leave this callback "
+                "out, or give ckpt_path= a checkpoint of this scheme."
+            )
+        if found is not None and not found.is_by(self.scheme):
+            found.remove(pl_module)
+        before, self.prepared = self.prepared, prepare(pl_module, self.scheme)
+        if self.prepared is not before and self.prepared.skipped:
             left = "; ".join(f"{name}: {reason}" for name, reason in self.prepared.skipped.items())
             rank_zero_info(f"QuantizationAwareTraining leaves alone {left}")
         if self._state is not None:
@@ -146,8 +180,10 @@ class QuantizationAwareTraining(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Upgrade the layers, inert, and watch the optimizers."""
         self._refuse_options("trainer.fit", "Fit without this callback, then validate with it.")
-        self._attach(pl_module)
+        self._attach(pl_module, anew=True)
         self._learn()
+        if self.gate_checkpoints:
+            gate_checkpoints(trainer)
         for optimizer in trainer.optimizers:
             self._handles.append(optimizer.register_step_post_hook(partial(self._step, trainer)))
 
@@ -196,6 +232,7 @@ class QuantizationAwareTraining(pl.Callback):
             self._optimizer.param_groups[0]["lr"] = self.learning_rate * max(1 - training, 0)
         if frozen:
             for norm in self.prepared.batch_norms(pl_module):
+                self._frozen += [norm] if norm.training else []
                 norm.eval()
 
     def on_train_batch_end(
@@ -288,10 +325,6 @@ class QuantizationAwareTraining(pl.Callback):
         if self._optimizer is None:
             return
         learned = self._optimizer.param_groups[0]["params"]
-        moments = self._optimizer.state
-        for p in learned:
-            if p in moments and moments[p]["exp_avg"].shape != p.shape:  # its layer lost channels
-                del moments[p]
         if trainer.world_size > 1:
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learned])
             torch.distributed.all_reduce(flat)
@@ -304,8 +337,16 @@ class QuantizationAwareTraining(pl.Callback):
         self._optimizer.step()
         self._optimizer.zero_grad()
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let checkpoints go; batch norms that were frozen train on in another run."""
+        open_checkpoints(trainer)
+        for norm in self._frozen:
+            norm.train()
+        self._frozen.clear()
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop watching."""
+        """Stop watching, and let checkpoints go."""
+        open_checkpoints(trainer)
         if self._chain_tracer is not None:
             self._chain_tracer.__exit__(None, None, None)
             self._chain_tracer = None
@@ -317,7 +358,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate a checkpoint as it was trained; or calibrate."""
-        self._attach(pl_module)
+        self._attach(pl_module, anew=self.phase is None)
         assert self.prepared is not None
         alone = trainer.state.fn == TrainerFn.VALIDATING
         self._calibrating = alone and self.phase is None and not self.prepared.enabled
@@ -397,9 +438,22 @@ class QuantizationAwareTraining(pl.Callback):
         if self.prepared is not None:
             self.prepared.rewrite(self.scheme)
 
-    def go_back(self, pl_module: pl.LightningModule, state_dict: dict[str, Any]) -> None:
+    def follow(self, pl_module: pl.LightningModule, record: Record) -> None:
+        """Learn on with the scales that are left; what is known of those that lost channels is forgotten."""
+        if self.prepared is None:
+            return
+        self._learn()
+        moments = {} if self._optimizer is None else self._optimizer.state
+        for p in [p for p, known in moments.items() if known["exp_avg"].shape != p.shape]:
+            del moments[p]
+
+    def keep(self) -> dict[str, Any] | None:
+        """Places, ranges, bits and what was learned."""
+        return self.state_dict()
+
+    def go_back(self, pl_module: pl.LightningModule, kept: dict[str, Any]) -> None:
         """Return to an earlier state of this very run."""
-        self.load_state_dict(state_dict)
+        self.load_state_dict(kept)
         self._attach(pl_module)
         self._learn()
 

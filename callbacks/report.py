@@ -30,14 +30,16 @@ from lightning_compress.analysis.report import terminal_table, write_html, write
 from lightning_compress.deploy.packed import save_packed
 from lightning_compress.layers import Layer
 from lightning_compress.phase import Clock
+from lightning_compress.pruning.surgery import Record
 from lightning_compress.tracking import define_metric
 
-from .clock import all_callbacks, current_phase, first_begin, read_clock
+from .clock import current_phase, read_clock
 from .evaluate import check_validation_data, copied, more_is_better, pick_metric
 from .export import Export
 from .loggers import send
 from .measure import measure, totals
 from .progress import say, show_in_progress_bar
+from .protocol import all_callbacks, compression_progress
 from .structure import check_strategy
 
 __all__ = ["CompressionReport"]
@@ -69,7 +71,6 @@ class CompressionReport(pl.Callback):
         self._history = History()
         self._seconds = {"fit": 0.0, "overhead": 0.0}
         self._began: float | None = None
-        self._layers: list[Layer] = []
         self._sparsity, self._bits = 0.0, 32.0
         self._share = math.nan  # of the run that is over
         self._resumed_at: tuple[float, float] | None = None  # when this process began, and at which share
@@ -86,7 +87,6 @@ class CompressionReport(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the watch."""
         self._began = time.perf_counter()
-        self._layers = weight_layers(pl_module)
         self._resumed_at = None
         show_in_progress_bar(trainer, self._items)
 
@@ -136,7 +136,7 @@ class CompressionReport(pl.Callback):
             return
         with self._overhead():
             self._phase = current_phase(trainer, read_clock(trainer, 0))
-            self._look(trainer.global_step)
+            self._look(pl_module)
             self._say(trainer, trainer.global_step)
             self.report = self._make(trainer, pl_module)
         self.report["seconds"] = {key: round(value, 3) for key, value in self._seconds.items()}
@@ -207,26 +207,28 @@ class CompressionReport(pl.Callback):
             self._resumed_at = time.perf_counter(), clock.run
         if not self._history.phases or self._history.phases[-1][1] != self._phase[1]:
             if self._history.phases:
-                self._look(clock.step)
+                self._look(pl_module)
                 self._say(trainer, clock.step)
             self._history.phases.append([clock.step, self._phase[1]])
-        begins = first_begin(trainer, clock) >= 0
+        begins = compression_progress(trainer, clock) >= 0
         if begins and self._was_before and self._dense is None and trainer.is_global_zero:
             with self._overhead():
                 self._dense = measure(trainer, pl_module, _formats(trainer))
-                self._history.bins, self._history.before = _histogram(self._layers, self._history.bins)
+                self._history.bins, self._history.before = _histogram(weight_layers(pl_module), self._history.bins)
         self._was_before = not begins
 
-    def _look(self, step: int) -> None:
-        if not self._history.steps or self._history.steps[-1] != step:
-            self._history.steps.append(step)
-            for layer in self._layers:
-                self._history.sparsity.setdefault(layer.name, []).append(sparsity([layer]))
-                self._history.bits.setdefault(layer.name, []).append(weight_bits(layer))
-        self._sparsity, self._bits = sparsity(self._layers), mean_bits(self._layers)
+    def follow(self, pl_module: pl.LightningModule, record: Record) -> None:
+        """Look at the layers that are left: bars and pictures show the model as it is."""
+        self._look(pl_module)
+
+    def _look(self, pl_module: pl.LightningModule) -> None:
+        layers = weight_layers(pl_module)
+        shares, bits = {x.name: sparsity([x]) for x in layers}, {x.name: weight_bits(x) for x in layers}
+        self._history.look(pl_module.trainer.global_step, shares, bits)
+        self._sparsity, self._bits = sparsity(layers), mean_bits(layers)
 
     def _log(self, pl_module: pl.LightningModule) -> None:
-        self._look(pl_module.trainer.global_step)
+        self._look(pl_module)
         values = {
             "compress/sparsity": self._sparsity,
             "compress/phase": float(self._phase[0]),
@@ -244,7 +246,7 @@ class CompressionReport(pl.Callback):
             artifacts.append(artifact.to_dict())
         if artifacts:
             compressed.update({key: artifacts[0][key] for key in ("bytes", "bytes_zstd")})
-        self._history.bins, self._history.after = _histogram(self._layers, self._history.bins)
+        self._history.bins, self._history.after = _histogram(weight_layers(pl_module), self._history.bins)
         warnings = [f"Export to {name} failed: {why}" for name, why in (export.failures if export else {}).items()]
         packed = self._pack(trainer, pl_module, warnings)
         cautions = [text for artifact in artifacts for text in artifact["warnings"]]  # Export has said them

@@ -7,35 +7,29 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from .pruning import GradualPruning
-from .quantization import QuantizationAwareTraining
-from .structure import averages
+from .protocol import averages, compressing
 
 __all__ = ["go_back", "keep"]
 
-Steered = GradualPruning | QuantizationAwareTraining
 
-
-def keep(trainer: pl.Trainer, pl_module: pl.LightningModule, callbacks: list[Steered]) -> dict[str, Any]:
-    """Copies of weights and buffers, of what the optimizers know, of averages, and of the callbacks' state."""
+def keep(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    """Copies of weights and buffers, of what the optimizers know, of averages, and of what the callbacks keep."""
     return {
         "weights": _copy(pl_module.state_dict()),
         "optimizers": [_copy(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers],
         "averages": [_copy(average.state_dict()) for average in averages(trainer)],
-        "callbacks": [_copy(callback.state_dict()) for callback in callbacks],
+        "callbacks": [_copy(callback.keep()) for callback in compressing(trainer)],
     }
 
 
-def go_back(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, callbacks: list[Steered], state: dict[str, Any]
-) -> None:
+def go_back(trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any]) -> None:
     """Return to what was kept, bit for bit; learning rates and the Trainer's clock go on."""
     pl_module.load_state_dict(state["weights"])
     for optimizer, known in zip(trainer.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": _copy(known)})
     for average, weights in zip(averages(trainer), state["averages"], strict=True):
         average.load_state_dict(weights)
-    for callback, known in zip(callbacks, state["callbacks"], strict=True):
+    for callback, known in zip(compressing(trainer), state["callbacks"], strict=True):
         callback.go_back(pl_module, _copy(known))
 
 

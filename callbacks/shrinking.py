@@ -23,9 +23,8 @@ from lightning_compress.quantization.convert import to_float
 
 from .clock import check_run, read_clock
 from .evaluate import example_inputs
-from .gate import gate_checkpoints as gate
-from .gate import open_checkpoints
-from .reshape import reshape
+from .gate import gate_checkpoints, open_checkpoints
+from .protocol import tell
 from .structure import check_strategy, check_structure_on_load
 
 __all__ = ["Shrinking"]
@@ -34,6 +33,7 @@ __all__ = ["Shrinking"]
 class Shrinking(pl.Callback, ABC):
     """What removing channels and removing blocks have in common: when, on what data, and what must follow."""
 
+    compresses = True
     criterion: Criterion
     phase: Phase
     steps = 1
@@ -66,6 +66,31 @@ class Shrinking(pl.Callback, ABC):
     def reached(self) -> bool:
         """Whether all is removed that will be."""
         return self.shrinks >= self.steps
+
+    @abstractmethod
+    def phases(self) -> list[tuple[str, Phase]]:
+        """Its phase with its name."""
+
+    @abstractmethod
+    def asked(self) -> dict[str, float]:
+        """How much is to be removed."""
+
+    def stands(self) -> dict[str, float]:
+        """How much has been removed."""
+        return dict(self._facts.get("stands", {})) or dict.fromkeys(self.asked(), 0.0)
+
+    def keep(self) -> None:
+        """Nothing: what was removed does not come back."""
+
+    def go_back(self, pl_module: pl.LightningModule, kept: dict[str, Any]) -> None:
+        """Refuse."""
+        raise NotImplementedError(f"{type(self).__name__} keeps nothing: what was removed does not come back.")
+
+    def follow(self, pl_module: pl.LightningModule, record: Record) -> None:
+        """Observe anew; before the next shrink, count what is left."""
+        self._facts["changed"] = True
+        if self._observation is not None:
+            self._observation.follow(pl_module)
 
     @property
     def state_key(self) -> str:
@@ -101,7 +126,7 @@ class Shrinking(pl.Callback, ABC):
             left = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
             rank_zero_info(f"{type(self).__name__} leaves alone {left}")
         if self.gate_checkpoints:
-            gate(trainer, self)
+            gate_checkpoints(trainer)
 
     @abstractmethod
     def examine(self, model: nn.Module) -> tuple[dict[str, str], dict[str, Any]]:
@@ -228,10 +253,9 @@ class Shrinking(pl.Callback, ABC):
             apply_record(model, record)
             return record, facts, self.skipped, [*macs, count_macs(model, self._inputs)[""]]
 
-        record, self._facts, self.skipped, macs = _on_rank_zero(trainer, planned)
-        reshape(trainer, pl_module, record)
-        self.shrinks = due
-        self._observe(pl_module, None)
+        record, facts, self.skipped, macs = _on_rank_zero(trainer, planned)
+        tell(trainer, record)
+        self._facts, self.shrinks = facts, due
         after = sum(p.numel() for p in pl_module.parameters())
         rank_zero_info(
             f"{type(self).__name__} {due}/{self.steps}: {before:,} -> {after:,} parameters, "

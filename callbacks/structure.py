@@ -6,14 +6,13 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_compress.checkpoint import check_structure, follow_structure
 
-from .clock import all_callbacks
+from .protocol import averages
 
-__all__ = ["averages", "check_strategy", "check_structure_on_load", "is_model_parallel"]
+__all__ = ["check_strategy", "check_structure_on_load", "is_model_parallel"]
 
 
 def is_model_parallel(trainer: pl.Trainer) -> bool:
@@ -39,13 +38,6 @@ def check_strategy(trainer: pl.Trainer, callback: pl.Callback, model_parallel: b
             "Accepted are single-device and DDP strategies, and ModelParallelStrategy by GradualPruning, RigL and SET; "
             "never FSDPStrategy and DeepSpeedStrategy. Train with Trainer(strategy='ddp')."
         )
-
-
-def averages(trainer: pl.Trainer) -> list[Any]:
-    """The averaged copies of the module that callbacks of Lightning keep."""
-    # Lightning has no public name for the averaged copy
-    found = [c._average_model for c in all_callbacks(trainer) if isinstance(c, WeightAveraging)]  # noqa: SLF001
-    return [average.module for average in found if average is not None]
 
 
 def check_structure_on_load(pl_module: pl.LightningModule) -> None:

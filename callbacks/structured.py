@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from lightning_compress.pruning.plan import (
     record_of,
     score_groups,
 )
-from lightning_compress.pruning.surgery import Record, apply_record
+from lightning_compress.pruning.surgery import Record, apply_record, is_removed, structure_of
 
 from .shrinking import Shrinking
 
@@ -125,20 +125,22 @@ class ChannelPruning(Shrinking):
         """Its phase with its name."""
         return [("channels", self.phase)]
 
+    def asked(self) -> dict[str, float]:
+        """Share removed of the target; and of the channels of layers with a target of their own."""
+        return {self.target: self.sparsity, **{_own(pattern): share for pattern, share in self.targets.items()}}
+
     def examine(self, model: nn.Module) -> tuple[dict[str, str], dict[str, Any]]:
         """Find the groups of channels; warn if the target is out of reach."""
         coupling = self._couple(model)
-        widths = {group.name: int(group.sizes.sum()) for group in coupling.groups}
-        facts: dict[str, Any] = {"dense": 0.0, "widths": widths, "left": dict(widths)}
+        facts = self._count(model, coupling)
         if not coupling.groups:
             rank_zero_warn(f"ChannelPruning finds no channels that can be removed: {coupling.skipped}")
             return coupling.skipped, facts
         if self.targets:
             self._check_targets(coupling)
             return coupling.skipped, facts
-        facts["dense"] = self._amount(model, None) if self.target != "channels" else float(sum(widths.values()))
         ranks = score_groups(coupling.groups, model, {})
-        most = choose(coupling.groups, ranks, 1.0, self._limits(widths))
+        most = choose(coupling.groups, ranks, 1.0, self._limits(facts["widths"]))
         left = self._left(model, coupling, most, record_of(model, coupling.groups, most), facts)
         if left > (1 - self.sparsity) * facts["dense"] + 1e-6:
             rank_zero_warn(
@@ -150,6 +152,8 @@ class ChannelPruning(Shrinking):
     def plan(self, model: nn.Module, scores: Mapping[str, Tensor], share: float) -> tuple[Record, dict[str, Any]]:
         """The channels with the lowest scores, up to the target."""
         coupling, facts = self._couple(model), copy.deepcopy(self._facts)
+        if facts.pop("changed", False):
+            facts = self._count(model, coupling, facts)
         most = (1 - self.sparsity * share) * facts["dense"] + 1e-6
 
         def reached(drops: Drops, record: Record) -> bool:
@@ -161,12 +165,43 @@ class ChannelPruning(Shrinking):
         record, drops, _ = plan(model, self._forward, coupling, scores, limits, reached)
         for group in coupling.groups:
             facts["left"][group.name] = num_channels([group], drops)
+        if facts["dense"]:
+            of_channels = self.target == "channels"
+            left = float(sum(facts["left"].values())) if of_channels else self._amount(model, record)
+            facts["removed"] = 1 - left / facts["dense"]
+        facts["stands"] = {self.target: facts["removed"]} if not self.targets else self._removed(coupling, facts)
         self.skipped = coupling.skipped
         return record, facts
 
+    def _count(self, model: nn.Module, coupling: Coupling, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What there is to remove; where others shrank the model, what is left and what this callback took of that."""
+        left = {group.name: int(group.sizes.sum()) for group in coupling.groups}
+        widths, removed = dict(left), 0.0
+        if before is not None:
+            removed = before["removed"]
+            for name in left.keys() & before["left"].keys():
+                widths[name] = round(left[name] * before["widths"][name] / before["left"][name])
+        dense = float(sum(widths.values()))
+        if self.target != "channels" and left:
+            dense = self._amount(model, None) / (1 - removed)
+        return {"dense": dense, "widths": widths, "left": left, "removed": removed}
+
+    def _removed(self, coupling: Coupling, facts: Mapping[str, Any]) -> dict[str, float]:
+        """Share removed of the channels, by what was asked."""
+        found: dict[str, list[str]] = {key: [] for key in self.asked()}
+        for group in coupling.groups:
+            pattern = _pattern_of(group, self.targets)
+            found[self.target if pattern is None else _own(pattern)].append(group.name)
+        widths, left = facts["widths"], facts["left"]
+        return {
+            key: 1 - sum(left[n] for n in names) / sum(widths[n] for n in names)
+            for key, names in found.items()
+            if names
+        }
+
     def _check_targets(self, coupling: Coupling) -> None:
         for pattern in self.targets:
-            if not any(_target_of(group, {pattern: 0.0}) is not None for group in coupling.groups):
+            if not any(_pattern_of(group, [pattern]) for group in coupling.groups):
                 names = ", ".join(plain_name(layer) for group in coupling.groups for layer in group.layers)
                 raise ValueError(
                     f"ChannelPruning.targets[{pattern!r}] matches no layer whose channels can be removed. They are: "
@@ -177,8 +212,8 @@ class ChannelPruning(Shrinking):
         """What each group loses of the channels it has left."""
         shares = {}
         for group in coupling.groups:
-            target = _target_of(group, self.targets)
-            kept = 1 - (self.sparsity if target is None else target) * share
+            pattern = _pattern_of(group, self.targets)
+            kept = 1 - (self.sparsity if pattern is None else self.targets[pattern]) * share
             shares[group.name] = max(0.0, 1 - kept * facts["widths"][group.name] / facts["left"][group.name])
         return shares
 
@@ -255,6 +290,10 @@ class LayerPruning(Shrinking):
         """Its phase with its name."""
         return [("layers", self.phase)]
 
+    def asked(self) -> dict[str, float]:
+        """How many blocks are to go."""
+        return {"layers": self.num_layers}
+
     def examine(self, model: nn.Module) -> tuple[dict[str, str], dict[str, Any]]:
         """Find the blocks, and refuse to remove more than there are."""
         names, skipped = find_blocks(model, self._forward, self.include, self.exclude)
@@ -270,19 +309,32 @@ class LayerPruning(Shrinking):
 
     def plan(self, model: nn.Module, scores: Mapping[str, Tensor], share: float) -> tuple[Record, dict[str, Any]]:
         """The blocks with the lowest scores."""
-        names = self._facts["blocks"]
+        gone = record_blocks(structure_of(model)["removed"])
+        names = [name for name in self._facts["blocks"] if not is_removed(name, gone)]
         values = {name: score_block(model, name, scores) for name in names}
-        return record_blocks(choose_blocks(model, self._forward, names, values, self.num_layers)), self._facts
+        chosen = choose_blocks(model, self._forward, names, values, self.num_layers)
+        if len(chosen) < self.num_layers:
+            rank_zero_warn(
+                f"LayerPruning.num_layers={self.num_layers}: {len(chosen)} are removed, for others shrank the model "
+                f"before, and without more of {', '.join(names) or 'its blocks'} it would not run. Remove fewer, or "
+                "let LayerPruning come first."
+            )
+        return record_blocks(chosen), {**self._facts, "stands": {"layers": len(chosen)}}
 
     def summary(self, record: Record) -> str:
         """Names of the removed blocks."""
-        return f"without {', '.join(record['removed'])}"
+        return f"without {', '.join(record['removed'])}" if record["removed"] else "no block removed"
 
 
-def _target_of(group: Group, targets: Mapping[str, float]) -> float | None:
-    """The target of the first pattern that one of a group's layers matches."""
+def _own(pattern: str) -> str:
+    """What is asked of layers with a target of their own, in words."""
+    return f"channels of {pattern}"
+
+
+def _pattern_of(group: Group, patterns: Iterable[str]) -> str | None:
+    """The first pattern that one of a group's layers matches."""
     names = [plain_name(layer) for layer in group.layers]
-    return next((value for pattern, value in targets.items() if any(matches(name, [pattern]) for name in names)), None)
+    return next((pattern for pattern in patterns if any(matches(name, [pattern]) for name in names)), None)
 
 
 def _milliseconds(model: nn.Module, inputs: Inputs) -> float:

@@ -42,12 +42,17 @@ def load_from_checkpoint(module_class: type[T], path: str | Path, *, scheme: Sch
     with _following(module_class):
         model = module_class.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    for key, state in checkpoint.get("callbacks", {}).items():
-        if key.startswith("QuantizationAwareTraining") and "quantization" in state:
-            state = state["quantization"]
-            quantization = prepare(model, scheme or Scheme.from_state(state["scheme"]))
-            quantization.load_state_dict(model, state)
+    state = _found(checkpoint, "quantization")
+    if state is not None:
+        quantization = prepare(model, scheme or Scheme.from_state(state["scheme"]))
+        quantization.load_state_dict(model, state)
     return model
+
+
+def _found(checkpoint: dict[str, Any], part: str) -> dict[str, Any] | None:
+    """A part that a callback wrote into its state, whatever its class and its key; None where none did."""
+    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+    return next((state[part] for state in states if isinstance(state.get(part), dict) and state[part]), None)
 
 
 def follow_structure(model: torch.nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -57,9 +62,7 @@ def follow_structure(model: torch.nn.Module, checkpoint: dict[str, Any]) -> None
         model: The model that is to load its weights.
         checkpoint: A whole checkpoint of a Trainer.
     """
-    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
-    found = [state["structure"] for state in states if state.get("structure")]
-    structure: dict[str, Any] = found[0] if found else {}
+    structure = _found(checkpoint, "structure") or {}
     if structure or structure_of(model)["shapes"] or structure_of(model)["removed"]:
         restore_structure(model, structure, checkpoint["state_dict"])
 

@@ -13,6 +13,7 @@ from lightning_compress.deploy.formats import FORMATS, pip_command
 from .behaviour.methods import METHODS
 from .behaviour.properties import PROPERTIES
 from .harness import NotOnThisCPU
+from .pairs import print_pairs
 from .table import Key, draw
 from .zoo import MODULES
 
@@ -83,6 +84,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("behaviour matrix")
     for line in draw(cells, METHODS, MODULES, PROPERTIES):
         terminalreporter.line(line)
+    print_pairs(terminalreporter)
     if terminalreporter.stats.get(NOT_HERE):
         terminalreporter.section(NOT_HERE)
     for report in terminalreporter.stats.get(NOT_HERE, []):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ class History:
 
     Args:
         steps: Optimizer steps at which the layers were looked at.
-        sparsity: Sparsity by layer, one value a step of ``steps``.
+        sparsity: Sparsity by layer, one value per step of ``steps``; None where the model has no such layer.
         bits: Bits of the weights by layer, likewise.
         metric: Pairs of step and validation metric.
         phases: Phase names with the step they began at.
@@ -32,8 +33,8 @@ class History:
     """
 
     steps: list[int] = field(default_factory=list)
-    sparsity: dict[str, list[float]] = field(default_factory=dict)
-    bits: dict[str, list[int]] = field(default_factory=dict)
+    sparsity: dict[str, list[float | None]] = field(default_factory=dict)
+    bits: dict[str, list[int | None]] = field(default_factory=dict)
     metric: list[list[float]] = field(default_factory=list)
     phases: list[list[Any]] = field(default_factory=list)
     bins: list[float] = field(default_factory=list)
@@ -44,14 +45,29 @@ class History:
         """Plain values."""
         return asdict(self)
 
+    def look(self, step: int, sparsity: Mapping[str, float], bits: Mapping[str, int]) -> None:
+        """Add what the layers are at a step, in the place of what they were at that step before."""
+        if step not in self.steps[-1:]:
+            self.steps.append(step)
+        _append(self.sparsity, sparsity, len(self.steps))
+        _append(self.bits, bits, len(self.steps))
+
     @property
     def rows(self) -> list[list[Any]]:
-        """Step, layer, sparsity and bits, a row for every look at every layer."""
+        """Step, layer, sparsity and bits, a row for every look at every layer that is there."""
         return [
-            [step, name, self.sparsity[name][i], self.bits[name][i]]
+            [step, name, values[i], self.bits[name][i]]
             for i, step in enumerate(self.steps)
-            for name in self.sparsity
+            for name, values in self.sparsity.items()
+            if values[i] is not None
         ]
+
+
+def _append(columns: dict[str, list[Any]], now: Mapping[str, Any], num: int) -> None:
+    """Bring every column to a length, with its value of now at the end."""
+    for name in {**columns, **now}:
+        values = columns.setdefault(name, [])[: num - 1]
+        columns[name] = [*values, *[None] * (num - 1 - len(values)), now.get(name)]
 
 
 def figures(history: History, metric: str | None) -> dict[str, Figure]:
@@ -72,7 +88,7 @@ def figures(history: History, metric: str | None) -> dict[str, Figure]:
     if any(share for layer in history.sparsity.values() for share in layer):
         made["sparsity"], axes = blank(3.6)
         _heat_map(axes, history.steps, history.sparsity, "sparsity", 0.0, 1.0)
-    if len({bits for layer in history.bits.values() for bits in layer}) > 1:
+    if len({bits for layer in history.bits.values() for bits in layer} - {None}) > 1:
         made["bits"], axes = blank(3.6)
         _heat_map(axes, history.steps, history.bits, "bits of a weight", 1.0, 32.0)
     if history.before and history.after:

@@ -18,6 +18,7 @@ from lightning_compress.pruning.observation import Observation
 from lightning_compress.pruning.patterns import Element, Pattern, WholeLayer, out_first
 from lightning_compress.pruning.selection import CHUNK, Cut, find_cut, num_dropped, spread_sample
 from lightning_compress.pruning.sharding import is_sharded, ranks_for, sharded_as, whole
+from lightning_compress.pruning.surgery import Record, kept_by_id
 
 __all__ = ["Masks"]
 
@@ -290,22 +291,16 @@ class Masks:
             mask = _unpack(entry["bits"], entry["shape"]).to(self._masks[name].device)
             self._masks[name] = sharded_as(mask, self._masks[name])
 
-    def select(self, kept: Mapping[int, Mapping[int, Tensor]], gone: Iterable[int] = ()) -> None:
-        """Shrink with the weights.
-
-        Args:
-            kept: By a weight's id, the indices that are kept along each axis.
-            gone: Ids of weights that no longer exist.
-        """
+    def follow(self, model: nn.Module, record: Record) -> None:
+        """Shrink with the weights of a model that has just changed its shape."""
+        present, kept = {id(p) for p in model.parameters()}, kept_by_id(model, record)
+        self.layers = [layer for layer in self.layers if id(layer.weight) in present]
+        self._masks = {layer.name: self._masks[layer.name] for layer in self.layers}
         for layer in self.layers:
             for axis, indices in kept.get(id(layer.weight), {}).items():
                 mask = self._masks[layer.name]
                 self._masks[layer.name] = mask.index_select(axis, indices.to(mask.device)).contiguous()
-        gone = set(gone)
-        for layer in self.layers:
-            if id(layer.weight) in gone:
-                del self._masks[layer.name]
-        self.layers = [layer for layer in self.layers if layer.name in self._masks]
+        self.bind(model)
 
 
 def _chunks(criterion: Criterion, layers: Sequence[Layer]) -> Iterator[np.ndarray]:

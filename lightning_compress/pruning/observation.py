@@ -221,6 +221,15 @@ class Observation:
             handle.remove()
         self._handles.clear()
 
+    def follow(self, model: nn.Module) -> None:
+        """Forget what was seen of other shapes, and the layers that are gone; the next batch is the first one again."""
+        self.cancel()
+        present = {id(p) for p in model.parameters()}
+        self.layers = {name: layer for name, layer in self.layers.items() if id(layer.weight) in present}
+        self._modules, self._chains = modules_by_name(model), None
+        for known in (self.seen, self._weights, self._batch):
+            known.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """Averages, chains and what a batch has shown so far, as plain values."""
         known = self._chains if self._watcher is None else self._watcher.chains

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.pruning.masks import Masks
+from lightning_compress.pruning.places import plain_name
 
 __all__ = [
     "Record",
     "Skip",
     "apply_record",
     "check_optimizer",
+    "cut_state",
+    "is_removed",
+    "kept_by_id",
     "restore_structure",
     "structure_of",
     "tensors_by_name",
@@ -51,19 +54,17 @@ def apply_record(
     model: nn.Module,
     record: Record,
     optimizers: Iterable[torch.optim.Optimizer] = (),
-    masks: Iterable[Masks] = (),
     copies: Iterable[nn.Module] = (),
 ) -> None:
-    """Shrink a model and all that follows it. Parameters keep their identity, names and order.
+    """Shrink a model and what trains it. Parameters keep their identity, names and order.
 
     Args:
         model: The live model.
         record: What is kept, by name.
         optimizers: Optimizers of its parameters; their state shrinks alike.
-        masks: Pruning masks of its weights.
         copies: Other models with the same names, such as an average of its weights.
     """
-    kept = {id(p): record["kept"][n] for n, p in model.named_parameters(remove_duplicate=False) if n in record["kept"]}
+    kept = kept_by_id(model, record)
     before = {id(p) for p in model.parameters()}
     for optimizer in optimizers:
         for p in list(optimizer.state):
@@ -78,8 +79,24 @@ def apply_record(
                 if id(p) in gone:
                     optimizer.state.pop(p, None)
             group["params"] = [p for p in group["params"] if id(p) not in gone]
-    for mask in masks:
-        mask.select(kept, gone)
+
+
+def kept_by_id(model: nn.Module, record: Record) -> dict[int, dict[int, Tensor]]:
+    """The indices that a record keeps of a model's parameters, by axis, by the parameter's id."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {id(p): record["kept"][name] for name, p in named if name in record["kept"]}
+
+
+def is_removed(name: str, record: Record) -> bool:
+    """Whether a record removes what has this name, be it named with the prefixes of ``torch.compile`` or without."""
+    plain = plain_name(name) + "."
+    return any(plain.startswith(plain_name(block) + ".") for block in record["removed"])
+
+
+def cut_state(state_dict: Mapping[str, Tensor], record: Record) -> dict[str, Tensor]:
+    """What a record leaves of weights that were remembered before it was applied."""
+    left = {name: value for name, value in state_dict.items() if not is_removed(name, record)}
+    return {name: _cut(value, record["kept"].get(name, {})) for name, value in left.items()}
 
 
 def structure_of(model: nn.Module) -> dict[str, Any]:

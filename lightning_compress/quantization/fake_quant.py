@@ -17,7 +17,7 @@ from lightning_compress.layers import Layer
 from lightning_compress.quantization.observers import Observer
 from lightning_compress.quantization.quantizers import QParams, Quantizer
 
-__all__ = ["ActivationFakeQuantize", "WeightFakeQuantize", "activations", "attach", "upgrade", "weights"]
+__all__ = ["ActivationFakeQuantize", "WeightFakeQuantize", "activations", "attach", "downgrade", "upgrade", "weights"]
 
 _WEIGHTS = "_compress_weights"
 
@@ -255,6 +255,16 @@ def upgrade(layers: Iterable[Layer], quantizer: Quantizer, granularity: str | in
         quantizers[layer.parameter] = WeightFakeQuantize(quantizer, axis, group)
         kind: Any = type(module)
         module.__class__ = _upgraded(getattr(kind, "_base", kind), tuple(quantizers))
+
+
+def downgrade(layers: Iterable[Layer]) -> None:
+    """Give upgraded layers their plain weights back."""
+    for module in {id(layer.module): layer.module for layer in layers}.values():
+        module.__class__ = getattr(type(module), "_base", type(module))
+        module.__dict__.pop(_WEIGHTS, None)
+        if isinstance(module, nn.RNNBase):  # whose list of weights an upgraded class makes anew at every call
+            names = module._flat_weights_names  # noqa: SLF001  # torch has no public name for either
+            module._flat_weights = [getattr(module, name, None) for name in names]  # noqa: SLF001
 
 
 def attach(module: nn.Module, activation: ActivationFakeQuantize) -> None:

@@ -73,6 +73,15 @@ class Placement:
     folds: dict[str, str] = field(default_factory=dict)
     feeds: dict[str, str] = field(default_factory=dict)
 
+    def without(self, is_gone: Callable[[str], bool]) -> Placement:
+        """What is left of it where modules are gone; a layer that one of them fed reads floats."""
+
+        def left(names: dict[str, str]) -> dict[str, str]:
+            return {a: b for a, b in names.items() if not is_gone(a) and not is_gone(b.partition(":")[0])}
+
+        inputs, outputs = ([name for name in names if not is_gone(name)] for names in (self.inputs, self.outputs))
+        return Placement(inputs, outputs, left(self.folds), left(self.feeds))
+
 
 @dataclass
 class _Call:

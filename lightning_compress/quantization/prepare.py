@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_compress.layers import QUANTIZABLE, find_layers, matches, modules_by_name
-from lightning_compress.quantization.fake_quant import ActivationFakeQuantize, attach, upgrade, weights
+from lightning_compress.pruning.surgery import Record, is_removed, kept_by_id
+from lightning_compress.quantization.fake_quant import ActivationFakeQuantize, attach, downgrade, upgrade, weights
 from lightning_compress.quantization.placement import Placement
 from lightning_compress.quantization.schemes import Scheme
 
@@ -41,6 +43,10 @@ class Prepared:
     def enabled(self) -> bool:
         """Whether the layers compute with quantized values."""
         return any(q.enabled for layer in self.layers for q in weights(layer.module).values())
+
+    def is_by(self, scheme: Scheme) -> bool:
+        """Whether this is what preparing by a scheme gives."""
+        return not _differ(self.scheme.to_state(), scheme.to_state())
 
     def place(self, model: nn.Module, placement: Placement) -> None:
         """Put the activation quantizers where a placement says."""
@@ -95,10 +101,23 @@ class Prepared:
         for activation in self.activations.values():
             activation.begin()
 
-    def keep(self, kept: Mapping[int, Mapping[int, Tensor]]) -> None:
-        """Follow a change of shape: kept indices by axis, by the id of the weight."""
+    def follow(self, model: nn.Module, record: Record) -> None:
+        """Follow a change of shape that the model has just undergone."""
+        present, kept = {id(p) for p in model.parameters()}, kept_by_id(model, record)
+        self.layers = [layer for layer in self.layers if id(layer.weight) in present]
         for layer in self.layers:
             weights(layer.module)[layer.parameter].keep(layer.weight, kept.get(id(layer.weight), {}))
+        if self.placement is not None:
+            self.placement = self.placement.without(partial(is_removed, record=record))
+            gone = [place for place in self.activations if is_removed(place.rpartition(":")[0], record)]
+            for place in gone:
+                del self.activations[place]
+
+    def remove(self, model: nn.Module) -> None:
+        """Leave the model as it was before: plain layers, no hooks."""
+        self._displace(model)
+        downgrade(self.layers)
+        model.__dict__.pop(_ATTRIBUTE, None)
 
     def learned(self) -> dict[str, nn.Parameter]:
         """The logarithms of what training learns of the quantizers, by place and field."""
@@ -177,6 +196,8 @@ class Prepared:
 
 def prepare(model: nn.Module, scheme: Scheme) -> Prepared:
     """Upgrade a model's layers in place, disabled for now and bitwise equal; a prepared model is left as it is.
+
+    Whether it was prepared by this scheme says :meth:`Prepared.is_by`; :meth:`Prepared.remove` lets another begin.
 
     Raises:
         ValueError: If a name pattern matches no layer.

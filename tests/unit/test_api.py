@@ -86,6 +86,7 @@ def test_the_callbacks_are_exactly_these() -> None:
     expected = [
         "AccuracyGuard",
         "ChannelPruning",
+        "Compressing",
         "CompressionReport",
         "Export",
         "FineTuning",
@@ -99,7 +100,7 @@ def test_the_callbacks_are_exactly_these() -> None:
     assert sorted(lightning_compress.callbacks.__all__) == expected
 
 
-@pytest.mark.parametrize("name", lightning_compress.callbacks.__all__)
+@pytest.mark.parametrize("name", sorted({*lightning_compress.callbacks.__all__} - {"Compressing"}))
 def test_a_callback_needs_no_argument_and_has_a_plain_state(name: str) -> None:
     callback = getattr(lightning_compress.callbacks, name)()
     assert isinstance(callback, pl.Callback)

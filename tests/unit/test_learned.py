@@ -204,7 +204,8 @@ def test_a_prepared_model_hands_the_kept_indices_on() -> None:
     with torch.no_grad():
         first._parameters["weight"].data = first._parameters["weight"].data[kept]
         second._parameters["weight"].data = second._parameters["weight"].data[:, kept]
-    prepared_.keep({id(first._parameters["weight"]): {0: kept}, id(second._parameters["weight"]): {1: kept}})
+    record = {"kept": {"0.weight": {0: kept}, "1.weight": {1: kept}}, "attributes": {}, "removed": []}
+    prepared_.follow(model, record)
     assert torch.equal(prepared_.learned()["0:scale"], before["0:scale"][kept])
     assert torch.equal(prepared_.learned()["1:scale"], before["1:scale"])
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_compress import int4, int8, w4a8, w8
 from lightning_compress.quantization import Affine, MinMax, Scheme
+from lightning_compress.quantization.fake_quant import activations, weights
 from lightning_compress.quantization.prepare import Prepared, prepare, prepared
 
 from .helpers import noise, quantize, randomized, run, trace
@@ -39,7 +40,41 @@ def test_preparing_twice_leaves_the_first() -> None:
     assert prepared(model) is None
     first = prepare(model, int8())
     assert prepare(model, Scheme(weight=Affine(2, symmetric=True))) is first is prepared(model)
+    assert first.is_by(int8())
+    assert not first.is_by(Scheme(weight=Affine(2, symmetric=True)))
     assert list(model.state_dict()) == ["weight", "bias"]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.net(x)[0])
+
+
+@pytest.mark.parametrize(("make", "x"), [(Residual, X), (Recurrent, noise(2, 3, 4))])
+def test_where_the_first_is_removed_another_begins_anew(make: type[nn.Module], x: torch.Tensor) -> None:
+    """Nothing of the first is left: the model is bitwise the plain one, and then as if it had been prepared once."""
+    model, once = randomized(make()).eval(), randomized(make()).eval()
+    expected, state = run(model, x), {name: value.clone() for name, value in model.state_dict().items()}
+    first = quantize(model, x, scheme=int8())
+    first.remove(model)
+    second = prepare(model, Scheme(Affine(3, symmetric=True), exclude=["fc"] if make is Residual else ["head"]))
+    assert second is prepared(model)
+    assert second is not first
+    assert torch.equal(run(model, x), expected)
+    assert not any(activations(module) for module in model.modules())
+    assert {name: torch.equal(value, state[name]) for name, value in model.state_dict().items()} == dict.fromkeys(
+        state, True
+    )
+    named = {layer.name for layer in second.layers}
+    assert all(bool(weights(layer.module)) == (layer.name in named) for layer in first.layers)
+    again = quantize(once, x, scheme=second.scheme)
+    second.place(model, trace(model, x))
+    second.load_state_dict(model, again.state_dict())
+    assert torch.equal(run(model, x), run(once, x))
 
 
 def test_an_activation_that_has_seen_nothing_stays_in_float() -> None:

@@ -1,0 +1,192 @@
+"""What compressing callbacks expect of each other, and the functions that ask them.
+
+A callback has a part in it by having these members: there is nothing to inherit. Callbacks without them are left alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_compress.phase import Clock, Phase
+from lightning_compress.pruning.surgery import Record, apply_record
+from lightning_compress.quantization.prepare import prepared
+
+__all__ = ["Compressing", "Following", "Phased", "all_callbacks", "averages", "compressing", "compressing_phases"]
+__all__ += ["compression_progress", "phases_of", "tell"]
+
+
+@runtime_checkable
+class Phased(Protocol):
+    """A callback that acts during phases of the run.
+
+    Args:
+        compresses: Whether the model is compressed in them: from the first such phase on it is no longer the dense one.
+    """
+
+    compresses: bool
+
+    def phases(self) -> Sequence[tuple[str, Phase]]:
+        """Its phases with their names; phases of different names may not overlap."""
+        ...
+
+
+@runtime_checkable
+class Following(Protocol):
+    """A callback that holds on to something whose shape is that of a parameter, or to modules that may be removed."""
+
+    def follow(self, pl_module: pl.LightningModule, record: Record) -> None:
+        """The model has just changed its shape, by this record; also where it was this callback that changed it."""
+        ...
+
+
+@runtime_checkable
+class Compressing(Phased, Following, Protocol):
+    """A callback that compresses the model: ``compresses`` is True.
+
+    Args:
+        gate_checkpoints: Whether a ModelCheckpoint with a monitor waits until it has ``reached`` its target.
+
+    Example:
+        A callback of a user's own that zeroes the biases, and keeps them zero:
+
+        >>> class ZeroBias(pl.Callback):
+        ...     compresses, gate_checkpoints = True, True
+        ...     reached = False
+        ...     def phases(self):
+        ...         return [("zero the biases", Phase(0.5, 0.5))]
+        ...     def asked(self):
+        ...         return {"biases": 0.0}
+        ...     def stands(self):
+        ...         return {"biases": 0.0 if self.reached else 1.0}
+        ...     def follow(self, pl_module, record):
+        ...         pass  # it holds on to nothing of the model
+        ...     def keep(self):
+        ...         return {"reached": self.reached}
+        ...     def go_back(self, pl_module, kept):
+        ...         self.reached = kept["reached"]
+        ...     def on_train_batch_end(self, trainer, pl_module, *_):
+        ...         self.reached = trainer.global_step >= trainer.estimated_stepping_batches / 2
+        ...         for name, p in pl_module.named_parameters() if self.reached else ():
+        ...             p.data *= not name.endswith("bias")
+        >>> isinstance(ZeroBias(), Compressing)
+        True
+        >>> from lightning_compress.testing import check_callback
+        >>> check_callback(ZeroBias())
+    """
+
+    gate_checkpoints: bool
+
+    def asked(self) -> Mapping[str, float | str]:
+        """What is asked for, in plain values by what they count: ``{"sparsity": 0.9}``."""
+        ...
+
+    def stands(self) -> Mapping[str, float | str]:
+        """What of it stands now, in the same words; all processes ask together."""
+        ...
+
+    @property
+    def reached(self) -> bool:
+        """Whether all is done that will be."""
+        ...
+
+    def keep(self) -> dict[str, Any] | None:
+        """What it takes to come back to now, besides the weights; None where nothing comes back."""
+        ...
+
+    def go_back(self, pl_module: pl.LightningModule, kept: dict[str, Any]) -> None:
+        """Return to what was kept earlier in this very run; the weights are as they were then."""
+        ...
+
+
+_MEMBERS = [name for kind in (Phased, Following, Compressing) for name in {**vars(kind), **kind.__annotations__}]
+_MEMBERS = [name for name in _MEMBERS if not name.startswith("_")]
+
+
+def all_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Every callback of a Trainer, which sets them where type checkers do not look."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def compressing(trainer: pl.Trainer) -> list[Compressing]:
+    """The callbacks that compress.
+
+    Raises:
+        TypeError: If one says that it does, and lacks a part of the protocol.
+    """
+    found: list[Compressing] = []
+    for callback in all_callbacks(trainer):
+        if getattr(callback, "compresses", False) is True:
+            if not isinstance(callback, Compressing):
+                missing = ", ".join(name for name in _MEMBERS if not hasattr(callback, name))
+                raise TypeError(
+                    f"{type(callback).__name__}.compresses=True, but it has no {missing}. Accepted is a callback with "
+                    "all members of lightning_compress.callbacks.Compressing. Add them, and prove them by "
+                    "lightning_compress.testing.check_callback."
+                )
+            found.append(callback)
+    return found
+
+
+def phases_of(trainer: pl.Trainer) -> list[tuple[str, Phase]]:
+    """Every phase of every callback, with its name."""
+    return [item for callback in all_callbacks(trainer) if isinstance(callback, Phased) for item in callback.phases()]
+
+
+def compressing_phases(trainer: pl.Trainer) -> list[Phase]:
+    """The phases in which the model is compressed."""
+    return [phase for callback in compressing(trainer) for _, phase in callback.phases()]
+
+
+def compression_progress(trainer: pl.Trainer, clock: Clock) -> float:
+    """The largest progress of the phases that compress: 0 or more once compression has begun."""
+    return max((phase.progress(clock) for phase in compressing_phases(trainer)), default=-math.inf)
+
+
+def averages(trainer: pl.Trainer) -> list[Any]:
+    """The averaged copies of the module that callbacks of Lightning keep."""
+    # Lightning has no public name for the averaged copy
+    found = [c._average_model for c in all_callbacks(trainer) if isinstance(c, WeightAveraging)]  # noqa: SLF001
+    return [average.module for average in found if average is not None]
+
+
+def tell(trainer: pl.Trainer, record: Record) -> None:
+    """Change the shape of the model in the middle of its run, and tell all that hold on to it.
+
+    The optimizers' state, averaged copies and quantizers are cut alike, every callback that follows is told, compiled
+    code is dropped, and DDP is wrapped around the model anew.
+    """
+    pl_module = trainer.lightning_module
+    with _unwrapped(trainer):
+        apply_record(pl_module, record, trainer.optimizers, averages(trainer))
+        quantization = prepared(pl_module)
+        if quantization is not None:
+            quantization.follow(pl_module, record)
+        followers = [callback for callback in all_callbacks(trainer) if isinstance(callback, Following)]
+        # Those that compress come first: they may change weights, which the others look at.
+        for callback in sorted(followers, key=lambda callback: not isinstance(callback, Compressing)):
+            callback.follow(pl_module, record)
+        if any(isinstance(module, torch._dynamo.OptimizedModule) for module in pl_module.modules()):
+            torch.compiler.reset()  # compiled code holds on to shapes and to modules that are gone
+
+
+@contextmanager
+def _unwrapped(trainer: pl.Trainer) -> Iterator[None]:
+    """Without DDP's wrapper, whose buckets have the shapes of the parameters; a new one is made at the end."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy) or strategy.model is trainer.lightning_module:
+        yield
+        return
+    strategy.model = trainer.lightning_module
+    gc.collect()  # the wrapper's hooks on the parameters go with it
+    yield
+    gc.collect()
+    strategy.configure_ddp()
