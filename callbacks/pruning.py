@@ -391,7 +391,10 @@ class GradualPruning(pl.Callback):
         done = self._done
         self.load_state_dict(kept)
         self._take_up(self.masks)
-        self._done |= done  # the clock goes one way: a phase that is over stays so
+        if self._observation is not None and kept["observed"] is not None:
+            self._observation.load_state_dict(kept["observed"])
+        # Where a guard says how far, a phase that is over stays over; else the rest is due at the next batch.
+        self._done |= done and self.goal is not None
 
     def follow(self, pl_module: pl.LightningModule, record: Record) -> None:
         """Cut masks and remembered weights, forget what was seen of other shapes, and make up for what went."""

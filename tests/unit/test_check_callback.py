@@ -26,7 +26,9 @@ from lightning_compress.testing.callback import _MEMBERS
 
 OURS: dict[str, Callable[[], Any]] = {
     "GradualPruning": lambda: GradualPruning(0.5, phase=Phase(0.2, 0.8), every=2),
+    "goes back over the end of its phase": lambda: GradualPruning(0.5, phase=Phase(0.2, 0.6), every=2),
     "observing": lambda: GradualPruning(0.5, MeanActivation(), phase=Phase(0.2, 0.5), every=2),
+    "observing for long": lambda: GradualPruning(0.5, MeanActivation(), phase=Phase(0.2, 0.8), every=2),
     "RigL": lambda: RigL(0.5, every=2),
     "SET": lambda: SET(0.5, every=2),
     "ChannelPruning": lambda: ChannelPruning(0.4, phase=Phase(0.2, 0.8), steps=3),
