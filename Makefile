@@ -47,8 +47,8 @@ format: install ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-matrix: install ## run the behaviour matrix alone
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup tests/behaviour -k "not life and not errors"
+matrix: install ## run the behaviour matrix and the pairs of callbacks alone
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup tests/behaviour/test_matrix.py tests/behaviour/test_pairs.py
 
 sweep: install ## three sparsities, one table, read back from the offline W&B files
 	$(BIN)/lightning-compress -m experiment=mnist_prune_int8 sweep=sparsity hydra/launcher=joblib
