@@ -162,11 +162,13 @@ def test_fine_tuning_freezes_by_name_and_gives_free_again(tmp_path: Path) -> Non
 
 def test_ranges_and_batch_norm_freeze_near_the_end(tmp_path: Path) -> None:
     states: list[tuple[Any, Any]] = []
+    training: list[bool] = []
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             ranges = copy.deepcopy(prepared(pl_module).state_dict().get("ranges"))
             states.append((ranges, pl_module.net[1].bn1.running_mean.clone()))
+            training.append(pl_module.net[1].bn1.training)
 
     qat = QuantizationAwareTraining(calibrate=Phase(0.25, 0.5), phase=Phase(0.5, 1.0), freeze=0.5)
     module = make_module("conv+bn+residual")
@@ -174,7 +176,8 @@ def test_ranges_and_batch_norm_freeze_near_the_end(tmp_path: Path) -> None:
     frozen = NUM_BATCHES * 3 // 4
     assert differences(states[frozen - 2], states[frozen - 1])
     assert not differences(states[frozen], states[-1])
-    assert not module.net[1].bn1.training
+    assert training == [True] * frozen + [False] * (NUM_BATCHES - frozen)
+    assert module.net[1].bn1.training  # another run trains it again
 
 
 def test_validation_never_moves_a_range_and_measuring_never_moves_the_run(tmp_path: Path) -> None:
