@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_compress.deploy.forward import Inputs, record_inputs
 from lightning_compress.distillation import (
     Call,
     Loss,
@@ -23,13 +22,14 @@ from lightning_compress.distillation import (
     teach,
     visible_modules,
 )
+from lightning_compress.forward import Inputs, record_inputs
 from lightning_compress.phase import Clock, Phase, check_phases
-from lightning_compress.pruning.surgery import structure_of
+from lightning_compress.structure.record import structure_of
 
-from .clock import read_clock
 from .evaluate import check_validation_data, copied, evaluate
+from .live_shape import check_strategy
 from .protocol import compressing_phases, compression_progress
-from .structure import check_strategy
+from .run import read_clock
 from .teacher import Teacher
 
 __all__ = ["KnowledgeDistillation"]

@@ -14,12 +14,12 @@ from torch import Tensor
 from lightning_compress.layers import Layer
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import Constant, Criterion
-from lightning_compress.pruning.distribution import Scope
+from lightning_compress.pruning.scopes import Scope
 from lightning_compress.pruning.sharding import whole
 
-from .clock import read_clock
 from .protocol import all_callbacks
 from .pruning import GradualPruning
+from .run import read_clock
 
 __all__ = ["SET", "RigL"]
 

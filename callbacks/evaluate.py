@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_compress.deploy.forward import Inputs, record_inputs
+from lightning_compress.forward import Inputs, record_inputs
 
 __all__ = [
     "check_validation_data",

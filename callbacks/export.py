@@ -21,13 +21,13 @@ from lightning_compress.deploy.files import (
     write_files,
 )
 from lightning_compress.deploy.formats import FORMATS, check_formats, installed_formats, pip_command
-from lightning_compress.deploy.forward import Inputs, replaced_forward
 from lightning_compress.deploy.size import weigh
 from lightning_compress.deploy.verify import Artifact, Comparison
+from lightning_compress.forward import Inputs, replaced_forward
 from lightning_compress.quantization.convert import check_convertible, to_float
 
 from .evaluate import copied, evaluate, example_inputs
-from .structure import check_strategy
+from .live_shape import check_strategy
 
 __all__ = ["Export"]
 

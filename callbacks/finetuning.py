@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.layers import matches, modules_by_name
 from lightning_compress.phase import Clock, Phase
 
-from .clock import check_run, read_clock
 from .protocol import compressing_phases
+from .run import check_run, read_clock
 
 __all__ = ["FineTuning"]
 

@@ -14,17 +14,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_compress.ladder import Pace, next_bits, next_sparsity
+from lightning_compress.guard_steps import Pace, next_bits, next_sparsity
 from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import LAMP
 
-from .clock import read_clock
 from .evaluate import choose_metric, copied, evaluate, has_validation, more_is_better
+from .live_shape import check_strategy
 from .protocol import all_callbacks, compressing, compression_progress
 from .pruning import GradualPruning
 from .quantization import QuantizationAwareTraining
 from .rollback import go_back, keep
-from .structure import check_strategy
+from .run import read_clock
 
 __all__ = ["AccuracyGuard"]
 

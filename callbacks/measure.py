@@ -16,9 +16,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_compress.analysis.inspect import count_macs, describe
 from lightning_compress.deploy.formats import FORMATS
-from lightning_compress.deploy.forward import Inputs, run_model, with_batch
 from lightning_compress.deploy.size import weigh
 from lightning_compress.deploy.verify import time_together
+from lightning_compress.forward import Inputs, run_model, with_batch
 from lightning_compress.quantization.convert import to_float
 
 from .evaluate import copied, evaluate, example_inputs

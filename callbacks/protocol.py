@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_compress.phase import Clock, Phase
-from lightning_compress.pruning.surgery import Record, apply_record
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.model import quantization_of
+from lightning_compress.structure.record import Record, apply_record
 
 __all__ = ["Compressing", "Following", "Phased", "all_callbacks", "averages", "compressing", "compressing_phases"]
 __all__ += ["compression_progress", "phases_of", "tell"]
@@ -167,7 +167,7 @@ def tell(trainer: pl.Trainer, record: Record) -> None:
     pl_module = trainer.lightning_module
     with _unwrapped(trainer):
         apply_record(pl_module, record, trainer.optimizers, averages(trainer))
-        quantization = prepared(pl_module)
+        quantization = quantization_of(pl_module)
         if quantization is not None:
             quantization.follow(pl_module, record)
         followers = [callback for callback in all_callbacks(trainer) if isinstance(callback, Following)]

@@ -15,15 +15,15 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.layers import PRUNABLE, Layer, find_layers, matches
 from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import Criterion, Cubic, Element, Magnitude, Masks, Observation, Pattern, Schedule
-from lightning_compress.pruning.distribution import Scope
 from lightning_compress.pruning.patterns import out_first
+from lightning_compress.pruning.scopes import Scope
 from lightning_compress.pruning.sharding import whole
-from lightning_compress.pruning.surgery import Record, cut_state
+from lightning_compress.structure.record import Record, cut_state
 
-from .clock import check_run, read_clock
-from .gate import gate_checkpoints, open_checkpoints
+from .best_checkpoint import gate_checkpoints, open_checkpoints
+from .live_shape import check_strategy, check_structure_on_load, is_model_parallel
 from .protocol import averages
-from .structure import check_strategy, check_structure_on_load, is_model_parallel
+from .run import check_run, read_clock
 
 __all__ = ["GradualPruning"]
 

@@ -12,18 +12,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.phase import Phase
-from lightning_compress.pruning.surgery import Record
 from lightning_compress.quantization.correct import BiasCorrection
 from lightning_compress.quantization.equalize import ChainTracer, equalize
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize
+from lightning_compress.quantization.model import ModelQuantization, quantization_of, quantize_layers
 from lightning_compress.quantization.placement import Tracer
-from lightning_compress.quantization.prepare import Prepared, prepare, prepared
 from lightning_compress.quantization.schemes import Scheme, int8
 from lightning_compress.quantization.schemes import scheme as scheme_of
+from lightning_compress.structure.record import Record
 
-from .clock import check_run, read_clock
-from .gate import gate_checkpoints, open_checkpoints
-from .structure import check_strategy, check_structure_on_load
+from .best_checkpoint import gate_checkpoints, open_checkpoints
+from .live_shape import check_strategy, check_structure_on_load
+from .run import check_run, read_clock
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -112,7 +112,7 @@ class QuantizationAwareTraining(pl.Callback):
             )
         if phase is not None:
             self._refuse_options(f"phase={phase}", "Set phase=None, or leave it out.")
-        self.prepared: Prepared | None = None
+        self.quantization: ModelQuantization | None = None
         self._bits = self.scheme.weight.bits
         self._state: dict[str, Any] | None = None
         self._optimizer_state: dict[str, Any] | None = None
@@ -131,7 +131,7 @@ class QuantizationAwareTraining(pl.Callback):
     @property
     def reached(self) -> bool:
         """Whether the model is quantized."""
-        return self.prepared is not None and self.prepared.enabled
+        return self.quantization is not None and self.quantization.enabled
 
     def asked(self) -> dict[str, float]:
         """Bits of the weights, where no override says otherwise."""
@@ -160,7 +160,7 @@ class QuantizationAwareTraining(pl.Callback):
         A model that another run has quantized by another scheme begins anew where it is to be quantized; where it is
         only looked at, that is refused: as it was trained it can be looked at without this callback.
         """
-        found = prepared(pl_module)
+        found = quantization_of(pl_module)
         if found is not None and found.enabled and self._state is None and not anew and not found.is_by(self.scheme):
             raise ValueError(
                 f"QuantizationAwareTraining.scheme={self.scheme}: the model is quantized by another one, "
@@ -169,12 +169,12 @@ class QuantizationAwareTraining(pl.Callback):
             )
         if found is not None and not found.is_by(self.scheme):
             found.remove(pl_module)
-        before, self.prepared = self.prepared, prepare(pl_module, self.scheme)
-        if self.prepared is not before and self.prepared.skipped:
-            left = "; ".join(f"{name}: {reason}" for name, reason in self.prepared.skipped.items())
+        before, self.quantization = self.quantization, quantize_layers(pl_module, self.scheme)
+        if self.quantization is not before and self.quantization.skipped:
+            left = "; ".join(f"{name}: {reason}" for name, reason in self.quantization.skipped.items())
             rank_zero_info(f"QuantizationAwareTraining leaves alone {left}")
         if self._state is not None:
-            self.prepared.load_state_dict(pl_module, self._state)
+            self.quantization.load_state_dict(pl_module, self._state)
             self._state = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -194,44 +194,44 @@ class QuantizationAwareTraining(pl.Callback):
         self._handles.clear()
         if stage != "validate" or self.phase is not None:
             return
-        found = prepared(pl_module)
+        found = quantization_of(pl_module)
         if not (self._state["enabled"] if self._state else found is not None and found.enabled):
             raise _calibrated_on_nothing(_TWO_BATCHES)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse phases that cannot be; switch to where the run is."""
         check_run(trainer)
-        assert self.prepared is not None
+        assert self.quantization is not None
         if self.calibrate.progress(read_clock(trainer, 0)) < 0 and trainer.global_step == 0:
-            self.prepared.enable(False)
+            self.quantization.enable(False)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Watch the first batch, observe, quantize or freeze, as the clock says."""
-        assert self.prepared is not None
+        assert self.quantization is not None
         clock = read_clock(trainer, batch_idx)
         calibration = self.calibrate.progress(clock)
         training = -1.0 if self.phase is None else self.phase.progress(clock)
         if calibration < 0 and training < 0:
             return
-        if self.prepared.placement is None:
+        if self.quantization.placement is None:
             self._trace(trainer, pl_module)
             return
         if training < 0:
-            self.prepared.observe(calibration < 1)
+            self.quantization.observe(calibration < 1)
             return
         frozen = training >= self.freeze
-        if not self.prepared.enabled:
+        if not self.quantization.enabled:
             self._gather(trainer, once=True)
-        self.prepared.enable(True)
-        self.prepared.observe(not frozen and batch_idx % _EVERY == 0, once=False)
-        self.prepared.begin()
+        self.quantization.enable(True)
+        self.quantization.observe(not frozen and batch_idx % _EVERY == 0, once=False)
+        self.quantization.begin()
         self._learn()
         if self._optimizer is not None:
             self._optimizer.param_groups[0]["lr"] = self.learning_rate * max(1 - training, 0)
         if frozen:
-            for norm in self.prepared.batch_norms(pl_module):
+            for norm in self.quantization.batch_norms(pl_module):
                 self._frozen += [norm] if norm.training else []
                 norm.eval()
 
@@ -247,31 +247,33 @@ class QuantizationAwareTraining(pl.Callback):
             self._quantize(trainer, "Let calibrate span two batches at least: the first one is only watched.")
 
     def _after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self.prepared is not None
+        assert self.quantization is not None
         if self._tracer is not None:
             self._tracer.__exit__(None, None, None)
             placement = trainer.strategy.broadcast(self._tracer.placement)
             self._tracer = None
             torch.compiler.set_stance("default")
-            self.prepared.place(pl_module, placement)
-        elif any(a.observing for a in self.prepared.activations.values()):
+            self.quantization.place(pl_module, placement)
+        elif any(a.observing for a in self.quantization.activations.values()):
             self._gather(trainer, once=False)
-            self.prepared.observe(False)
-            self.prepared.enable(self.prepared.enabled)  # what was seen for the first time quantizes from now on
+            self.quantization.observe(False)
+            self.quantization.enable(
+                self.quantization.enabled
+            )  # what was seen for the first time quantizes from now on
 
     def _quantize(self, trainer: pl.Trainer, fix: str) -> None:
         """End a calibration: from now on the model is quantized."""
-        assert self.prepared is not None
-        placed = self.prepared.placement is not None
+        assert self.quantization is not None
+        placed = self.quantization.placement is not None
         if not placed or (
-            self.prepared.activations and not any(a.has_seen for a in self.prepared.activations.values())
+            self.quantization.activations and not any(a.has_seen for a in self.quantization.activations.values())
         ):
             raise _calibrated_on_nothing(fix)
         self._gather(trainer, once=True)
-        self.prepared.observe(False)
+        self.quantization.observe(False)
         if self.correct_bias:
             self._correct(trainer, fix)
-        self.prepared.enable(True)
+        self.quantization.enable(True)
 
     def _correct(self, trainer: pl.Trainer, fix: str) -> None:
         """Correct the biases by what all ranks saw."""
@@ -296,17 +298,17 @@ class QuantizationAwareTraining(pl.Callback):
 
     def _gather(self, trainer: pl.Trainer, once: bool) -> None:
         """Bring what the ranks saw together: ranges after every batch, histograms once, when they are complete."""
-        assert self.prepared is not None
+        assert self.quantization is not None
         if trainer.world_size > 1:
-            late = self.prepared.enabled and not once  # what is seen for the first time in training
-            found = self.prepared.activations.values()
+            late = self.quantization.enabled and not once  # what is seen for the first time in training
+            found = self.quantization.activations.values()
             due = [a for a in found if a.observer.counts == once or (late and a.observing)]
             _merge(due, trainer.strategy.root_device)
 
     def _learn(self) -> None:
         """An optimizer for what the quantizers learn; what it knows of those that stay is kept."""
-        assert self.prepared is not None
-        learned = list(self.prepared.learned().values())
+        assert self.quantization is not None
+        learned = list(self.quantization.learned().values())
         known = [] if self._optimizer is None else self._optimizer.param_groups[0]["params"]
         if self._optimizer_state is None and [*map(id, known)] == [*map(id, learned)]:
             return
@@ -359,24 +361,24 @@ class QuantizationAwareTraining(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate a checkpoint as it was trained; or calibrate."""
         self._attach(pl_module, anew=self.phase is None)
-        assert self.prepared is not None
+        assert self.quantization is not None
         alone = trainer.state.fn == TrainerFn.VALIDATING
-        self._calibrating = alone and self.phase is None and not self.prepared.enabled
+        self._calibrating = alone and self.phase is None and not self.quantization.enabled
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Watch the first batch of a calibration, observe the others."""
-        assert self.prepared is not None
-        if self._calibrating and self.prepared.placement is None:
+        assert self.quantization is not None
+        if self._calibrating and self.quantization.placement is None:
             self._trace(trainer, pl_module)
             if self.equalize:
-                self._chain_tracer = ChainTracer(pl_module, self.prepared.layers)
+                self._chain_tracer = ChainTracer(pl_module, self.quantization.layers)
                 self._chain_tracer.__enter__()
         elif self._calibrating:
-            self.prepared.observe(True)
+            self.quantization.observe(True)
             if self.correct_bias and self._correction is None:
-                self._correction = BiasCorrection(self.prepared.layers, self.prepared.folded(pl_module))
+                self._correction = BiasCorrection(self.quantization.layers, self.quantization.folded(pl_module))
                 torch.compiler.set_stance("force_eager")
 
     def on_validation_batch_end(
@@ -397,8 +399,8 @@ class QuantizationAwareTraining(pl.Callback):
             tracer.__exit__(None, None, None)
         self._after_batch(trainer, pl_module)
         if tracer is not None:
-            assert self.prepared is not None
-            equalize(pl_module, self.prepared.layers, trainer.strategy.broadcast(tracer.chains))
+            assert self.quantization is not None
+            equalize(pl_module, self.quantization.layers, trainer.strategy.broadcast(tracer.chains))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End a calibration."""
@@ -417,7 +419,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Scheme, places, ranges and what was learned, as plain values."""
-        state = self._state if self.prepared is None else self.prepared.state_dict()
+        state = self._state if self.quantization is None else self.quantization.state_dict()
         if state is None:
             return {}
         optimizer = self._optimizer_state if self._optimizer is None else self._optimizer.state_dict()
@@ -435,12 +437,12 @@ class QuantizationAwareTraining(pl.Callback):
         if self.scheme.weight.bits == bits:
             return
         self.scheme = replace(self.scheme, weight=replace(self.scheme.weight, bits=bits))  # type: ignore[type-var]
-        if self.prepared is not None:
-            self.prepared.rewrite(self.scheme)
+        if self.quantization is not None:
+            self.quantization.rewrite(self.scheme)
 
     def follow(self, pl_module: pl.LightningModule, record: Record) -> None:
         """Learn on with the scales that are left; what is known of those that lost channels is forgotten."""
-        if self.prepared is None:
+        if self.quantization is None:
             return
         self._learn()
         moments = {} if self._optimizer is None else self._optimizer.state
@@ -458,8 +460,8 @@ class QuantizationAwareTraining(pl.Callback):
         self._learn()
 
     def _trace(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self.prepared is not None
-        names = {layer.name.removesuffix("." + layer.parameter) for layer in self.prepared.layers}
+        assert self.quantization is not None
+        names = {layer.name.removesuffix("." + layer.parameter) for layer in self.quantization.layers}
         self._tracer = Tracer(pl_module, names, skip_root_calls=int(trainer.strategy.model is not pl_module))
         torch.compiler.set_stance("force_eager")
         self._tracer.__enter__()

@@ -30,17 +30,17 @@ from lightning_compress.analysis.report import terminal_table, write_html, write
 from lightning_compress.deploy.packed import save_packed
 from lightning_compress.layers import Layer
 from lightning_compress.phase import Clock
-from lightning_compress.pruning.surgery import Record
+from lightning_compress.structure.record import Record
 from lightning_compress.tracking import define_metric
 
-from .clock import current_phase, read_clock
 from .evaluate import check_validation_data, copied, more_is_better, pick_metric
 from .export import Export
+from .live_shape import check_strategy
 from .loggers import send
 from .measure import measure, totals
 from .progress import say, show_in_progress_bar
 from .protocol import all_callbacks, compression_progress
-from .structure import check_strategy
+from .run import current_phase, read_clock
 
 __all__ = ["CompressionReport"]
 

@@ -14,18 +14,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_compress.analysis.inspect import count_macs
-from lightning_compress.deploy.forward import Inputs, run_model, with_batch
+from lightning_compress.forward import Inputs, run_model, with_batch
 from lightning_compress.layers import PRUNABLE, Layer, find_layers
 from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import Criterion, Magnitude, Observation
-from lightning_compress.pruning.surgery import Record, apply_record, check_optimizer, structure_of
 from lightning_compress.quantization.convert import to_float
+from lightning_compress.structure.record import Record, apply_record, check_optimizer, structure_of
 
-from .clock import check_run, read_clock
+from .best_checkpoint import gate_checkpoints, open_checkpoints
 from .evaluate import example_inputs
-from .gate import gate_checkpoints, open_checkpoints
+from .live_shape import check_strategy, check_structure_on_load
 from .protocol import tell
-from .structure import check_strategy, check_structure_on_load
+from .run import check_run, read_clock
 
 __all__ = ["Shrinking"]
 

@@ -13,14 +13,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_compress.analysis.inspect import count_macs
-from lightning_compress.deploy.forward import Inputs, run_model, with_batch
+from lightning_compress.forward import Inputs, run_model, with_batch
 from lightning_compress.layers import matches
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import Criterion
-from lightning_compress.pruning.blocks import choose_blocks, find_blocks, record_blocks, score_block
-from lightning_compress.pruning.coupling import Coupling, Group, couple
-from lightning_compress.pruning.places import plain_name
-from lightning_compress.pruning.plan import (
+from lightning_compress.structure.blocks import choose_blocks, find_blocks, record_blocks, score_block
+from lightning_compress.structure.channels import plain_name
+from lightning_compress.structure.groups import Coupling, Group, couple
+from lightning_compress.structure.plan import (
     Drops,
     Limits,
     choose,
@@ -31,7 +31,7 @@ from lightning_compress.pruning.plan import (
     record_of,
     score_groups,
 )
-from lightning_compress.pruning.surgery import Record, apply_record, is_removed, structure_of
+from lightning_compress.structure.record import Record, apply_record, is_removed, structure_of
 
 from .shrinking import Shrinking
 

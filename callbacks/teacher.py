@@ -12,8 +12,8 @@ from torch import nn
 
 from lightning_compress.checkpoint import check_structure, follow_structure
 from lightning_compress.distillation import Call, teach, visible_modules
-from lightning_compress.pruning.surgery import restore_structure, structure_of
 from lightning_compress.quantization.convert import to_float
+from lightning_compress.structure.record import restore_structure, structure_of
 
 __all__ = ["Teacher"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress.quantization.convert import convert
 from lightning_compress.quantization.fake_quant import weights
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.model import quantization_of
 
 __all__ = ["saturating"]
 
@@ -25,7 +25,7 @@ def saturating(model: nn.Module) -> nn.Module:
     onnxruntime's. A depthwise convolution has no channels to pair and is exact, as it is there.
     """
     converted = convert(model)
-    quantization = prepared(converted)
+    quantization = quantization_of(converted)
     assert quantization is not None
     assert quantization.placement is not None
     for layer in quantization.layers:

@@ -10,9 +10,9 @@ from unittest.mock import patch
 
 import torch
 
-from lightning_compress.pruning.surgery import restore_structure, structure_of
-from lightning_compress.quantization.prepare import prepare
+from lightning_compress.quantization.model import quantize_layers
 from lightning_compress.quantization.schemes import Scheme
+from lightning_compress.structure.record import restore_structure, structure_of
 
 __all__ = ["check_structure", "follow_structure", "load_from_checkpoint"]
 
@@ -44,7 +44,7 @@ def load_from_checkpoint(module_class: type[T], path: str | Path, *, scheme: Sch
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     state = _found(checkpoint, "quantization")
     if state is not None:
-        quantization = prepare(model, scheme or Scheme.from_state(state["scheme"]))
+        quantization = quantize_layers(model, scheme or Scheme.from_state(state["scheme"]))
         quantization.load_state_dict(model, state)
     return model
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_compress.deploy.forward import Inputs
+from lightning_compress.forward import Inputs
 
 __all__ = ["Call", "feature_loss", "main_tensor", "output_loss", "record_calls", "teach", "visible_modules"]
 

@@ -22,7 +22,7 @@ from experiments.bench.__main__ import parse
 from lightning_compress.cli import TASKS
 from lightning_compress.deploy.files import write_files
 from lightning_compress.deploy.formats import FORMATS
-from lightning_compress.deploy.forward import Inputs
+from lightning_compress.forward import Inputs
 
 from .unit.helpers import quantize
 

@@ -27,8 +27,8 @@ from experiments.tasks import data_folder, mnist
 from lightning_compress.callbacks import GradualPruning, QuantizationAwareTraining
 from lightning_compress.deploy.files import Pair, write_files
 from lightning_compress.deploy.formats import FORMATS, check_formats
-from lightning_compress.deploy.forward import Inputs, run_model
 from lightning_compress.deploy.size import weigh
+from lightning_compress.forward import Inputs, run_model
 from lightning_compress.quantization import Scheme
 
 NUM_IMAGES = 1000

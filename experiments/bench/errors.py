@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_compress import int8, log4, scheme, w8
 from lightning_compress.callbacks import Export, QuantizationAwareTraining
 from lightning_compress.deploy.formats import FORMATS, check_formats
-from lightning_compress.deploy.forward import Inputs
+from lightning_compress.forward import Inputs
 from lightning_compress.phase import Phase
 from lightning_compress.quantization import (
     AdditivePowerOfTwo,
@@ -35,8 +35,8 @@ from lightning_compress.quantization import (
     Scheme,
 )
 from lightning_compress.quantization.convert import convert
+from lightning_compress.quantization.model import quantize_layers
 from lightning_compress.quantization.placement import Tracer
-from lightning_compress.quantization.prepare import prepare
 
 __all__ = ["CASES", "message", "run"]
 
@@ -63,7 +63,7 @@ def _stopped(folder: Path) -> None:
 
 def _quantized(how: Scheme) -> nn.Module:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
-    found = prepare(model, how)
+    found = quantize_layers(model, how)
     with torch.no_grad():
         with Tracer(model, {layer.name for layer in found.layers}) as tracer:
             model(torch.randn(4, 8))

@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 
 from lightning_compress.layers import Layer
 from lightning_compress.pruning import Element, Magnitude, Masks
-from lightning_compress.pruning.selection import num_dropped
+from lightning_compress.pruning.threshold import num_dropped
 
 SPARSITY = 0.8
 

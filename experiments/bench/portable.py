@@ -38,9 +38,9 @@ from experiments.tasks import data_folder, mnist
 from lightning_compress.deploy.cpu import cpu_features
 from lightning_compress.deploy.files import write_files
 from lightning_compress.deploy.formats import FORMATS, check_formats
-from lightning_compress.deploy.forward import Inputs, run_model
 from lightning_compress.deploy.size import weigh
 from lightning_compress.deploy.verify import time_together
+from lightning_compress.forward import Inputs, run_model
 from lightning_compress.quantization import int8
 
 NUM = 1000

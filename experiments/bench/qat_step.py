@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.nets import ResNet20, vit
+from lightning_compress.quantization.model import quantization_of, quantize_layers
 from lightning_compress.quantization.placement import Tracer
-from lightning_compress.quantization.prepare import prepare, prepared
 from lightning_compress.quantization.schemes import Scheme, int8, w8
 
 NETS: dict[str, Callable[[], nn.Module]] = {"resnet20": ResNet20, "vit": vit}
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def ours(model: nn.Module, x: torch.Tensor, scheme: Scheme) -> nn.Module:
     """The model as QuantizationAwareTraining has it in its phase."""
     model = copy.deepcopy(model)
-    quantization = prepare(model, scheme)
+    quantization = quantize_layers(model, scheme)
     names = {layer.name.removesuffix("." + layer.parameter) for layer in quantization.layers}
     with Tracer(model, names) as tracer:
         model(x)
@@ -67,7 +67,7 @@ def pt2e(model: nn.Module, x: torch.Tensor) -> nn.Module:
 def stepper(model: nn.Module, x: torch.Tensor, y: torch.Tensor, observed: int = 0) -> Callable[[], float]:
     """A call that trains two steps, of which the first ``observed`` move the ranges: CPU milliseconds a step."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-    quantization = prepared(model)
+    quantization = quantization_of(model)
     model.train()
 
     def step() -> float:

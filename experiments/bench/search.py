@@ -30,7 +30,7 @@ from experiments.models import ResNet
 from experiments.tasks import data_folder, mnist
 from lightning_compress.analysis.allocation import Plan
 from lightning_compress.deploy.formats import FORMATS
-from lightning_compress.deploy.forward import Inputs
+from lightning_compress.forward import Inputs
 from lightning_compress.tasks.search import Search
 from lightning_compress.tasks.trial import Candidate
 

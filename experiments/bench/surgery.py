@@ -29,10 +29,10 @@ from experiments.bench.step_overhead import resnet50
 from experiments.nets import Bert, FusedAttention, SplitAttention, ViT, mobilenet
 from lightning_compress.callbacks import ChannelPruning
 from lightning_compress.phase import Phase
-from lightning_compress.pruning.blocks import choose_blocks, find_blocks, record_blocks, score_block
-from lightning_compress.pruning.coupling import couple
-from lightning_compress.pruning.plan import Drops, Limits, num_channels, plan, prove_groups
-from lightning_compress.pruning.surgery import Record, apply_record, tensors_by_name
+from lightning_compress.structure.blocks import choose_blocks, find_blocks, record_blocks, score_block
+from lightning_compress.structure.groups import couple
+from lightning_compress.structure.plan import Drops, Limits, num_channels, plan, prove_groups
+from lightning_compress.structure.record import Record, apply_record, tensors_by_name
 
 RATIOS = (0.3, 0.5, 0.7)
 NUM_BLOCKS = (4, 8, 12)

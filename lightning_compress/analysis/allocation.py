@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.analysis.sensitivity import sensitivity
-from lightning_compress.deploy.forward import Inputs
+from lightning_compress.forward import Inputs
 from lightning_compress.layers import PRUNABLE, find_layers
-from lightning_compress.pruning.coupling import Group, couple
-from lightning_compress.pruning.plan import Limits, choose, prove_groups, record_of, score_groups
-from lightning_compress.pruning.surgery import apply_record
+from lightning_compress.structure.groups import Group, couple
+from lightning_compress.structure.plan import Limits, choose, prove_groups, record_of, score_groups
+from lightning_compress.structure.record import apply_record
 
 __all__ = ["Plan", "Point", "allocate"]
 

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_compress.deploy.forward import Inputs, run_model, with_batch
+from lightning_compress.forward import Inputs, run_model, with_batch
 from lightning_compress.layers import EMBEDDING, QUANTIZABLE, Layer, find_layers
 from lightning_compress.quantization.fake_quant import weights
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.model import quantization_of
 
 __all__ = [
     "count_macs",
@@ -103,7 +103,7 @@ def _recurrent_counter(name: str, found: dict[str, int]) -> Any:
 
 def layer_table(model: nn.Module, macs: dict[str, int] | None = None) -> list[dict[str, Any]]:
     """One row a weight: name, type, num_params, sparsity, weight_bits, input_bits, macs, bytes."""
-    quantization = prepared(model)
+    quantization = quantization_of(model)
     on = quantization is not None and quantization.enabled
     inputs = next((a.quantizer.bits for a in quantization.activations.values()), 32) if on and quantization else 32
     rows = []

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
-from lightning_compress.deploy.forward import Inputs, replaced_forward
 from lightning_compress.deploy.graph import capture, tensors_of
+from lightning_compress.forward import Inputs, replaced_forward
 
 __all__ = ["Replay"]
 

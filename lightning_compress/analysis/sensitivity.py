@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_compress.analysis.replay import Replay
-from lightning_compress.deploy.forward import Inputs
+from lightning_compress.forward import Inputs
 from lightning_compress.layers import PRUNABLE, Layer, find_layers
 from lightning_compress.quantization.fake_quant import WeightFakeQuantize
 from lightning_compress.quantization.overflow import portable

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from lightning_compress.deploy.forward import Inputs, with_batch
 from lightning_compress.deploy.graph import capture, quantize_inputs_at_run_time, tensors_of
 from lightning_compress.deploy.runner import Kernels, in_batches
+from lightning_compress.forward import Inputs, with_batch
 
 __all__ = ["Runner", "export"]
 

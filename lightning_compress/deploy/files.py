@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_compress.deploy.formats import Format
-from lightning_compress.deploy.forward import Inputs, run_model, with_batch
 from lightning_compress.deploy.runner import Kernels
 from lightning_compress.deploy.verify import Artifact, time_together
+from lightning_compress.forward import Inputs, run_model, with_batch
 from lightning_compress.quantization.convert import overflowing, to_float
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.model import quantization_of
 
 __all__ = ["Files", "is_quantized", "try_format", "words_of_caution", "words_of_doubt", "write_files"]
 
@@ -34,7 +34,7 @@ class Files(NamedTuple):
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether a model computes with fake-quantized values."""
-    quantization = prepared(model)
+    quantization = quantization_of(model)
     return quantization is not None and quantization.enabled
 
 

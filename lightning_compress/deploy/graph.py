@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_compress.deploy.forward import ForwardOnly, Inputs
+from lightning_compress.forward import ForwardOnly, Inputs
 
 __all__ = ["capture", "is_quantized", "quantize_inputs_at_run_time", "quantize_outputs", "tensors_of"]
 

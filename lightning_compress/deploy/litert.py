@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_unflatten
 
-from lightning_compress.deploy.forward import Inputs, with_batch
 from lightning_compress.deploy.graph import capture, is_quantized, quantize_outputs, tensors_of
 from lightning_compress.deploy.runner import Kernels, in_batches, pieces_of
+from lightning_compress.forward import Inputs, with_batch
 
 __all__ = ["Runner", "export"]
 

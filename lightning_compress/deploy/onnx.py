@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from lightning_compress.deploy.forward import ForwardOnly, Inputs, input_names, with_batch
 from lightning_compress.deploy.runner import Kernels
+from lightning_compress.forward import ForwardOnly, Inputs, input_names, with_batch
 
 __all__ = ["Runner", "export"]
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils._pytree import tree_unflatten
 
 from lightning_compress.deploy import onnx
-from lightning_compress.deploy.forward import Inputs
 from lightning_compress.deploy.graph import tensors_of
 from lightning_compress.deploy.runner import Kernels
+from lightning_compress.forward import Inputs
 
 __all__ = ["Runner", "export"]
 

@@ -27,10 +27,10 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_compress.pruning.surgery import restore_structure, structure_of
 from lightning_compress.quantization.fake_quant import weights
-from lightning_compress.quantization.prepare import prepare, prepared
+from lightning_compress.quantization.model import quantization_of, quantize_layers
 from lightning_compress.quantization.schemes import Scheme
+from lightning_compress.structure.record import restore_structure, structure_of
 
 __all__ = ["load_packed", "save_packed"]
 
@@ -251,7 +251,7 @@ def _quantized(model: nn.Module) -> Iterator[tuple[str, tuple[Tensor, Tensor, Te
 
 def _quantization(model: nn.Module) -> dict[str, Any]:
     """What quantizes the activations of a model, as plain values, with the parameters of its weights; or nothing."""
-    quantization = prepared(model)
+    quantization = quantization_of(model)
     if quantization is None or not any(a.enabled for a in quantization.activations.values()):
         return {}
     state = quantization.state_dict()
@@ -263,7 +263,7 @@ def _quantization(model: nn.Module) -> dict[str, Any]:
 
 def _quantize(model: nn.Module, state: dict[str, Any]) -> None:
     """Let a model quantize as the saved one did."""
-    prepare(model, Scheme.from_state(state["scheme"])).load_state_dict(model, state)
+    quantize_layers(model, Scheme.from_state(state["scheme"])).load_state_dict(model, state)
 
 
 def _to_gaps(kept: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_compress.deploy.forward import Inputs, with_batch
+from lightning_compress.forward import Inputs, with_batch
 
 __all__ = ["Kernels", "in_batches", "pieces_of"]
 

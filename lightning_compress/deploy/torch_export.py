@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch._inductor.graph import GraphLowering
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from lightning_compress.deploy.forward import Inputs, with_batch
 from lightning_compress.deploy.graph import capture, tensors_of
 from lightning_compress.deploy.runner import Kernels, in_batches
+from lightning_compress.forward import Inputs, with_batch
 
 __all__ = ["Runner", "export"]
 

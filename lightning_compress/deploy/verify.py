@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_compress.deploy.forward import Inputs, run_model
+from lightning_compress.forward import Inputs, run_model
 
 __all__ = ["Artifact", "Comparison", "time_together"]
 

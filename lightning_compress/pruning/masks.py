@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from lightning_compress.layers import Layer
 from lightning_compress.pruning.criteria import Criterion
-from lightning_compress.pruning.distribution import Scope, keep_groups, num_needed, split_by_scope
 from lightning_compress.pruning.observation import Observation
 from lightning_compress.pruning.patterns import Element, Pattern, WholeLayer, out_first
-from lightning_compress.pruning.selection import CHUNK, Cut, find_cut, num_dropped, spread_sample
+from lightning_compress.pruning.scopes import Scope, keep_groups, num_needed, split_by_scope
 from lightning_compress.pruning.sharding import is_sharded, ranks_for, sharded_as, whole
-from lightning_compress.pruning.surgery import Record, kept_by_id
+from lightning_compress.pruning.threshold import CHUNK, Cut, find_cut, num_dropped, spread_sample
+from lightning_compress.structure.record import Record, kept_by_id
 
 __all__ = ["Masks"]
 

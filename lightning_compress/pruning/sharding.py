@@ -12,7 +12,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_compress.pruning.selection import Ranks
+from lightning_compress.pruning.threshold import Ranks
 
 __all__ = ["is_sharded", "ranks_for", "ranks_of", "sharded_as", "whole"]
 
@@ -51,7 +51,7 @@ def ranks_of(group: Any = None) -> Ranks:
 
     Example:
         >>> from torch import tensor
-        >>> from lightning_compress.pruning.selection import keep_highest
+        >>> from lightning_compress.pruning.threshold import keep_highest
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> keep_highest([tensor([1.0, 4.0]), tensor([2.0, 3.0])], 0.5, ranks_of())
         [tensor([False,  True]), tensor([False,  True])]

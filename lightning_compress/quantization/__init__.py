@@ -9,6 +9,7 @@ from lightning_compress.quantization.levels import (
     PowerOfTwo,
     Ternary,
 )
+from lightning_compress.quantization.model import quantization_of
 from lightning_compress.quantization.observers import MSE, Entropy, MinMax, MovingAverage, Observer, Percentile
 from lightning_compress.quantization.quantizers import Affine, Float8, LearnedClip, LearnedStep, QParams, Quantizer
 from lightning_compress.quantization.schemes import (
@@ -59,6 +60,7 @@ __all__ = [
     "int8",
     "log4",
     "lsq",
+    "quantization_of",
     "scheme",
     "ternary",
     "w2a8",

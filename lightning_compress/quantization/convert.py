@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_compress.layers import Layer, modules_by_name
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize, weights
+from lightning_compress.quantization.model import quantization_of
 from lightning_compress.quantization.overflow import fits_pairs
 from lightning_compress.quantization.placement import Placement
-from lightning_compress.quantization.prepare import prepared
 from lightning_compress.quantization.quantizers import QParams, Quantizer, along
 
 __all__ = ["Activations", "check_convertible", "convert", "overflowing", "to_float"]
@@ -100,24 +100,24 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
 
     Example:
         >>> from lightning_compress.quantization import int8
-        >>> from lightning_compress.quantization.prepare import prepare
+        >>> from lightning_compress.quantization.model import quantize_layers
         >>> model = nn.Linear(3, 2)
         >>> x = torch.ones(1, 3)
-        >>> prepare(model, int8()).enable(True)
+        >>> quantize_layers(model, int8()).enable(True)
         >>> torch.equal(convert(model, activations="int8")(x), model(x))
         True
     """
     if activations not in _LIMITS:
         accepted = " and ".join(map(repr, _LIMITS))
         raise ValueError(f"activations={activations!r}: accepted are {accepted}. Take what the runtime computes in.")
-    quantization = prepared(model)
+    quantization = quantization_of(model)
     if quantization is None or not quantization.enabled:
         raise ValueError(
             "The model is not quantized: no QuantizationAwareTraining phase has begun. Train through its phase, or "
             "export the float model."
         )
     model = copy.deepcopy(model).cpu().eval()
-    quantization = prepared(model)
+    quantization = quantization_of(model)
     assert quantization is not None
     quantization.observe(False)
     placement = quantization.placement or Placement()
@@ -144,7 +144,7 @@ def overflowing(converted: nn.Module) -> list[str]:
 
     See :mod:`lightning_compress.quantization.overflow`; it is arithmetic on the weights that ship, on any CPU.
     """
-    quantization = prepared(converted)
+    quantization = quantization_of(converted)
     if quantization is None or quantization.placement is None:
         return []
     feeds, found = quantization.placement.feeds, []
@@ -180,7 +180,7 @@ def check_convertible(model: nn.Module) -> None:
     Raises:
         ValueError: Like :func:`convert`.
     """
-    quantization = prepared(model)
+    quantization = quantization_of(model)
     for layer in quantization.layers if quantization is not None else []:
         assert quantization is not None
         _codes(layer, None, None)
@@ -205,7 +205,7 @@ def _simulated_only(field: str, quantizer: Quantizer, name: str) -> str:
 def to_float(model: Module) -> Module:
     """A copy that computes in float: the float twin that a quantized file is compared with."""
     model = copy.deepcopy(model).cpu().eval()
-    quantization = prepared(model)
+    quantization = quantization_of(model)
     if quantization is not None:
         quantization.observe(False)
         quantization.enable(False)

@@ -82,7 +82,7 @@ class Search:
         from lightning_compress.analysis.allocation import allocate
         from lightning_compress.callbacks.evaluate import choose_metric, more_is_better
         from lightning_compress.deploy.formats import FORMATS, check_formats
-        from lightning_compress.deploy.forward import record_inputs, with_batch
+        from lightning_compress.forward import record_inputs, with_batch
         from lightning_compress.layers import PRUNABLE, find_layers
         from lightning_compress.quantization import scheme
 

@@ -54,7 +54,7 @@ def measure(cfg: DictConfig, model: Any, data: Any) -> tuple[Sensitivity, str]:
 
     from lightning_compress.analysis.sensitivity import hessian_traces, sensitivity
     from lightning_compress.callbacks.evaluate import choose_metric, copied, more_is_better
-    from lightning_compress.deploy.forward import record_inputs
+    from lightning_compress.forward import record_inputs
     from lightning_compress.layers import PRUNABLE, find_layers
 
     options, validate = cfg.sensitivity, validator(cfg, data)

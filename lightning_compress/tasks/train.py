@@ -28,7 +28,7 @@ def train(cfg: DictConfig) -> Any:
         FileNotFoundError: If a checkpoint does not exist.
     """
     from lightning_compress.callbacks import CompressionReport
-    from lightning_compress.callbacks.hopeless import Hopeless, StopHopeless
+    from lightning_compress.callbacks.sweep import Hopeless, StopHopeless
 
     check(cfg)
     control = _train_control(cfg) if cfg.control else None

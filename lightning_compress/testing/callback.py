@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.phase import Phase
-from lightning_compress.pruning.surgery import Record, apply_record
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.model import quantization_of
+from lightning_compress.structure.record import Record, apply_record
 from lightning_compress.testing.attempt import attempt, noise, require
 
 __all__ = ["check_callback"]
@@ -141,7 +141,7 @@ class _Cuts(_Hook):
                 record["attributes"] |= {f"{name}.b": {"in_features": len(left)}}
         apply_record(pl_module, record, trainer.optimizers)
         # quantizers follow before the callbacks do, as in a run that tells of a change
-        quantization = prepared(pl_module)
+        quantization = quantization_of(pl_module)
         if quantization is not None:
             quantization.follow(pl_module, record)
         self.callback.follow(pl_module, record)

@@ -23,7 +23,7 @@ from lightning_compress.callbacks import (
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import NofM
 from lightning_compress.quantization.fake_quant import weights
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.model import quantization_of
 
 from .. import harness
 from ..harness import SPARSITY, callback_of, outputs
@@ -89,7 +89,7 @@ def assert_pruned(trainer: pl.Trainer, target: float) -> None:
 
 def assert_quantized(module: pl.LightningModule, learned: bool = False) -> None:
     """Every channel of the weights takes few values, every activation too, and what was pruned stays 0."""
-    found = prepared(module)
+    found = quantization_of(module)
     assert found is not None
     assert found.enabled
     assert found.activations
@@ -183,8 +183,8 @@ def reached_narrow_ternary(trainer: pl.Trainer, module: pl.LightningModule, name
     reached_channels(trainer, module, name)
     assert_pruned(trainer, 0.1)
     assert_quantized(module, learned=True)
-    learned = prepared(module).learned()
-    for layer in prepared(module).layers:
+    learned = quantization_of(module).learned()
+    for layer in quantization_of(module).layers:
         assert learned[f"{layer.name}:scale"].shape == (layer.weight.shape[layer.out_axis],)
 
 
@@ -216,7 +216,7 @@ def reached_taught_int8(trainer: pl.Trainer, module: pl.LightningModule, name: s
     reached_taught(trainer, module, name)
     assert_quantized(module)
     teacher = callback_of(trainer, KnowledgeDistillation)._teacher.module
-    assert prepared(teacher) is None or not prepared(teacher).enabled
+    assert quantization_of(teacher) is None or not quantization_of(teacher).enabled
 
 
 def prune_beside(name: str) -> list[pl.Callback]:

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import lightning_compress
 from lightning_compress.callbacks import Export, GradualPruning
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.model import quantization_of
 
 from ..harness import (
     NOT_CAPTURED,
@@ -207,7 +207,7 @@ def copies(cell: Cell, runs: Runs, folder: Path) -> None:
     before = [y.clone() for y in outputs(trained)]
     for copied in made:
         assert not differences(outputs(copied), before)
-        if not cell.is_plain and (quantization := prepared(copied)) is not None:
+        if not cell.is_plain and (quantization := quantization_of(copied)) is not None:
             with torch.no_grad():
                 for log in quantization.learned().values():
                     log += 1

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_compress.callbacks import SET, FineTuning, GradualPruning, RigL
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import LAMP, Block, Channel, Constant, NofM, Random, SparedMagnitude
-from lightning_compress.pruning.distribution import keep_groups
+from lightning_compress.pruning.scopes import keep_groups
 from lightning_compress.pruning.sharding import is_sharded, whole
 
 from ..harness import SaveAfter, SeedEachBatch, differences, make_trainer

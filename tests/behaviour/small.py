@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.analysis.inspect import sparsity, weight_layers
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.model import quantization_of
 
 from ..harness import SaveAfter
 from ..zoo import Classifier, classes, noise
@@ -77,7 +77,7 @@ def fit(folder: Path, module: Small, *callbacks: Any, saved: tuple[int, ...] = (
 
 def facts(module: Small) -> dict[str, Any]:
     """What a model is, whatever the callbacks say."""
-    quantization = prepared(module)
+    quantization = quantization_of(module)
     return {
         "sparsity": sparsity(weight_layers(module)),
         "blocks": sum(isinstance(block, Block) for block in module.blocks),

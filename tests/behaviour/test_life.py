@@ -21,7 +21,7 @@ from lightning_compress.analysis.inspect import sparsity
 from lightning_compress.callbacks import CompressionReport, FineTuning, GradualPruning, QuantizationAwareTraining
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import Constant, Random
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.model import quantization_of
 
 from ..harness import (
     NUM_BATCHES,
@@ -79,7 +79,7 @@ def test_inductor(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.fit(module)
     assert sparsity(callback_of(trainer, GradualPruning).masks.layers) >= SPARSITY
-    assert prepared(module).enabled
+    assert quantization_of(module).enabled
 
 
 def test_one_shot_and_random(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_ranges_and_batch_norm_freeze_near_the_end(tmp_path: Path) -> None:
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            ranges = copy.deepcopy(prepared(pl_module).state_dict().get("ranges"))
+            ranges = copy.deepcopy(quantization_of(pl_module).state_dict().get("ranges"))
             states.append((ranges, pl_module.net[1].bn1.running_mean.clone()))
             training.append(pl_module.net[1].bn1.training)
 
@@ -188,7 +188,7 @@ def test_validation_never_moves_a_range_and_measuring_never_moves_the_run(tmp_pa
         kept = [c for c in callbacks if report or not isinstance(c, CompressionReport)]
         module, trainer = make_module("conv+bn+residual"), make_trainer(tmp_path, callbacks=kept, **options)
         trainer.fit(module)
-        return {"weights": module.state_dict(), "quantization": prepared(module).state_dict()}
+        return {"weights": module.state_dict(), "quantization": quantization_of(module).state_dict()}
 
     assert not differences(train(True), train(False, limit_val_batches=0))
 

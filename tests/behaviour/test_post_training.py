@@ -14,8 +14,8 @@ import lightning_compress
 from lightning_compress.callbacks import Export, QuantizationAwareTraining
 from lightning_compress.phase import Phase
 from lightning_compress.quantization import MSE, Affine, Observer, Percentile, Scheme, int8
+from lightning_compress.quantization.model import quantization_of, quantize_layers
 from lightning_compress.quantization.placement import Tracer
-from lightning_compress.quantization.prepare import prepare, prepared
 
 from ..harness import (
     SaveAfter,
@@ -47,7 +47,7 @@ def validate(trainer: pl.Trainer, module: pl.LightningModule, **options: Any) ->
 def by_hand(module: pl.LightningModule, scheme: Scheme, num_batches: int = BATCHES) -> pl.LightningModule:
     """The same with the engine alone: the first batch is watched, the others are observed."""
     module.eval()
-    found = prepare(module, scheme)
+    found = quantize_layers(module, scheme)
     batches = [x for x, _ in zip(module.val_dataloader(), range(num_batches), strict=False)]
     with torch.no_grad():
         with Tracer(module, {layer.name.removesuffix("." + layer.parameter) for layer in found.layers}) as tracer:
@@ -72,7 +72,7 @@ def test_validation_calibrates_as_the_engine_does_by_hand(scheme: str, name: str
     assert second == third != first
     reference = by_hand(make_module(name), SCHEMES[scheme])
     assert_equal_outputs(module, reference)
-    assert not differences(prepared(module).state_dict(), prepared(reference).state_dict())
+    assert not differences(quantization_of(module).state_dict(), quantization_of(reference).state_dict())
     assert validate(make_trainer(tmp_path, callbacks=[]), reference) == second
 
 
@@ -82,7 +82,7 @@ def test_validate_alone(name: str, tmp_path: Path) -> None:
     module, trainer = make_module(name), make(tmp_path)
     before = {key: value.clone() for key, value in module.state_dict().items()}
     validate(trainer, module)
-    assert prepared(module).enabled
+    assert quantization_of(module).enabled
     if before:  # foreign builds a part in configure_model
         assert not differences(before, {key: module.state_dict()[key] for key in before})
     trainer.save_checkpoint(tmp_path / "ptq.ckpt")
@@ -91,16 +91,16 @@ def test_validate_alone(name: str, tmp_path: Path) -> None:
     again = make(tmp_path)
     assert validate(again, fresh, ckpt_path=tmp_path / "ptq.ckpt") == validate(trainer, module)
     assert_equal_outputs(fresh, module)
-    assert not differences(prepared(fresh).state_dict(), prepared(module).state_dict())
+    assert not differences(quantization_of(fresh).state_dict(), quantization_of(module).state_dict())
 
 
 def test_a_second_validation_leaves_the_ranges(tmp_path: Path) -> None:
     module, trainer = make_module("mlp"), make(tmp_path)
     validate(trainer, module)
-    state = prepared(module).state_dict()
+    state = quantization_of(module).state_dict()
     louder = TensorDataset(100 * module.tensors()[0], module.tensors()[1])
     trainer.validate(module, DataLoader(louder, 2), verbose=False)
-    assert not differences(state, prepared(module).state_dict())
+    assert not differences(state, quantization_of(module).state_dict())
 
 
 def test_validation_within_fit_calibrates_nothing(tmp_path: Path) -> None:
@@ -109,13 +109,13 @@ def test_validation_within_fit_calibrates_nothing(tmp_path: Path) -> None:
 
     class Watch(pl.Callback):
         def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-            seen.append(prepared(pl_module).placement is not None)
+            seen.append(quantization_of(pl_module).placement is not None)
 
     qat = QuantizationAwareTraining("int8", Phase(0.5, 0.75), None)
     module = make_module("mlp")
     make_trainer(tmp_path, callbacks=[Watch(), qat]).fit(module)
     assert seen == [False, False, False, False, True, True, True]  # the sanity check, then 6 epochs
-    assert prepared(module).enabled
+    assert quantization_of(module).enabled
 
 
 @pytest.mark.parametrize("limit", [0, 1])
@@ -125,9 +125,9 @@ def test_calibrating_on_no_batches_is_refused(limit: int, observer: Observer | N
     module = make_module("mlp")
     with pytest.raises(ValueError, match=r"calibrated on no batches.*Validate on two batches at least"):
         make(tmp_path, scheme, limit_val_batches=limit).validate(module, verbose=False)
-    assert prepared(module) is None or not prepared(module).enabled
+    assert quantization_of(module) is None or not quantization_of(module).enabled
     validate(make(tmp_path, scheme, limit_val_batches=2), module)
-    assert prepared(module).enabled
+    assert quantization_of(module).enabled
 
 
 def test_a_quantized_model_may_be_validated_on_no_batches(tmp_path: Path) -> None:
@@ -155,13 +155,13 @@ def test_fit_quantizes_at_its_end_before_the_export(tmp_path: Path) -> None:
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            enabled["last batch"] = prepared(pl_module).enabled
+            enabled["last batch"] = quantization_of(pl_module).enabled
 
         def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-            enabled["last validation"] = prepared(pl_module).enabled
+            enabled["last validation"] = quantization_of(pl_module).enabled
 
         def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-            enabled["end"] = prepared(pl_module).enabled
+            enabled["end"] = quantization_of(pl_module).enabled
 
     export = Export(["onnx"])
     callbacks = [export, Watch(), QuantizationAwareTraining("int8", Phase(0.8, 1.0), None)]
@@ -183,7 +183,7 @@ def test_what_calibrated_is_the_training_data(tmp_path: Path) -> None:
     module = make_module("reused")
     make_trainer(folder, callbacks=[qat, SaveAfter(folder, (12, 18))]).fit(module)
     saved = torch.load(folder / "18.ckpt", weights_only=True)["callbacks"]["QuantizationAwareTraining"]
-    assert not differences(saved["quantization"]["ranges"], prepared(module).state_dict()["ranges"])
+    assert not differences(saved["quantization"]["ranges"], quantization_of(module).state_dict()["ranges"])
     x = module.tensors()[0]
     state = saved["quantization"]["ranges"]["first:input"]
     assert state[:2].tolist() == [float(x.min()), float(x.max())]
@@ -194,7 +194,7 @@ def test_a_callback_without_training_learns_nothing(tmp_path: Path) -> None:
     module = make_module("mlp")
     trainer = make_trainer(tmp_path, callbacks=[QuantizationAwareTraining("ternary", Phase(0.5, 0.75), None)])
     trainer.fit(module)
-    assert not prepared(module).learned()
+    assert not quantization_of(module).learned()
     assert "optimizer" not in callback_of(trainer, QuantizationAwareTraining).state_dict()
 
 
@@ -230,7 +230,7 @@ def test_options_that_change_weights_are_for_validation_alone(option: str, tmp_p
     module = make_module("mlp")
     with pytest.raises(ValueError, match=rf"{option}=True with trainer.fit.*then validate with it"):
         make_trainer(tmp_path, callbacks=[qat]).fit(module)
-    assert prepared(module) is None
+    assert quantization_of(module) is None
 
 
 def test_correcting_on_the_watched_batch_alone_is_refused(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_correcting_on_the_watched_batch_alone_is_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="calibrated on no batches"):
         with_options(tmp_path, "w8", limit_val_batches=1).validate(module, verbose=False)
     validate(with_options(tmp_path, "w8", limit_val_batches=2), module)
-    assert prepared(module).enabled
+    assert quantization_of(module).enabled
 
 
 def test_an_error_while_calibrating_leaves_no_hook(tmp_path: Path) -> None:

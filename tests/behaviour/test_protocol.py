@@ -28,7 +28,7 @@ from lightning_compress.callbacks import (
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import MeanActivation
 from lightning_compress.quantization.fake_quant import activations
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.model import quantization_of
 
 from ..harness import assert_equal_outputs, differences
 from .small import BATCHES, EPOCHS, Small, facts, fit, make
@@ -253,7 +253,7 @@ def test_a_subclass_of_ones_own_is_found_when_a_checkpoint_loads(kind: Any, tmp_
     fit(tmp_path, module, kind("w4a8", Phase(0.4, 0.5), Phase(0.5, 1.0)), saved=(40,))
     loaded = lightning_compress.load_from_checkpoint(Small, tmp_path / "40.ckpt")
     assert facts(loaded)["quantized"]
-    assert prepared(loaded).scheme.weight.bits == 4
+    assert quantization_of(loaded).scheme.weight.bits == 4
     assert_equal_outputs(loaded, module)
 
 
@@ -320,7 +320,7 @@ def test_a_second_fit_takes_its_own_scheme(words: tuple[str, str], tmp_path: Pat
     for each in (module, plain):
         fit(tmp_path, each, QuantizationAwareTraining(words[1], Phase(0.4, 0.5), Phase(0.5, 1.0)), saved=(40,))
     assert not differences(module.state_dict(), plain.state_dict())
-    assert not differences(prepared(module).state_dict(), prepared(plain).state_dict())
+    assert not differences(quantization_of(module).state_dict(), quantization_of(plain).state_dict())
     assert_equal_outputs(module, plain)
     for ours, theirs in zip(module.modules(), plain.modules(), strict=True):
         assert len(activations(ours)) == len(activations(theirs))
@@ -330,9 +330,9 @@ def test_a_second_fit_takes_its_own_scheme(words: tuple[str, str], tmp_path: Pat
 def test_a_second_fit_with_the_same_scheme_keeps_what_it_knows(tmp_path: Path) -> None:
     module = make()
     fit(tmp_path, module, quantizing())
-    before = prepared(module)
+    before = quantization_of(module)
     fit(tmp_path, module, quantizing())
-    assert prepared(module) is before
+    assert quantization_of(module) is before
 
 
 def test_looking_at_a_model_of_another_scheme_is_refused(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_post_training_quantization_takes_its_own_scheme(tmp_path: Path) -> None
     trainer = fit(tmp_path, module, quantizing(), limit_val_batches=2)
     trainer.callbacks[:] = [QuantizationAwareTraining("w4a8", phase=None)]
     trainer.validate(module, verbose=False)
-    assert prepared(module).scheme.weight.bits == 4
+    assert quantization_of(module).scheme.weight.bits == 4
     assert facts(module)["quantized"]
 
 

@@ -40,7 +40,7 @@ from lightning_compress.pruning import (
     Taylor,
     Wanda,
 )
-from lightning_compress.pruning.distribution import erdos_renyi_kernel
+from lightning_compress.pruning.scopes import erdos_renyi_kernel
 
 from ..harness import SaveAfter, SeedEachBatch, differences, make_module, make_trainer, snapshot
 from ..zoo import BATCHES, MLP

@@ -14,7 +14,7 @@ import lightning_compress
 from lightning_compress.callbacks import ChannelPruning, GradualPruning, QuantizationAwareTraining
 from lightning_compress.phase import Phase
 from lightning_compress.quantization import Affine, Percentile, Scheme
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.model import quantization_of
 
 from ..harness import (
     SaveAfter,
@@ -45,7 +45,7 @@ def make(folder: Path, method: str, *extra: pl.Callback, **options: Any) -> pl.T
 def test_scales_are_learned_by_an_optimizer_of_their_own(method: str, name: str, tmp_path: Path) -> None:
     module, trainer = make_module(name), make(tmp_path, method, SaveAfter(tmp_path, (8,)))
     trainer.fit(module)
-    learned = prepared(module).learned()
+    learned = quantization_of(module).learned()
     early = torch.load(tmp_path / "8.ckpt", weights_only=True)["callbacks"]
     (state,) = (value for key, value in early.items() if key.startswith("QuantizationAwareTraining"))
     before = {f"{place}:scale": held["log_scale"] for place, held in state["quantization"]["learned"].items()}
@@ -103,7 +103,7 @@ class Scales(pl.Callback):
         self.seen: list[dict[str, Tensor]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        learned = prepared(pl_module).learned()
+        learned = quantization_of(pl_module).learned()
         self.seen.append({key: log.detach().clone() for key, log in learned.items()})
 
 
@@ -116,8 +116,8 @@ def test_scales_follow_the_channels(order: str, name: str, tmp_path: Path) -> No
     trainer = make_shrinking(tmp_path, order, scales := Scales(), SaveAfter(tmp_path, saved))
     trainer.fit(module)
     assert_quantized(module, learned=True)
-    learned = prepared(module).learned()
-    for layer in prepared(module).layers:
+    learned = quantization_of(module).learned()
+    for layer in quantization_of(module).layers:
         assert learned[f"{layer.name}:scale"].shape == (layer.weight.shape[layer.out_axis],)
     if order == "late":
         narrow = [key for key in learned if scales.seen[17][key].shape != scales.seen[-1][key].shape]
@@ -151,7 +151,7 @@ def count(name: str, folder: Path) -> None:
     options = {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
     module = make_module(name)
     make_trainer(folder, callbacks=callbacks, max_epochs=EPOCHS, **options).fit(module)
-    states = {place: activation.state for place, activation in prepared(module).activations.items()}
+    states = {place: activation.state for place, activation in quantization_of(module).activations.items()}
     both: list[Any] = [None, None]
     torch.distributed.all_gather_object(both, (states, Counted.num_values))
     assert not differences(both[0][0], both[1][0])
@@ -165,11 +165,14 @@ def equalize(name: str, folder: Path) -> None:
     callback = QuantizationAwareTraining(phase=None, equalize=True, correct_bias=True)
     module = make_module(name)
     make_trainer(folder, callbacks=[callback], devices=2, strategy="ddp").validate(module, verbose=False)
-    mine = {"weights": {n: p.detach() for n, p in module.named_parameters()}, "ranges": prepared(module).state_dict()}
+    mine = {
+        "weights": {n: p.detach() for n, p in module.named_parameters()},
+        "ranges": quantization_of(module).state_dict(),
+    }
     both: list[Any] = [None, None]
     torch.distributed.all_gather_object(both, mine)
     assert not differences(*both)
-    assert prepared(module).enabled
+    assert quantization_of(module).enabled
 
 
 @pytest.mark.xdist_group("ddp")

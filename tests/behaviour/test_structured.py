@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_compress.analysis.inspect import count_macs
 from lightning_compress.callbacks import ChannelPruning, LayerPruning
-from lightning_compress.deploy.forward import Inputs
+from lightning_compress.forward import Inputs
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import MeanActivation, Taylor
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.quantization.model import ModelQuantization, quantize_layers
 from lightning_compress.quantization.placement import Placement, Tracer
-from lightning_compress.quantization.prepare import Prepared, prepare
 from lightning_compress.quantization.schemes import Scheme, int8
 
 
@@ -32,27 +32,27 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def quantized_names(prepared: Prepared) -> set[str]:
-    return {layer.name.removesuffix("." + layer.parameter) for layer in prepared.layers}
+def quantized_names(quantization: ModelQuantization) -> set[str]:
+    return {layer.name.removesuffix("." + layer.parameter) for layer in quantization.layers}
 
 
 def trace(model: nn.Module, *inputs: Any, scheme: Scheme | None = None) -> Placement:
     """Where activations of the model are quantized."""
-    with torch.no_grad(), Tracer(model, quantized_names(prepare(model, scheme or int8()))) as tracer:
+    with torch.no_grad(), Tracer(model, quantized_names(quantize_layers(model, scheme or int8()))) as tracer:
         model(*inputs)
     return tracer.placement
 
 
-def quantize(model: nn.Module, *inputs: Any, scheme: Scheme | None = None) -> Prepared:
+def quantize(model: nn.Module, *inputs: Any, scheme: Scheme | None = None) -> ModelQuantization:
     """Quantize a model in eval mode, in place, with the ranges of one batch."""
     model.eval()
-    prepared = prepare(model, scheme or int8())
-    prepared.place(model, trace(model, *inputs))
-    prepared.observe(True)
+    quantization = quantize_layers(model, scheme or int8())
+    quantization.place(model, trace(model, *inputs))
+    quantization.observe(True)
     run(model, *inputs)
-    prepared.observe(False)
-    prepared.enable(True)
-    return prepared
+    quantization.observe(False)
+    quantization.enable(True)
+    return quantization
 
 
 def run(model: nn.Module, *inputs: Any) -> Any:

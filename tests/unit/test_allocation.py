@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_compress.analysis.allocation import Plan, allocate
 from lightning_compress.analysis.cost import file_bytes
-from lightning_compress.deploy.forward import Inputs
+from lightning_compress.forward import Inputs
 from lightning_compress.quantization import int8
 from lightning_compress.tasks.trial import mixed
 

@@ -14,7 +14,7 @@ from lightning_compress import Phase, int8, load_from_checkpoint
 from lightning_compress.callbacks import GradualPruning, QuantizationAwareTraining
 from lightning_compress.checkpoint import check_structure
 from lightning_compress.quantization import Affine, Scheme
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.model import quantization_of
 
 from .helpers import noise, run
 
@@ -77,8 +77,8 @@ def test_a_loaded_model_computes_bit_for_bit_what_was_trained(trained: Any) -> N
     loaded = load_from_checkpoint(Module, path).eval()
     x = noise(9, 6, seed=5)
     assert torch.equal(run(loaded, x), run(model, x))
-    assert prepared(loaded).enabled
-    assert [layer.name for layer in prepared(loaded).layers] == ["net.0"]
+    assert quantization_of(loaded).enabled
+    assert [layer.name for layer in quantization_of(loaded).layers] == ["net.0"]
     plain = Module.load_from_checkpoint(path).eval()
     assert not torch.equal(run(plain, x), run(model, x))
 
@@ -98,7 +98,7 @@ def test_arguments_reach_the_class(trained: Any) -> None:
 def test_a_checkpoint_without_compression_loads_as_it_is(tmp_path: Path) -> None:
     model, path = train(tmp_path, [])
     loaded = load_from_checkpoint(Module, path).eval()
-    assert prepared(loaded) is None
+    assert quantization_of(loaded) is None
     assert torch.equal(run(loaded, noise(4, 6)), run(model, noise(4, 6)))
 
 

@@ -15,7 +15,7 @@ from lightning_compress.quantization import Affine, Float8, LearnedStep, QParams
 from lightning_compress.quantization import PowerOfTwo as NonLinear
 from lightning_compress.quantization.convert import to_float
 from lightning_compress.quantization.fake_quant import weights
-from lightning_compress.quantization.prepare import prepare, prepared
+from lightning_compress.quantization.model import quantization_of, quantize_layers
 
 from .helpers import largest_difference, noise, quantize, randomized, run
 from .test_placement import Residual
@@ -221,7 +221,7 @@ def test_what_no_integer_kernel_takes_is_said_to_be_simulated_only(scheme: Schem
 def test_a_model_that_is_not_quantized_is_refused(prepare_first: bool) -> None:
     model = nn.Linear(3, 3)
     if prepare_first:
-        prepare(model, int8())
+        quantize_layers(model, int8())
     with pytest.raises(ValueError, match="not quantized"):
         convert(model)
 
@@ -265,7 +265,7 @@ def test_the_codes_that_ship_are_those_that_were_trained() -> None:
     assert torch.equal(shipped.codes[:3], (trained * signs)[:3])
     torch.testing.assert_close(shipped.scale[:3], (scale * factor.abs())[:3])
     assert not shipped.codes[3].any()  # by a gamma of 0
-    step = next(iter(prepared(model).activations.values())).qparams().scale
+    step = next(iter(quantization_of(model).activations.values())).qparams().scale
     assert bool((convert(model)[0].bias.abs() / (shipped.scale * step) < 2**31).all())
 
 
@@ -309,7 +309,7 @@ def test_to_float_is_the_plain_model(name: str) -> None:
     quantize(model, x)
     twin = to_float(model.train())
     assert largest_difference(run(twin, x), expected) == 0
-    assert prepared(model).enabled
+    assert quantization_of(model).enabled
     assert model.training
 
 

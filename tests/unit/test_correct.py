@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_compress.quantization import Affine, Scheme
 from lightning_compress.quantization.convert import convert
 from lightning_compress.quantization.correct import BiasCorrection
-from lightning_compress.quantization.prepare import Prepared, prepare
+from lightning_compress.quantization.model import ModelQuantization, quantize_layers
 
 from .helpers import largest_difference, noise, randomized, run, trace
 from .test_equalize import Separable, Transposed
@@ -21,19 +21,19 @@ SCHEME = Scheme(Affine(4, symmetric=True), None, weight_granularity="tensor")
 X = noise(16, 3, 8, 8).abs()  # as behind a rectifier: of a mean that is not 0
 
 
-def correct(model: nn.Module, *batches: Tensor, scheme: Scheme = SCHEME) -> tuple[Prepared, BiasCorrection]:
+def correct(model: nn.Module, *batches: Tensor, scheme: Scheme = SCHEME) -> tuple[ModelQuantization, BiasCorrection]:
     """Quantize the model's weights and correct its biases."""
-    prepared = prepare(model.eval(), scheme)
-    prepared.place(model, trace(model, batches[0], scheme=scheme))
-    correction = BiasCorrection(prepared.layers, prepared.folded(model))
-    prepared.observe(True)
+    quantization = quantize_layers(model.eval(), scheme)
+    quantization.place(model, trace(model, batches[0], scheme=scheme))
+    correction = BiasCorrection(quantization.layers, quantization.folded(model))
+    quantization.observe(True)
     for batch in batches:
         run(model, batch)
-    prepared.observe(False)
+    quantization.observe(False)
     correction.remove()
     correction.apply()
-    prepared.enable(True)
-    return prepared, correction
+    quantization.enable(True)
+    return quantization, correction
 
 
 def mean_error(found: Tensor, expected: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def test_the_mean_of_what_a_layer_puts_out_is_exact(name: str) -> None:
     build, shape = SINGLE[name]
     model, x = randomized(build()).eval(), noise(*shape).abs()
     expected, plain = run(model, x), copy.deepcopy(model)
-    prepare(plain, SCHEME).enable(True)
+    quantize_layers(plain, SCHEME).enable(True)
     assert float(mean_error(run(plain, x), expected).abs().max()) > 1e-2
     correct(model, *x.split(4))
     assert float(mean_error(run(model, x), expected).abs().max()) < 1e-5
@@ -69,7 +69,7 @@ def test_the_mean_error_of_a_net_shrinks(build: Callable[[], nn.Module]) -> None
     for seed in range(5):
         model = randomized(build(), seed).eval()
         plain, expected = copy.deepcopy(model), run(model, X)
-        prepare(plain, SCHEME).enable(True)
+        quantize_layers(plain, SCHEME).enable(True)
         before.append(float(mean_error(run(plain, X), expected).norm()))
         correct(model, *X.split(4))
         after.append(float(mean_error(run(model, X), expected).norm()))
@@ -115,7 +115,7 @@ def test_a_corrected_model_converts_to_what_it_computes() -> None:
 def test_measuring_changes_no_value_and_leaves_no_hook() -> None:
     model = randomized(Separable()).eval()
     expected = run(model, X)
-    correction = BiasCorrection(prepare(model, SCHEME).layers, {})
+    correction = BiasCorrection(quantize_layers(model, SCHEME).layers, {})
     assert torch.equal(run(model, X), expected)
     correction.remove()
     assert not any(module._forward_hooks for module in model.modules())

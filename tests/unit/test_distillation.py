@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.callbacks import GradualPruning, KnowledgeDistillation
-from lightning_compress.deploy.forward import Inputs
 from lightning_compress.distillation import Call, feature_loss, main_tensor, output_loss, record_calls, teach
+from lightning_compress.forward import Inputs
 from lightning_compress.phase import Phase
 
 from ..behaviour.distilled import BEGIN, NUM_BATCHES, make_trainer, save

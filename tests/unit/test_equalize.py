@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.quantization import Affine, Scheme
 from lightning_compress.quantization.equalize import Chains, ChainTracer, equalize
-from lightning_compress.quantization.prepare import Prepared, prepare
+from lightning_compress.quantization.model import ModelQuantization, quantize_layers
 
 from .helpers import largest_difference, noise, randomized, run
 from .nets import resnet
@@ -23,15 +23,15 @@ PER_TENSOR = Scheme(Affine(8, symmetric=True), None, weight_granularity="tensor"
 
 
 def trace(model: nn.Module, x: Tensor = X) -> Chains:
-    with torch.no_grad(), ChainTracer(model, prepare(model, PER_TENSOR).layers) as tracer:
+    with torch.no_grad(), ChainTracer(model, quantize_layers(model, PER_TENSOR).layers) as tracer:
         model(x)
     return tracer.chains
 
 
-def equalized(model: nn.Module, x: Tensor = X) -> Prepared:
-    prepared = prepare(model, PER_TENSOR)
-    equalize(model, prepared.layers, trace(model, x))
-    return prepared
+def equalized(model: nn.Module, x: Tensor = X) -> ModelQuantization:
+    quantization = quantize_layers(model, PER_TENSOR)
+    equalize(model, quantization.layers, trace(model, x))
+    return quantization
 
 
 def badly_scaled(model: nn.Module, pairs: list[tuple[str, str]], seed: int = 1) -> nn.Module:
@@ -122,10 +122,10 @@ def test_pairs_are_found_and_the_function_stays(name: str) -> None:
 @pytest.mark.parametrize("name", list(NETS))
 def test_the_error_of_eight_bits_with_one_scale_shrinks(name: str) -> None:
     def error(model: nn.Module) -> float:
-        expected, prepared = run(model, X), prepare(model, PER_TENSOR)
-        prepared.enable(True)
+        expected, quantization = run(model, X), quantize_layers(model, PER_TENSOR)
+        quantization.enable(True)
         found = run(model, X)
-        prepared.enable(False)
+        quantization.enable(False)
         return float((found - expected).norm() / expected.norm())
 
     build, pairs = NETS[name]
@@ -144,7 +144,7 @@ def test_ranges_of_a_pair_agree_and_a_second_time_moves_nothing() -> None:
     r1 = torch.maximum(model[0].weight.detach().abs().amax(1), model[0].bias.detach().abs())
     r2 = model[2].weight.detach().abs().amax(0)
     single: Any = copy.deepcopy(model)
-    equalize(single, prepare(single, PER_TENSOR).layers, Chains([("0", "2")]), num_sweeps=1)
+    equalize(single, quantize_layers(single, PER_TENSOR).layers, Chains([("0", "2")]), num_sweeps=1)
     assert torch.allclose(single[0].weight, model[0].weight * (r2 / (r1 * r2).sqrt()).unsqueeze(1))
     equalized(model, noise(5, 6))
     for a, b in ((0, 2), (2, 3)):
@@ -168,8 +168,8 @@ def test_behind_a_norm_the_norm_is_scaled_and_channels_of_one_scale_get_one_rang
 def test_a_scale_a_channel_leaves_the_weight_before_a_norm(granularity: Any) -> None:
     model = randomized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1))).eval()
     before, expected = copy.deepcopy(model.state_dict()), run(model, X)
-    prepared = prepare(model, Scheme(weight_granularity=granularity))
-    equalize(model, prepared.layers, trace(model))
+    quantization = quantize_layers(model, Scheme(weight_granularity=granularity))
+    equalize(model, quantization.layers, trace(model))
     changed = {key for key, value in model.state_dict().items() if not torch.equal(before[key], value)}
     assert changed == {"1.weight", "1.bias", "2.weight"}
     assert largest_difference(run(model, X), expected) <= 1e-5 * float(expected.abs().max())

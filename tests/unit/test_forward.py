@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.deploy.forward import (
+from lightning_compress.forward import (
     ForwardOnly,
     Inputs,
     record_inputs,

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from lightning_compress import convert
-from lightning_compress.deploy.forward import Inputs
 from lightning_compress.deploy.graph import capture, quantize_inputs_at_run_time, quantize_outputs
 from lightning_compress.deploy.runner import in_batches, pieces_of
+from lightning_compress.forward import Inputs
 
 from .helpers import largest_difference, noise, quantize, randomized, run
 from .test_convert import IMAGES

@@ -20,9 +20,9 @@ from lightning_compress.analysis.inspect import (
     sparsity,
     weight_layers,
 )
-from lightning_compress.deploy.forward import Inputs
+from lightning_compress.forward import Inputs
 from lightning_compress.quantization import Affine, Scheme
-from lightning_compress.quantization.prepare import prepare
+from lightning_compress.quantization.model import quantize_layers
 
 from .helpers import noise, quantize, randomized
 from .test_placement import Residual
@@ -175,7 +175,7 @@ def test_a_dense_weight_takes_no_mask() -> None:
 
 def test_a_prepared_model_that_is_not_enabled_counts_as_float() -> None:
     model = nn.Sequential(nn.Linear(8, 4))
-    prepare(model, int8())
+    quantize_layers(model, int8())
     assert [(row["weight_bits"], row["input_bits"]) for row in layer_table(model)] == [(32, 32)]
 
 

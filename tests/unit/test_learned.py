@@ -32,7 +32,7 @@ from lightning_compress.quantization.fake_quant import (
     upgrade,
     weights,
 )
-from lightning_compress.quantization.prepare import Prepared, prepare
+from lightning_compress.quantization.model import ModelQuantization, quantize_layers
 
 from .helpers import noise, quantize, randomized, run, trace
 from .test_placement import Residual
@@ -244,12 +244,12 @@ def test_a_state_carries_what_was_learned_and_an_earlier_one_takes_it_away() -> 
         for i, log in enumerate(first.learned().values()):
             log += 0.01 * i
     late = first.state_dict()
-    second = prepare(fresh, int4())
+    second = quantize_layers(fresh, int4())
     second.load_state_dict(fresh, late)
     assert torch.equal(run(fresh, X), run(model, X))
     second.load_state_dict(fresh, early)
     assert second.learned() == {}
-    second.load_state_dict(fresh, prepare(randomized(Residual()), int4()).state_dict())
+    second.load_state_dict(fresh, quantize_layers(randomized(Residual()), int4()).state_dict())
     assert second.placement is None
     assert not second.activations
     assert not any(activations(module) for module in fresh.modules())
@@ -260,21 +260,21 @@ def test_a_state_of_another_scheme_is_refused_unless_it_has_not_begun() -> None:
     model = randomized(Residual())
     state = quantize(randomized(Residual()), X, scheme=ternary()).state_dict()
     with pytest.raises(ValueError, match=r"another scheme: weight is .*LearnedStep.* there and .*Affine.* here"):
-        prepare(model, int8()).load_state_dict(model, state)
+        quantize_layers(model, int8()).load_state_dict(model, state)
     overridden = int8(overrides={"conv": w8()})
     with pytest.raises(ValueError, match="another scheme: overrides is"):
-        prepare(randomized(other := Residual()), overridden).load_state_dict(
+        quantize_layers(randomized(other := Residual()), overridden).load_state_dict(
             other, quantize(randomized(Residual()), X).state_dict()
         )
-    before = prepare(randomized(Residual()), ternary()).state_dict()
-    prepare(model, int8()).load_state_dict(model, before)
+    before = quantize_layers(randomized(Residual()), ternary()).state_dict()
+    quantize_layers(model, int8()).load_state_dict(model, before)
 
 
 def test_the_layer_that_reads_a_value_says_how_it_is_quantized() -> None:
     """conv -> relu -> fc: the output of relu is written as the layer after it wants it, the input as the first does."""
     model = randomized(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)))
     overrides = {"2": lsq(3), "4": Scheme(Affine(4, symmetric=True), Affine(5), Percentile(0.9))}
-    prepared_ = prepare(model, int8(overrides=overrides))
+    prepared_ = quantize_layers(model, int8(overrides=overrides))
     prepared_.place(model, trace(model, noise(3, 4)))
     found = {place: (a.quantizer, a.observer) for place, a in prepared_.activations.items()}
     moving = int8().observer
@@ -292,7 +292,7 @@ def test_the_layer_that_reads_a_value_says_how_it_is_quantized() -> None:
 
 def test_a_reader_without_quantized_inputs_gets_none() -> None:
     model = randomized(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5)))
-    prepared_ = prepare(model, int8(overrides={"2": w8()}))
+    prepared_ = quantize_layers(model, int8(overrides={"2": w8()}))
     prepared_.place(model, trace(model, noise(3, 4)))
     assert list(prepared_.activations) == ["0:input"]
 
@@ -301,7 +301,7 @@ def test_a_histogram_is_filled_before_it_is_used_and_then_left() -> None:
     """In training only what has seen nothing yet observes on; a moving average follows every batch."""
     scheme = Scheme(observer=Percentile(0.9), overrides={"2": int8()})
     model = randomized(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5)))
-    prepared_: Prepared = prepare(model, scheme)
+    prepared_: ModelQuantization = quantize_layers(model, scheme)
     prepared_.place(model, trace(model, noise(3, 4)))
     counted, averaged = prepared_.activations["0:input"], prepared_.activations["1:output"]
     prepared_.observe(True, once=False)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import convert
-from lightning_compress.deploy.forward import Inputs, run_model
 from lightning_compress.deploy.onnx import Runner, export
+from lightning_compress.forward import Inputs, run_model
 from lightning_compress.quantization import Affine, Scheme
 from lightning_compress.quantization.convert import to_float
 

@@ -13,8 +13,8 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from lightning_compress import Scheme, convert, int4, int8, lsq, w4a8, w8
-from lightning_compress.deploy.forward import Inputs
 from lightning_compress.deploy.onnx import export
+from lightning_compress.forward import Inputs
 from lightning_compress.quantization import Affine, Binary, Float8, LearnedClip, LearnedStep, PowerOfTwo, Quantizer
 from lightning_compress.quantization.convert import overflowing
 from lightning_compress.quantization.fake_quant import weights

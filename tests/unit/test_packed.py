@@ -20,12 +20,12 @@ from torch import Tensor, nn
 import lightning_compress
 from lightning_compress.deploy import packed
 from lightning_compress.deploy.packed import load_packed, save_packed
-from lightning_compress.pruning.surgery import apply_record
 from lightning_compress.quantization import Codebook, Float8, LearnedStep, Scheme
 from lightning_compress.quantization.fake_quant import weights
-from lightning_compress.quantization.prepare import prepare, prepared
+from lightning_compress.quantization.model import quantization_of, quantize_layers
 from lightning_compress.quantization.quantizers import Affine
 from lightning_compress.quantization.schemes import apot4, binary, codebook, exp4, fp8, int4, int8, log4, lsq, ternary
+from lightning_compress.structure.record import apply_record
 
 from .helpers import noise, quantize, randomized, run
 
@@ -379,7 +379,7 @@ def test_a_quantized_model_is_what_its_layers_show(name: str, dtype: torch.dtype
     loaded = net(1).to(dtype).eval()
     assert_same(load_packed(tmp_path / "x", loaded), state)
     assert torch.equal(run(loaded, x)[0], run(model, x)[0])
-    assert (prepared(loaded) is None) == (not quantization.activations)
+    assert (quantization_of(loaded) is None) == (not quantization.activations)
     save_packed(loaded, tmp_path / "again")
     assert_same(load_packed(tmp_path / "again"), state)
 
@@ -387,7 +387,7 @@ def test_a_quantized_model_is_what_its_layers_show(name: str, dtype: torch.dtype
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_code_costs_no_more_than_its_bits(name: str, tmp_path: Path) -> None:
     model = randomized(nn.Sequential(nn.Linear(512, 256, bias=False)))
-    prepare(model, SCHEMES[name]).enable(True)
+    quantize_layers(model, SCHEMES[name]).enable(True)
     save_packed(model, tmp_path / "x")
     assert_same(load_packed(tmp_path / "x"), shown(model))
     bits = SCHEMES[name].weight.bits + (32 / 8 if "groups" in name else 0)  # a scale for eight weights
@@ -397,7 +397,7 @@ def test_a_code_costs_no_more_than_its_bits(name: str, tmp_path: Path) -> None:
 
 def test_a_model_whose_quantization_has_not_begun_is_float(tmp_path: Path) -> None:
     model = net()
-    prepare(model, int4())
+    quantize_layers(model, int4())
     save_packed(model, tmp_path / "x")
     assert_same(load_packed(tmp_path / "x"), dict(net().state_dict()))
 
@@ -414,7 +414,7 @@ class Halves(Affine):
 
 def test_a_quantizer_that_does_not_scale_levels_is_stored_as_shown(tmp_path: Path) -> None:
     model = net()
-    prepare(model, Scheme(Halves(4, symmetric=True), None)).enable(True)
+    quantize_layers(model, Scheme(Halves(4, symmetric=True), None)).enable(True)
     save_packed(model, tmp_path / "x")
     assert_same(load_packed(tmp_path / "x"), shown(model))
 
@@ -422,7 +422,7 @@ def test_a_quantizer_that_does_not_scale_levels_is_stored_as_shown(tmp_path: Pat
 def test_tied_quantized_weights_are_stored_once(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a": nn.Linear(40, 40, bias=False), "b": nn.Linear(40, 40, bias=False)})
     model["a"].weight = model["b"].weight
-    prepare(model, codebook(4)).enable(True)
+    quantize_layers(model, codebook(4)).enable(True)
     save_packed(model, tmp_path / "x")
     state = load_packed(tmp_path / "x")
     assert state["a.weight"] is state["b.weight"]
@@ -449,7 +449,7 @@ def test_a_pruned_quantized_layer_comes_near_its_entropy(tmp_path: Path) -> None
     model = nn.Sequential(nn.Linear(784, 300, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(sparse(300, 784, share=0.95))
-    prepare(model, codebook(4)).enable(True)
+    quantize_layers(model, codebook(4)).enable(True)
     save_packed(model, tmp_path / "x")
     weight = model[0].weight.flatten()
     counts = weight.unique(return_counts=True)[1].double() / len(weight)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_compress.quantization import Affine, Scheme
+from lightning_compress.quantization.model import quantization_of, quantize_layers
 from lightning_compress.quantization.placement import Tracer
-from lightning_compress.quantization.prepare import prepare, prepared
 
 from .helpers import noise, quantize, quantized_names, randomized, run, trace
 
@@ -175,11 +175,11 @@ def test_layers_behind_a_recurrent_layer_and_behind_reshapes_read_quantized_valu
     net = randomized(model())
     quantize(net, X, scheme=Scheme(inputs=Affine(3)))
     seen: dict[str, int] = {}
-    for name in quantized_names(prepared(net)):
+    for name in quantized_names(quantization_of(net)):
         hook = lambda module, args, name=name: seen.__setitem__(name, len(args[0].unique()))  # noqa: E731
         net.get_submodule(name).register_forward_pre_hook(hook)
     run(net, X)
-    assert seen.keys() == quantized_names(prepared(net))
+    assert seen.keys() == quantized_names(quantization_of(net))
     assert max(seen.values()) <= 2**3
 
 
@@ -292,7 +292,7 @@ def test_a_layer_that_is_left_in_float_does_not_ask_for_quantized_inputs() -> No
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_without_hooks_even_after_an_error(fails: bool) -> None:
     model = randomized(Residual())
-    names = quantized_names(prepare(model, Scheme()))
+    names = quantized_names(quantize_layers(model, Scheme()))
     with pytest.raises(RuntimeError) if fails else nullcontext(), Tracer(model, names):
         model(X[:, :1] if fails else X)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -302,7 +302,7 @@ def test_the_model_is_left_without_hooks_even_after_an_error(fails: bool) -> Non
 def test_watching_changes_no_value() -> None:
     model = randomized(Residual()).eval()
     expected = run(model, X)
-    with Tracer(model, quantized_names(prepare(model, Scheme()))):
+    with Tracer(model, quantized_names(quantize_layers(model, Scheme()))):
         assert torch.equal(run(model, X), expected)
 
 
@@ -313,7 +313,7 @@ def test_a_call_of_the_root_by_a_wrapper_is_overlooked() -> None:
 
     direct = trace(randomized(Root()), X)
     model = randomized(Root())
-    with torch.no_grad(), Tracer(model, quantized_names(prepare(model, Scheme())), skip_root_calls=1) as tracer:
+    with torch.no_grad(), Tracer(model, quantized_names(quantize_layers(model, Scheme())), skip_root_calls=1) as tracer:
         model(X, True)
     assert tracer.placement == direct
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import convert
-from lightning_compress.deploy.forward import Inputs
 from lightning_compress.deploy.onnx import Runner, export
+from lightning_compress.forward import Inputs
 from lightning_compress.quantization.convert import to_float
 from lightning_compress.quantization.fake_quant import weights
-from lightning_compress.quantization.prepare import Prepared
+from lightning_compress.quantization.model import ModelQuantization
 
 from .helpers import noise, quantize, run
 
@@ -51,11 +51,11 @@ class Skip(nn.Module):
 
 
 @torch.no_grad()
-def round_biases(prepared: Prepared) -> None:
+def round_biases(quantization: ModelQuantization) -> None:
     """Biases moved to whole steps of input times weight, as kernels of 8-bit integers hold them, in place."""
-    assert prepared.placement is not None
-    for layer in prepared.layers:
-        feed = prepared.activations[prepared.placement.feeds[layer.name]]
+    assert quantization.placement is not None
+    for layer in quantization.layers:
+        feed = quantization.activations[quantization.placement.feeds[layer.name]]
         step = feed.qparams().scale * weights(layer.module)[layer.parameter].qparams(layer.weight).scale
         bias = layer.module._parameters["bias"]
         assert bias is not None
@@ -81,10 +81,10 @@ def test_the_biases_of_32_bits_are_all_that_separates_a_file_from_its_model(
 ) -> None:
     torch.manual_seed(0)
     model = Skip(norm)
-    prepared = quantize(model, IMAGES)
+    quantization = quantize(model, IMAGES)
     error_of_8_bits = mean_difference(run(to_float(model), IMAGES), run(model, IMAGES))
     before = difference_of_file(model, tmp_path / "before.onnx")
-    round_biases(prepared)
+    round_biases(quantization)
     after = difference_of_file(model, tmp_path / "after.onnx")
     # float rounding tips a value into the next code now and then, too
     assert after < 0.03 * error_of_8_bits < before < 0.5 * error_of_8_bits

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_compress.deploy.files import Files, Pair, write_files
 from lightning_compress.deploy.formats import FORMATS
-from lightning_compress.deploy.forward import Inputs
 from lightning_compress.deploy.size import weigh
+from lightning_compress.forward import Inputs
 from lightning_compress.quantization.convert import to_float
 
 from .helpers import largest_difference, noise, quantize, randomized, run

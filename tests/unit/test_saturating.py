@@ -10,7 +10,7 @@ from torch import nn
 from experiments.saturating import saturating
 from lightning_compress import convert, int8
 from lightning_compress.quantization.fake_quant import weights
-from lightning_compress.quantization.prepare import prepared
+from lightning_compress.quantization.model import quantization_of
 
 from .helpers import largest_difference, noise, quantize, randomized, run
 from .test_placement import Residual
@@ -40,7 +40,7 @@ def test_the_full_range_saturates_as_numpy_says() -> None:
         model[0].weight.copy_(noise(4, 6).abs() + 0.5)
     quantize(model, x, scheme=int8(exact_kernels=True))
     converted = convert(model)
-    found = prepared(converted)
+    found = quantization_of(converted)
     assert found is not None
     written = weights(converted[0])["weight"]
     (read,) = (activation.quantize for activation in found.activations.values())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress.analysis.replay import Replay
 from lightning_compress.analysis.sensitivity import Sensitivity, heat_map, hessian_traces, sensitivity, table
-from lightning_compress.deploy.forward import Inputs
+from lightning_compress.forward import Inputs
 from lightning_compress.layers import find_layers
 
 BATCHES = [torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(n)) for n in (6, 6, 4)]

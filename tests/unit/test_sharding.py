@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_compress.pruning.selection import CHUNK, Ranks, keep_highest
 from lightning_compress.pruning.sharding import ranks_of
+from lightning_compress.pruning.threshold import CHUNK, Ranks, keep_highest
 
 from .helpers import noise
 

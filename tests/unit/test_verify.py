@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.deploy.files import words_of_caution, words_of_doubt
-from lightning_compress.deploy.forward import Inputs, replaced_forward
 from lightning_compress.deploy.verify import Artifact, Comparison, time_together
+from lightning_compress.forward import Inputs, replaced_forward
 
 from .helpers import noise
 

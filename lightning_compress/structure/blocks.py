@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.layers import matches
-from lightning_compress.pruning.coupling import Forward, tracing
-from lightning_compress.pruning.places import plain_name
-from lightning_compress.pruning.surgery import Record, apply_record
+from lightning_compress.structure.channels import plain_name
+from lightning_compress.structure.groups import Forward, tracing
+from lightning_compress.structure.record import Record, apply_record
 
 __all__ = ["choose_blocks", "find_blocks", "record_blocks", "score_block"]
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.pruning.attention import Attention
-from lightning_compress.pruning.coupling import Coupling, Forward, Group, tracing
-from lightning_compress.pruning.places import located, plain_name
-from lightning_compress.pruning.surgery import Record, apply_record, tensors_by_name
+from lightning_compress.structure.channels import located, plain_name
+from lightning_compress.structure.groups import Coupling, Forward, Group, tracing
+from lightning_compress.structure.heads import Attention
+from lightning_compress.structure.record import Record, apply_record, tensors_by_name
 
 __all__ = ["Drops", "Limits", "choose", "num_channels", "num_parameters", "prove", "prove_groups", "record_of"]
 __all__ += ["plan", "score_groups", "search"]

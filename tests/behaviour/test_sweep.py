@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 
 from lightning_compress.callbacks import CompressionReport
-from lightning_compress.callbacks.hopeless import Hopeless, StopHopeless
+from lightning_compress.callbacks.sweep import Hopeless, StopHopeless
 
 from ..harness import make_trainer
 from ..zoo import BATCHES, MLP

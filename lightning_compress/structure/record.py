@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.pruning.places import plain_name
+from lightning_compress.structure.channels import plain_name
 
 __all__ = [
     "Record",

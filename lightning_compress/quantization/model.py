@@ -11,18 +11,18 @@ import torch
 from torch import nn
 
 from lightning_compress.layers import QUANTIZABLE, find_layers, matches, modules_by_name
-from lightning_compress.pruning.surgery import Record, is_removed, kept_by_id
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize, attach, downgrade, upgrade, weights
 from lightning_compress.quantization.placement import Placement
 from lightning_compress.quantization.schemes import Scheme
+from lightning_compress.structure.record import Record, is_removed, kept_by_id
 
-__all__ = ["Prepared", "prepare", "prepared"]
+__all__ = ["ModelQuantization", "quantization_of", "quantize_layers"]
 
 _ATTRIBUTE = "_compress_quantization"
 
 
-class Prepared:
-    """The fake-quantized layers of a model; made by :func:`prepare`.
+class ModelQuantization:
+    """The fake-quantized layers of a model; made by :func:`quantize_layers`.
 
     Args:
         model: The model, whose layers are upgraded in place.
@@ -194,21 +194,22 @@ class Prepared:
         return {layer: modules[norm] for layer, norm in (self.placement.folds if self.placement else {}).items()}
 
 
-def prepare(model: nn.Module, scheme: Scheme) -> Prepared:
-    """Upgrade a model's layers in place, disabled for now and bitwise equal; a prepared model is left as it is.
+def quantize_layers(model: nn.Module, scheme: Scheme) -> ModelQuantization:
+    """Upgrade a model's layers in place: still disabled, and bitwise equal to before.
 
-    Whether it was prepared by this scheme says :meth:`Prepared.is_by`; :meth:`Prepared.remove` lets another begin.
+    A model whose layers are upgraded already is left as it is: see :meth:`ModelQuantization.is_by` and
+    :meth:`ModelQuantization.remove`.
 
     Raises:
         ValueError: If a name pattern matches no layer.
     """
-    if prepared(model) is None:
-        model.__dict__[_ATTRIBUTE] = Prepared(model, scheme)
+    if quantization_of(model) is None:
+        model.__dict__[_ATTRIBUTE] = ModelQuantization(model, scheme)
     return model.__dict__[_ATTRIBUTE]
 
 
-def prepared(model: nn.Module) -> Prepared | None:
-    """The fake-quantized layers of a model, if it was prepared."""
+def quantization_of(model: nn.Module) -> ModelQuantization | None:
+    """The quantization of a model, or None if its layers are plain."""
     return model.__dict__.get(_ATTRIBUTE)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_compress.layers import find_layers
 from lightning_compress.pruning import Element, Magnitude, Masks
-from lightning_compress.pruning.blocks import choose_blocks, find_blocks, record_blocks, score_block
-from lightning_compress.pruning.coupling import Coupling, couple
-from lightning_compress.pruning.plan import (
+from lightning_compress.structure.blocks import choose_blocks, find_blocks, record_blocks, score_block
+from lightning_compress.structure.groups import Coupling, couple
+from lightning_compress.structure.plan import (
     Limits,
     choose,
     num_channels,
@@ -28,7 +28,7 @@ from lightning_compress.pruning.plan import (
     score_groups,
     search,
 )
-from lightning_compress.pruning.surgery import (
+from lightning_compress.structure.record import (
     Record,
     apply_record,
     check_optimizer,

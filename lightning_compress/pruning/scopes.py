@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.layers import Layer
-from lightning_compress.pruning.selection import Ranks, keep_highest
+from lightning_compress.pruning.threshold import Ranks, keep_highest
 
 __all__ = ["erdos_renyi_kernel", "keep_groups", "num_needed", "split_by_scope"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_compress.ladder import Pace, next_bits, next_sparsity
+from lightning_compress.guard_steps import Pace, next_bits, next_sparsity
 
 
 def play(edges: list[float]) -> list[tuple[float, bool]]:

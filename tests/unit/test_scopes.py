@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.layers import Layer, find_layers
 from lightning_compress.pruning import Block, Channel, Criterion, Element, Magnitude, Masks, NofM, Pattern, WholeLayer
-from lightning_compress.pruning.distribution import erdos_renyi_kernel, keep_groups, split_by_scope
+from lightning_compress.pruning.scopes import erdos_renyi_kernel, keep_groups, split_by_scope
 
 from .helpers import noise, randomized
 

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_compress import int4, int8, w4a8, w8
 from lightning_compress.quantization import Affine, MinMax, Scheme
 from lightning_compress.quantization.fake_quant import activations, weights
-from lightning_compress.quantization.prepare import Prepared, prepare, prepared
+from lightning_compress.quantization.model import ModelQuantization, quantization_of, quantize_layers
 
 from .helpers import noise, quantize, randomized, run, trace
 from .test_placement import Residual
@@ -23,7 +23,7 @@ X = noise(4, 2, 8, 8)
 def test_a_prepared_model_is_bitwise_the_plain_one_until_it_is_enabled() -> None:
     model = randomized(Residual()).eval()
     expected = run(model, X)
-    prepared_ = prepare(model, int8())
+    prepared_ = quantize_layers(model, int8())
     assert torch.equal(run(model, X), expected)
     prepared_.place(model, trace(model, X))
     assert torch.equal(run(model, X), expected)
@@ -37,9 +37,9 @@ def test_a_prepared_model_is_bitwise_the_plain_one_until_it_is_enabled() -> None
 
 def test_preparing_twice_leaves_the_first() -> None:
     model = nn.Linear(3, 3)
-    assert prepared(model) is None
-    first = prepare(model, int8())
-    assert prepare(model, Scheme(weight=Affine(2, symmetric=True))) is first is prepared(model)
+    assert quantization_of(model) is None
+    first = quantize_layers(model, int8())
+    assert quantize_layers(model, Scheme(weight=Affine(2, symmetric=True))) is first is quantization_of(model)
     assert first.is_by(int8())
     assert not first.is_by(Scheme(weight=Affine(2, symmetric=True)))
     assert list(model.state_dict()) == ["weight", "bias"]
@@ -61,8 +61,8 @@ def test_where_the_first_is_removed_another_begins_anew(make: type[nn.Module], x
     expected, state = run(model, x), {name: value.clone() for name, value in model.state_dict().items()}
     first = quantize(model, x, scheme=int8())
     first.remove(model)
-    second = prepare(model, Scheme(Affine(3, symmetric=True), exclude=["fc"] if make is Residual else ["head"]))
-    assert second is prepared(model)
+    second = quantize_layers(model, Scheme(Affine(3, symmetric=True), exclude=["fc"] if make is Residual else ["head"]))
+    assert second is quantization_of(model)
     assert second is not first
     assert torch.equal(run(model, x), expected)
     assert not any(activations(module) for module in model.modules())
@@ -79,7 +79,7 @@ def test_where_the_first_is_removed_another_begins_anew(make: type[nn.Module], x
 
 def test_an_activation_that_has_seen_nothing_stays_in_float() -> None:
     model = randomized(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
-    prepared_ = prepare(model, int8())
+    prepared_ = quantize_layers(model, int8())
     prepared_.place(model, trace(model, noise(3, 4)))
     prepared_.enable(True)
     assert prepared_.enabled
@@ -104,7 +104,7 @@ def test_a_fresh_model_takes_up_the_state_and_computes_the_same(enabled: bool) -
     torch.save(first.state_dict(), buffer)
     buffer.seek(0)
     state = torch.load(buffer, weights_only=True)
-    second = prepare(fresh, Scheme.from_state(state["scheme"]))
+    second = quantize_layers(fresh, Scheme.from_state(state["scheme"]))
     second.load_state_dict(fresh, state)
     assert second.placement == first.placement
     assert second.enabled is enabled
@@ -113,8 +113,8 @@ def test_a_fresh_model_takes_up_the_state_and_computes_the_same(enabled: bool) -
 
 def test_a_state_before_any_batch_was_watched_loads() -> None:
     model = randomized(Residual())
-    state = prepare(randomized(Residual()), int8()).state_dict()
-    second = prepare(model, int8())
+    state = quantize_layers(randomized(Residual()), int8()).state_dict()
+    second = quantize_layers(model, int8())
     second.load_state_dict(model, state)
     assert second.placement is None
     assert not second.enabled
@@ -124,17 +124,17 @@ def test_a_state_of_another_model_is_refused_and_names_what_is_missing() -> None
     state = quantize(randomized(Residual()), X).state_dict()
     model = nn.Sequential(nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"modules that this model has not: conv, relu"):
-        prepare(model, int8()).load_state_dict(model, state)
+        quantize_layers(model, int8()).load_state_dict(model, state)
 
 
 def test_layers_that_are_left_alone_are_listed() -> None:
-    prepared_ = prepare(Residual(), int8(exclude=["block1"]))
+    prepared_ = quantize_layers(Residual(), int8(exclude=["block1"]))
     assert prepared_.skipped == dict.fromkeys(("block1.conv1", "block1.conv2"), "excluded by name")
     with pytest.raises(ValueError, match="matches no layer"):
-        prepare(Residual(), int8(include=["head"]))
+        quantize_layers(Residual(), int8(include=["head"]))
 
 
-def old_state(prepared_: Prepared) -> dict[str, Any]:
+def old_state(prepared_: ModelQuantization) -> dict[str, Any]:
     """The state as it was written before there was a choice of codes."""
     state = prepared_.state_dict()
     scheme = {key: value for key, value in state["scheme"].items() if key != "exact_kernels"}
@@ -147,7 +147,7 @@ def test_a_checkpoint_from_before_portable_codes_computes_as_it_was_trained() ->
     model = randomized(Residual())
     state = old_state(quantize(model, X, scheme=int8(exact_kernels=True)))
     other = copy_of(model)
-    prepare(other, Scheme.from_state(state["scheme"])).load_state_dict(other, state)
+    quantize_layers(other, Scheme.from_state(state["scheme"])).load_state_dict(other, state)
     assert torch.equal(run(other.eval(), X), run(model, X))
 
 
@@ -155,7 +155,7 @@ def test_a_checkpoint_of_the_full_range_is_refused_by_a_scheme_that_would_narrow
     model = randomized(Residual())
     state = old_state(quantize(model, X, scheme=int8(exact_kernels=True)))
     with pytest.raises(ValueError, match=r"Give Scheme\(..., exact_kernels=True\) to go on as it was trained"):
-        prepare(copy_of(model), int8()).load_state_dict(copy_of(model), state)
+        quantize_layers(copy_of(model), int8()).load_state_dict(copy_of(model), state)
 
 
 @pytest.mark.parametrize("scheme", [w4a8(), int4(), w8()], ids=["w4a8", "int4", "w8"])
@@ -166,7 +166,7 @@ def test_an_old_checkpoint_whose_codes_are_the_same_either_way_goes_on(scheme: S
     state = quantization.state_dict()
     state["scheme"] = {key: value for key, value in state["scheme"].items() if key != "exact_kernels"}
     other = copy_of(model)
-    prepare(other, scheme).load_state_dict(other, state)
+    quantize_layers(other, scheme).load_state_dict(other, state)
     assert torch.equal(run(other.eval(), X), run(model, X))
 
 

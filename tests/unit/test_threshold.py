@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_compress.pruning.selection import CHUNK, find_cut, keep_highest, num_dropped
+from lightning_compress.pruning.threshold import CHUNK, find_cut, keep_highest, num_dropped
 
 from .helpers import noise
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.layers import matches
-from lightning_compress.pruning.places import plain_name
+from lightning_compress.structure.channels import plain_name
 
 __all__ = ["Attention", "find_attentions"]
 

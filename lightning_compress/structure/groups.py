@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from lightning_compress.layers import EMBEDDING, PRUNABLE, find_layers, matches
-from lightning_compress.pruning.attention import Attention, find_attentions
-from lightning_compress.pruning.places import Place, entries, located, plain_name, tensor_of
+from lightning_compress.structure.channels import Place, entries, located, plain_name, tensor_of
+from lightning_compress.structure.heads import Attention, find_attentions
 
 __all__ = ["Coupling", "Group", "couple", "tracing"]
 
