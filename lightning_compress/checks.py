@@ -27,7 +27,7 @@ def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_number(  # noqa: PLR0913  # one per kind of bound, each given by name
+def check_number(
     name: str,
     value: Any,
     accepted: str,
@@ -116,7 +116,7 @@ def first_line(error: BaseException) -> str:
         'RuntimeError: shapes do not match'
     """
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
 def _refused(name: str, value: Any, accepted: str) -> ValueError:
