@@ -3,8 +3,8 @@
     python -m experiments.bench walks
     git worktree add ../before COMMIT && python -m experiments.bench walks ../before .
 
-Each walk is run in each tree, which need not be installed. A file is on the walk if one of its functions is called; what
-runs while it is imported does not count.
+Each walk is run in each tree, which need not be installed. A file is on the walk if one of its functions is called;
+what runs while it is imported does not count.
 
 - weight: ``GradualPruning`` and ``ChannelPruning`` in one ``fit``, a checkpoint, ``load_from_checkpoint``.
 - activation: ``QuantizationAwareTraining`` in one ``fit``, and ``Export`` to ONNX.
