@@ -251,15 +251,21 @@ def _eagerly(watch: Watch) -> Iterator[None]:
             _eager_while_open.close()
 
 
-def find_norms(record: Record, layers: Collection[str], norms: Collection[str]) -> dict[str, str]:
-    """The batch norm that read what a layer gave, by layer; the first where several did.
+def find_norms(
+    record: Record, layers: Collection[str], norms: Collection[str]
+) -> tuple[dict[str, str], dict[int, str]]:
+    """The batch norm right behind each layer.
 
     Args:
         record: Of one batch.
         layers: Names of the modules that are taken for layers.
         norms: Names of the batch norms.
+
+    Returns:
+        The norm that read what a layer gave, by layer, the first where several did; and the layer by the number of each
+        value that is its output or that of its norm.
     """
-    found: dict[str, str] = {}
+    norm_of: dict[str, str] = {}
     layer_of: dict[int, str] = {}
     for event in record.events:
         if not isinstance(event, Ended) or event.output is None:
@@ -268,9 +274,9 @@ def find_norms(record: Record, layers: Collection[str], norms: Collection[str]) 
             layer_of[event.output.number] = event.name
         elif event.name in norms and event.args and event.args[0] is not None:
             layer = layer_of.get(event.args[0].number)
-            if layer is not None:
-                found.setdefault(layer, event.name)
-    return found
+            if layer is not None and norm_of.setdefault(layer, event.name) == event.name:
+                layer_of[event.output.number] = layer
+    return norm_of, layer_of
 
 
 def _tensors(values: object) -> list[Tensor]:

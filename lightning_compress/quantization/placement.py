@@ -60,7 +60,7 @@ def find_placement(record: Record, model: nn.Module, quantized: Collection[str])
         walk.step(time, event)
     placement = walk.placement
     norms = {name for name, module in modules.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
-    for layer, norm in find_norms(record, quantized, norms).items():
+    for layer, norm in find_norms(record, quantized, norms)[0].items():
         output = walk.outputs[layer]
         is_called_once = walk.num_calls[layer] == walk.num_calls[norm] == 1
         has_statistics = modules[norm].running_var is not None
