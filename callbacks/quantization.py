@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.phase import Phase
 from lightning_compress.quantization.correct import BiasCorrection
-from lightning_compress.quantization.equalize import Chains, equalize, find_chains
+from lightning_compress.quantization.equalize import Chains, equalize, find_pairs
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize
 from lightning_compress.quantization.model import ModelQuantization, quantization_of, quantize_layers
 from lightning_compress.quantization.placement import find_placement
@@ -251,7 +251,7 @@ class QuantizationAwareTraining(pl.Callback):
         if self._watch is not None:
             self._watch.stop()
             names = {layer.name.removesuffix("." + layer.parameter) for layer in self.quantization.layers}
-            placement = trainer.strategy.broadcast(find_placement(self._watch.record, pl_module, names))
+            placement = trainer.strategy.broadcast(find_placement(self._watch.trace, pl_module, names))
             self._watch = None
             self.quantization.place(pl_module, placement)
         elif any(a.observing for a in self.quantization.activations.values()):
@@ -390,7 +390,7 @@ class QuantizationAwareTraining(pl.Callback):
         chains: Chains | None = None
         if self.equalize and self._watch is not None:
             self._watch.use(outputs)
-            chains = find_chains(self._watch.record, pl_module, self.quantization.layers)
+            chains = find_pairs(self._watch.trace, pl_module, self.quantization.layers)
         self._after_batch(trainer, pl_module)
         if chains is not None:
             equalize(pl_module, self.quantization.layers, trainer.strategy.broadcast(chains))

@@ -1,6 +1,6 @@
 """One watched batch: the calls of modules, the torch functions that ran, and the values that went between them.
 
-:class:`Watch` records them as plain data, without capturing a graph. What can be concluded from a record are functions
+:class:`Watch` records them as plain data, without capturing a graph. What can be concluded from a trace are functions
 of it: where activations are quantized, which norm stands behind a layer, which layers scales can be moved between.
 """
 
@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_compress.functions import ATTRIBUTES
 from lightning_compress.layers import modules_by_name
 
-__all__ = ["Began", "Ended", "Event", "Ran", "Record", "Value", "Watch", "find_norms"]
+__all__ = ["Began", "Ended", "Event", "Ran", "Trace", "Value", "Watch", "find_norms"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Value:
     """What a tensor holds between two writes: written in place, the tensor holds another value.
 
     Args:
-        number: Of this value alone in its record, also after the tensor is gone and its id is another's.
+        number: Of this value alone in its trace, also after the tensor is gone and its id is another's.
         shape: The tensor's; -1 per axis where it has none.
         dtype: The tensor's.
         is_parameter: Whether the tensor is an ``nn.Parameter``.
@@ -97,22 +97,22 @@ Event = Began | Ended | Ran
 
 
 @dataclass
-class Record:
+class Trace:
     """What happened while a model was watched.
 
     Args:
         events: In the order in which they happened; calls of modules are nested.
-        tensors: Number of each parameter and buffer of the model when the watch began, by name.
+        tensors: Number of each parameter and buffer when the watch began, by its module's name and its own.
     """
 
     events: list[Event] = field(default_factory=list)
-    tensors: dict[str, int] = field(default_factory=dict)
+    tensors: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
 class Watch:
     """Records what runs while it is open: inside of ``with``, or from :meth:`start` to :meth:`stop`.
 
-    Compiled code runs eagerly meanwhile, or its calls and functions would not be seen. The record holds no tensor, so
+    Compiled code runs eagerly meanwhile, or its calls and functions would not be seen. The trace holds no tensor, so
     that watching takes no memory to speak of.
 
     Args:
@@ -122,13 +122,13 @@ class Watch:
     Example:
         >>> with Watch(nn.Sequential(nn.Linear(4, 2), nn.ReLU())) as watch:
         ...     _ = watch.model(torch.randn(3, 4))
-        >>> [event.name for event in watch.record.events]
+        >>> [event.name for event in watch.trace.events]
         ['', '0', 'linear', '0', '1', 'relu', '1', '']
     """
 
     def __init__(self, model: nn.Module, skip_root_calls: int = 0) -> None:
         self.model = model
-        self.record = Record()
+        self.trace = Trace()
         self._num_skipped = skip_root_calls
         self._calls: list[tuple[str, Began | None]] = []
         self._numbers: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
@@ -139,9 +139,12 @@ class Watch:
         """Open the watch."""
         with ExitStack() as stack:
             for name, module in modules_by_name(self.model).items():
-                own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+                own = [
+                    *module.named_parameters(recurse=False, remove_duplicate=False),
+                    *module.named_buffers(recurse=False, remove_duplicate=False),
+                ]
                 for key, tensor in own:
-                    self.record.tensors[f"{name}.{key}".lstrip(".")] = self._number(tensor)
+                    self.trace.tensors[name, key] = self._number(tensor)
                 if _is_part_of_the_model(module):
                     before = module.register_forward_pre_hook(partial(self._began, name))
                     stack.callback(before.remove)
@@ -167,9 +170,9 @@ class Watch:
         self.stop()
 
     def use(self, values: object) -> None:
-        """Record that values are read outside of the model, such as what a training step returns."""
+        """Note that values are read outside of the model, such as what a training step returns."""
         read = tuple(self._value(x) for x in _tensors(values))
-        self.record.events.append(Ran("use", (), {}, read, ()))
+        self.trace.events.append(Ran("use", (), {}, read, ()))
 
     def _number(self, x: Tensor) -> int:
         return self._numbers.setdefault(x, next(self._count))
@@ -187,7 +190,7 @@ class Watch:
             return
         event = Began(name, tuple(self._value(x) if isinstance(x, Tensor) else None for x in args))
         self._calls.append((name, event))
-        self.record.events.append(event)
+        self.trace.events.append(event)
 
     def _ended(self, name: str, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         if not self._calls or self._calls[-1][0] != name:  # a hook of others raised before ours saw the call begin
@@ -197,7 +200,7 @@ class Watch:
             return
         outputs = tuple(self._value(x) for x in _tensors(output))
         whole = outputs[0] if isinstance(output, Tensor) else None
-        self.record.events.append(Ended(name, began.args, whole, outputs))
+        self.trace.events.append(Ended(name, began.args, whole, outputs))
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # before the call: what it writes in place has another number afterwards
@@ -212,7 +215,7 @@ class Watch:
             if any(x is y for y in given):
                 self._numbers[x] = next(self._count)
         reads = tuple(x for x in tree_leaves((known_args, known_kwargs)) if isinstance(x, Value))
-        self.record.events.append(Ran(name, known_args, known_kwargs, reads, tuple(map(self._value, results))))
+        self.trace.events.append(Ran(name, known_args, known_kwargs, reads, tuple(map(self._value, results))))
         return output
 
 
@@ -251,13 +254,11 @@ def _eagerly(watch: Watch) -> Iterator[None]:
             _eager_while_open.close()
 
 
-def find_norms(
-    record: Record, layers: Collection[str], norms: Collection[str]
-) -> tuple[dict[str, str], dict[int, str]]:
+def find_norms(trace: Trace, layers: Collection[str], norms: Collection[str]) -> tuple[dict[str, str], dict[int, str]]:
     """The batch norm right behind each layer.
 
     Args:
-        record: Of one batch.
+        trace: Of one batch.
         layers: Names of the modules that are taken for layers.
         norms: Names of the batch norms.
 
@@ -267,7 +268,7 @@ def find_norms(
     """
     norm_of: dict[str, str] = {}
     layer_of: dict[int, str] = {}
-    for event in record.events:
+    for event in trace.events:
         if not isinstance(event, Ended) or event.output is None:
             continue
         if event.name in layers:

@@ -68,7 +68,7 @@ def _quantized(how: Scheme) -> nn.Module:
     with torch.no_grad():
         with Watch(model) as watch:
             model(torch.randn(4, 8))
-        found.place(model, find_placement(watch.record, model, {layer.name for layer in found.layers}))
+        found.place(model, find_placement(watch.trace, model, {layer.name for layer in found.layers}))
         found.observe(True)
         model(torch.randn(4, 8))
     found.enable(True)

@@ -42,7 +42,7 @@ def ours(model: nn.Module, x: torch.Tensor, scheme: Scheme) -> nn.Module:
     names = {layer.name.removesuffix("." + layer.parameter) for layer in quantization.layers}
     with Watch(model) as watch:
         model(x)
-    quantization.place(model, find_placement(watch.record, model, names))
+    quantization.place(model, find_placement(watch.trace, model, names))
     quantization.observe(True)
     model(x)
     quantization.enable(True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lightning_compress.functions import ACTIVATIONS
-from lightning_compress.trace import Ran, Record, Value, find_norms
+from lightning_compress.trace import Ran, Trace, Value, find_norms
 
 __all__ = ["Chain", "find_chains"]
 
@@ -36,18 +36,18 @@ class Chain:
         return ACTIVATIONS[self.activation](values, *self.arguments, **self.options)
 
 
-def find_chains(record: Record, layers: Mapping[str, str], norms: Collection[str]) -> dict[str, Chain]:
+def find_chains(trace: Trace, layers: Mapping[str, str], norms: Collection[str]) -> dict[str, Chain]:
     """What follows each layer: a batch norm, an activation function, both, or nothing that is known here.
 
     Args:
-        record: Of one batch, from :class:`lightning_compress.trace.Watch`.
+        trace: Of one batch, from :class:`lightning_compress.trace.Watch`.
         layers: Names of the layers by the names of their modules.
         norms: Names of the batch norms.
     """
-    norm_of, layer_of = find_norms(record, layers, norms)
+    norm_of, layer_of = find_norms(trace, layers, norms)
     chains = {layer: Chain(norm_of.get(name, "")) for name, layer in layers.items()}
-    for event in record.events:
-        # of one tensor alone: a record holds no second one that the function could be called with again
+    for event in trace.events:
+        # of one tensor alone: a trace holds no second one that the function could be called with again
         if not isinstance(event, Ran) or event.name not in ACTIVATIONS or len(event.reads) != 1:
             continue
         read = event.args[0] if event.args else event.kwargs.get("input")

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.layers import Layer, modules_by_name
 from lightning_compress.pruning.chains import Chain, find_chains
 from lightning_compress.pruning.criteria import Criterion
-from lightning_compress.trace import Record, Watch
+from lightning_compress.trace import Trace, Watch
 
 __all__ = ["Observation", "ObservationState"]
 
@@ -171,17 +171,17 @@ class Observation:
         """Take all hooks away; the chains of a batch that was watched are known from now on."""
         if self._watch is not None:
             self._watch.stop()
-            self._chains = self._watched_chains(self._watch.record)
+            self._chains = self._watched_chains(self._watch.trace)
             self._watch = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _watched_chains(self, record: Record) -> dict[str, Chain]:
+    def _watched_chains(self, trace: Trace) -> dict[str, Chain]:
         norms = [name for name, m in self._modules.items() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         names = {id(module): name for name, module in self._modules.items()}
         layers = {names[id(layer.module)]: layer.name for layer in self.layers.values() if id(layer.module) in names}
-        return {name: Chain() for name in self.layers} | find_chains(record, layers, norms)
+        return {name: Chain() for name in self.layers} | find_chains(trace, layers, norms)
 
     def _chain(self, name: str) -> Chain:
         return (self._chains or {}).get(name, Chain())
@@ -201,7 +201,7 @@ class Observation:
     def state_dict(self) -> ObservationState:
         """Averages, chains and what a batch has shown so far, as plain values."""
         # a checkpoint inside of the first batch has the chains of what has run of it
-        known = self._chains if self._watch is None else self._watched_chains(self._watch.record)
+        known = self._chains if self._watch is None else self._watched_chains(self._watch.trace)
         chains: dict[str, list[Any]] | None = None
         if known is not None:
             chains = {name: [c.norm, c.activation, c.arguments, c.options] for name, c in known.items()}

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from lightning_compress.functions import COPIES, DROPOUTS, LAYERS, POOLS, RESHAPES
 from lightning_compress.layers import Layer, modules_by_name
 from lightning_compress.quantization.fake_quant import weights
-from lightning_compress.trace import Began, Ran, Record, Value
+from lightning_compress.trace import Began, Ran, Trace, Value
 
-__all__ = ["Chains", "equalize", "find_chains"]
+__all__ = ["Chains", "equalize", "find_pairs"]
 
 # f(s x) = s f(x) for s > 0, value by value
 _ELEMENTWISE = {"relu", "leaky_relu", "prelu", *COPIES, *DROPOUTS}
@@ -39,15 +39,15 @@ class Chains:
     norms: dict[str, str] = field(default_factory=dict)
 
 
-def find_chains(record: Record, model: nn.Module, layers: Sequence[Layer]) -> Chains:
+def find_pairs(trace: Trace, model: nn.Module, layers: Sequence[Layer]) -> Chains:
     """What scales can be moved between.
 
     Args:
-        record: Of one batch of the model, from :class:`lightning_compress.trace.Watch`.
+        trace: Of one batch of the model, from :class:`lightning_compress.trace.Watch`.
         model: The root.
         layers: The layers that may be scaled; convolutions and linear layers are taken.
     """
-    walk = _Walk(record, model, layers)
+    walk = _Walk(trace, model, layers)
     chains = Chains()
     for origin in walk.normed:
         if walk.is_only_read_on(origin) and walk.is_read_once(origin.norm):
@@ -78,26 +78,26 @@ class _Origin:
 
 
 class _Walk:
-    """Follows channels through the functions of a record; what the functions read counts, and what leaves the model.
+    """Follows channels through the functions of a trace; what the functions read counts, and what leaves the model.
 
     Weights are known by the tensor that a function reads, not by the module that is called: so are those that
     ``F.linear`` is given.
     """
 
-    def __init__(self, record: Record, model: nn.Module, layers: Sequence[Layer]) -> None:
+    def __init__(self, trace: Trace, model: nn.Module, layers: Sequence[Layer]) -> None:
         self.read: list[tuple[_Origin, str]] = []
         self.normed: list[_Origin] = []
-        self._tensors = record.tensors
+        self._tensors = trace.tensors
         self._modules = modules_by_name(model)
         self._layers = self._by_weight(model, layers)
         self._norms = {
-            record.tensors[f"{name}.running_var".lstrip(".")]: name
+            trace.tensors[name, "running_var"]: name
             for name, module in self._modules.items()
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None
         }
         self._origins: dict[int, _Origin] = {}
         self._num_reads: Counter[int] = Counter()
-        for event in record.events:
+        for event in trace.events:
             if isinstance(event, Ran):
                 self._run(event)
             elif not isinstance(event, Began) and not event.name:
@@ -110,7 +110,7 @@ class _Walk:
     def is_read_once(self, name: str) -> bool:
         """Whether every parameter of a module was read once."""
         own = [key for key, p in self._modules[name]._parameters.items() if p is not None]
-        return all(self._num_reads[self._tensors[f"{name}.{key}".lstrip(".")]] == 1 for key in own)
+        return all(self._num_reads[self._tensors[name, key]] == 1 for key in own)
 
     def _by_weight(self, model: nn.Module, layers: Sequence[Layer]) -> dict[int, Layer]:
         owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
@@ -119,8 +119,7 @@ class _Walk:
         for layer in layers:
             is_simple = isinstance(layer.module, nn.Linear | nn.modules.conv._ConvNd)
             if is_simple and owners[id(layer.weight)] == 1:
-                key = f"{names[id(layer.module)]}.{layer.parameter}".lstrip(".")
-                found[self._tensors[key]] = layer
+                found[self._tensors[names[id(layer.module)], layer.parameter]] = layer
         return found
 
     def _run(self, event: Ran) -> None:
@@ -207,7 +206,7 @@ def equalize(
     Args:
         model: The model.
         layers: The layers that are quantized.
-        chains: Where scales can be moved, from :func:`find_chains`.
+        chains: Where scales can be moved, from :func:`find_pairs`.
         num_sweeps: Most times to go over all pairs.
         tolerance: Enough is when no scale moves by more than this share.
     """

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_compress.functions import ADDITIONS, AVERAGES, SAME_VALUES
 from lightning_compress.layers import EMBEDDING, modules_by_name
-from lightning_compress.trace import Began, Ended, Ran, Record, Value, find_norms
+from lightning_compress.trace import Began, Ended, Ran, Trace, Value, find_norms
 
 __all__ = ["Placement", "find_placement"]
 
@@ -46,21 +46,21 @@ class Placement:
         return Placement(inputs, outputs, left(self.folds), left(self.feeds))
 
 
-def find_placement(record: Record, model: nn.Module, quantized: Collection[str]) -> Placement:
+def find_placement(trace: Trace, model: nn.Module, quantized: Collection[str]) -> Placement:
     """Where the activations of a model are quantized.
 
     Args:
-        record: Of one batch of the model, from :class:`lightning_compress.trace.Watch`.
+        trace: Of one batch of the model, from :class:`lightning_compress.trace.Watch`.
         model: The root; its own call is watched, but it never quantizes.
         quantized: Names of the modules with quantized weights.
     """
     modules = modules_by_name(model)
     walk = _Walk(modules, quantized)
-    for time, event in enumerate(record.events):
+    for time, event in enumerate(trace.events):
         walk.step(time, event)
     placement = walk.placement
     norms = {name for name, module in modules.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
-    for layer, norm in find_norms(record, quantized, norms)[0].items():
+    for layer, norm in find_norms(trace, quantized, norms)[0].items():
         output = walk.outputs[layer]
         is_called_once = walk.num_calls[layer] == walk.num_calls[norm] == 1
         has_statistics = modules[norm].running_var is not None
@@ -78,7 +78,7 @@ class _Call:
 
 
 class _Walk:
-    """Goes through a record and places quantizers.
+    """Goes through a trace and places quantizers.
 
     Values of the same numbers, such as a tensor and its transpose, have one root: the first of them.
     """

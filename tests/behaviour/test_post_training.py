@@ -54,7 +54,7 @@ def by_hand(module: pl.LightningModule, scheme: Scheme, num_batches: int = BATCH
         with Watch(module) as watch:
             module(batches[0][0])
         names = {layer.name.removesuffix("." + layer.parameter) for layer in found.layers}
-        found.place(module, find_placement(watch.record, module, names))
+        found.place(module, find_placement(watch.trace, module, names))
         found.observe(True)
         for batch in batches[1:]:
             module(batch[0])

@@ -42,7 +42,7 @@ def trace(model: nn.Module, *inputs: Any, scheme: Scheme | None = None) -> Place
     names = quantized_names(quantize_layers(model, scheme or int8()))
     with torch.no_grad(), Watch(model) as watch:
         model(*inputs)
-    return find_placement(watch.record, model, names)
+    return find_placement(watch.trace, model, names)
 
 
 def quantize(model: nn.Module, *inputs: Any, scheme: Scheme | None = None) -> ModelQuantization:

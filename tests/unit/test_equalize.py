@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.quantization import Affine, Scheme
-from lightning_compress.quantization.equalize import Chains, equalize, find_chains
+from lightning_compress.quantization.equalize import Chains, equalize, find_pairs
 from lightning_compress.quantization.model import ModelQuantization, quantize_layers
 from lightning_compress.trace import Watch
 
@@ -27,7 +27,7 @@ def trace(model: nn.Module, x: Tensor = X) -> Chains:
     layers = quantize_layers(model, PER_TENSOR).layers
     with torch.no_grad(), Watch(model) as watch:
         model(x)
-    return find_chains(watch.record, model, layers)
+    return find_pairs(watch.trace, model, layers)
 
 
 def equalized(model: nn.Module, x: Tensor = X) -> ModelQuantization:

@@ -316,7 +316,7 @@ def test_a_call_of_the_root_by_a_wrapper_is_overlooked() -> None:
     names = quantized_names(quantize_layers(model, Scheme()))
     with torch.no_grad(), Watch(model, skip_root_calls=1) as watch:
         model(X, True)
-    assert find_placement(watch.record, model, names) == direct
+    assert find_placement(watch.trace, model, names) == direct
 
 
 def test_a_loss_inside_of_the_model_quantizes_nothing() -> None:
