@@ -120,8 +120,9 @@ class Watch:
         skip_root_calls: How many nested calls of the model itself to overlook (a DDP wrapper calls it once more).
 
     Example:
-        >>> with Watch(nn.Sequential(nn.Linear(4, 2), nn.ReLU())) as watch:
-        ...     _ = watch.model(torch.randn(3, 4))
+        >>> model, x = nn.Sequential(nn.Linear(4, 2), nn.ReLU()), torch.randn(3, 4)
+        >>> with Watch(model) as watch:
+        ...     y = model(x)
         >>> [event.name for event in watch.trace.events]
         ['', '0', 'linear', '0', '1', 'relu', '1', '']
     """
