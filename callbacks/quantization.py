@@ -13,13 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.phase import Phase
 from lightning_compress.quantization.correct import BiasCorrection
-from lightning_compress.quantization.equalize import ChainTracer, equalize
+from lightning_compress.quantization.equalize import Chains, equalize, find_pairs
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize
 from lightning_compress.quantization.model import ModelQuantization, quantization_of, quantize_layers
-from lightning_compress.quantization.placement import Tracer
+from lightning_compress.quantization.placement import find_placement
 from lightning_compress.quantization.schemes import Scheme, int8
 from lightning_compress.quantization.schemes import scheme as scheme_of
 from lightning_compress.structure.record import Record
+from lightning_compress.trace import Watch
 
 from .best_checkpoint import gate_checkpoints, open_checkpoints
 from .live_shape import check_strategy, check_structure_on_load
@@ -118,8 +119,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._optimizer_state: dict[str, Any] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._handles: list[Any] = []
-        self._tracer: Tracer | None = None
-        self._chain_tracer: ChainTracer | None = None
+        self._watch: Watch | None = None
         self._correction: BiasCorrection | None = None
         self._calibrating = False
         self._frozen: list[torch.nn.Module] = []
@@ -248,11 +248,11 @@ class QuantizationAwareTraining(pl.Callback):
 
     def _after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.quantization is not None
-        if self._tracer is not None:
-            self._tracer.__exit__(None, None, None)
-            placement = trainer.strategy.broadcast(self._tracer.placement)
-            self._tracer = None
-            torch.compiler.set_stance("default")
+        if self._watch is not None:
+            self._watch.stop()
+            names = {layer.name.removesuffix("." + layer.parameter) for layer in self.quantization.layers}
+            placement = trainer.strategy.broadcast(find_placement(self._watch.trace, pl_module, names))
+            self._watch = None
             self.quantization.place(pl_module, placement)
         elif any(a.observing for a in self.quantization.activations.values()):
             self._gather(trainer, once=False)
@@ -349,14 +349,10 @@ class QuantizationAwareTraining(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop watching, and let checkpoints go."""
         open_checkpoints(trainer)
-        if self._chain_tracer is not None:
-            self._chain_tracer.__exit__(None, None, None)
-            self._chain_tracer = None
         self._stop_correction()
-        if self._tracer is not None:
-            self._tracer.__exit__(None, None, None)
-            self._tracer = None
-            torch.compiler.set_stance("default")
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate a checkpoint as it was trained; or calibrate."""
@@ -372,9 +368,6 @@ class QuantizationAwareTraining(pl.Callback):
         assert self.quantization is not None
         if self._calibrating and self.quantization.placement is None:
             self._trace(trainer, pl_module)
-            if self.equalize:
-                self._chain_tracer = ChainTracer(pl_module, self.quantization.layers)
-                self._chain_tracer.__enter__()
         elif self._calibrating:
             self.quantization.observe(True)
             if self.correct_bias and self._correction is None:
@@ -393,14 +386,14 @@ class QuantizationAwareTraining(pl.Callback):
         """Place quantizers, or stop observing."""
         if not self._calibrating:
             return
-        tracer, self._chain_tracer = self._chain_tracer, None
-        if tracer is not None:
-            tracer.use(outputs)
-            tracer.__exit__(None, None, None)
+        assert self.quantization is not None
+        chains: Chains | None = None
+        if self.equalize and self._watch is not None:
+            self._watch.use(outputs)
+            chains = find_pairs(self._watch.trace, pl_module, self.quantization.layers)
         self._after_batch(trainer, pl_module)
-        if tracer is not None:
-            assert self.quantization is not None
-            equalize(pl_module, self.quantization.layers, trainer.strategy.broadcast(tracer.chains))
+        if chains is not None:
+            equalize(pl_module, self.quantization.layers, trainer.strategy.broadcast(chains))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End a calibration."""
@@ -460,11 +453,8 @@ class QuantizationAwareTraining(pl.Callback):
         self._learn()
 
     def _trace(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self.quantization is not None
-        names = {layer.name.removesuffix("." + layer.parameter) for layer in self.quantization.layers}
-        self._tracer = Tracer(pl_module, names, skip_root_calls=int(trainer.strategy.model is not pl_module))
-        torch.compiler.set_stance("force_eager")
-        self._tracer.__enter__()
+        self._watch = Watch(pl_module, skip_root_calls=int(trainer.strategy.model is not pl_module))
+        self._watch.start()
 
 
 def _calibrated_on_nothing(fix: str) -> ValueError:

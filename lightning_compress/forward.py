@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-__all__ = ["ForwardOnly", "Inputs", "record_inputs", "replaced_forward", "with_batch"]
+__all__ = ["ForwardOnly", "Inputs", "input_names", "record_inputs", "replaced_forward", "run_model", "with_batch"]
 
 
 class Inputs(NamedTuple):
@@ -22,7 +22,7 @@ class Inputs(NamedTuple):
 
     @property
     def batch_size(self) -> int:
-        """Length of the first axis of the first tensor."""
+        """Length of the first axis of the first tensor that has one; 1 without such a tensor."""
         return next((x.shape[0] for x in tree_leaves(tuple(self)) if isinstance(x, Tensor) and x.dim()), 1)
 
 
@@ -43,8 +43,17 @@ def replaced_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[
             model.__dict__["forward"] = before
 
 
+# No lightning_compress.trace.Watch: that one holds no values, and lets the batch run to its end.
 def record_inputs(model: nn.Module, run: Callable[[], Any]) -> Inputs | None:
-    """The arguments of the model's first call inside ``run``, which ends there; None if it makes no call."""
+    """The arguments of the model's first call inside ``run``, which ends there; None if it makes no call.
+
+    Args:
+        model: The model.
+        run: Calls it, such as a validation step.
+
+    Returns:
+        The arguments, detached, copied and on the CPU.
+    """
     found: list[Inputs] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -57,10 +66,16 @@ def record_inputs(model: nn.Module, run: Callable[[], Any]) -> Inputs | None:
 
 
 def with_batch(inputs: Inputs, batch_size: int) -> Inputs:
-    """The inputs repeated or cut along their batch axis."""
+    """The inputs repeated or cut along their batch axis, the first one.
+
+    Example:
+        >>> with_batch(Inputs((torch.tensor([1, 2, 3]),), {}), 5)
+        Inputs(args=(tensor([1, 2, 3, 1, 2]),), kwargs={})
+    """
     size = inputs.batch_size
 
     def resize(x: Any) -> Any:
+        # what has another length, such as a mask over positions, is no batch
         if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != size:
             return x
         return x.repeat(-(-batch_size // size), *[1] * (x.dim() - 1))[:batch_size].contiguous()
@@ -100,8 +115,11 @@ def input_names(model: nn.Module, inputs: Inputs) -> list[str]:
     named = [*zip(parameters, inputs.args, strict=False), *inputs.kwargs.items()]
     names = []
     for name, value in named:
-        num = sum(isinstance(x, Tensor) for x in tree_leaves(value))
-        names += [name] if isinstance(value, Tensor) else [f"{name}_{i}" for i in range(num)]
+        if isinstance(value, Tensor):
+            names.append(name)
+        else:
+            num = sum(isinstance(x, Tensor) for x in tree_leaves(value))
+            names += [f"{name}_{i}" for i in range(num)]
     return names
 
 

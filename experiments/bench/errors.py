@@ -36,7 +36,8 @@ from lightning_compress.quantization import (
 )
 from lightning_compress.quantization.convert import convert
 from lightning_compress.quantization.model import quantize_layers
-from lightning_compress.quantization.placement import Tracer
+from lightning_compress.quantization.placement import find_placement
+from lightning_compress.trace import Watch
 
 __all__ = ["CASES", "message", "run"]
 
@@ -65,9 +66,9 @@ def _quantized(how: Scheme) -> nn.Module:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     found = quantize_layers(model, how)
     with torch.no_grad():
-        with Tracer(model, {layer.name for layer in found.layers}) as tracer:
+        with Watch(model) as watch:
             model(torch.randn(4, 8))
-        found.place(model, tracer.placement)
+        found.place(model, find_placement(watch.trace, model, {layer.name for layer in found.layers}))
         found.observe(True)
         model(torch.randn(4, 8))
     found.enable(True)

@@ -22,8 +22,9 @@ from torch import nn
 
 from experiments.nets import ResNet20, vit
 from lightning_compress.quantization.model import quantization_of, quantize_layers
-from lightning_compress.quantization.placement import Tracer
+from lightning_compress.quantization.placement import find_placement
 from lightning_compress.quantization.schemes import Scheme, int8, w8
+from lightning_compress.trace import Watch
 
 NETS: dict[str, Callable[[], nn.Module]] = {"resnet20": ResNet20, "vit": vit}
 BATCH_SIZE = 32
@@ -39,9 +40,9 @@ def ours(model: nn.Module, x: torch.Tensor, scheme: Scheme) -> nn.Module:
     model = copy.deepcopy(model)
     quantization = quantize_layers(model, scheme)
     names = {layer.name.removesuffix("." + layer.parameter) for layer in quantization.layers}
-    with Tracer(model, names) as tracer:
+    with Watch(model) as watch:
         model(x)
-    quantization.place(model, tracer.placement)
+    quantization.place(model, find_placement(watch.trace, model, names))
     quantization.observe(True)
     model(x)
     quantization.enable(True)

@@ -3,105 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.layers import Layer, modules_by_name
+from lightning_compress.pruning.chains import Chain, find_chains
 from lightning_compress.pruning.criteria import Criterion
+from lightning_compress.trace import Trace, Watch
 
-__all__ = ["Chain", "Observation"]
-
-_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "hardtanh": F.hardtanh,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "mish": F.mish,
-    "hardswish": F.hardswish,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
+__all__ = ["Observation", "ObservationState"]
 
 
-@dataclass
-class Chain:
-    """What follows a layer.
+class ObservationState(TypedDict):
+    """State of an observation: averages, chains and what the current batch has shown so far."""
 
-    Args:
-        norm: Name of the batch norm that reads the layer's output.
-        activation: Name of the function that reads the output of the layer or of its batch norm.
-        arguments: What the function is called with besides, such as a slope.
-        options: The same by name.
-    """
-
-    norm: str = ""
-    activation: str = ""
-    arguments: list[Any] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def activate(self, values: Tensor) -> Tensor:
-        """What the activation function makes of values."""
-        return _ACTIVATIONS[self.activation](values, *self.arguments, **self.options) if self.activation else values
-
-
-class _Watcher(TorchFunctionMode):
-    """Follows the outputs of the layers through batch norm and activation function while a batch runs."""
-
-    def __init__(self, layers: Mapping[str, nn.Module], norms: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self.chains = {name: Chain() for name in layers}
-        self._ends: dict[int, str] = {}
-        self._keep: list[Tensor] = []  # tensors stay alive, so that an id stays theirs
-        self._handles = [m.register_forward_hook(partial(self._after_layer, name)) for name, m in layers.items()]
-        self._handles += [m.register_forward_hook(partial(self._after_norm, name)) for name, m in norms.items()]
-
-    def _after_layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            self._ends[id(output)] = name
-            self._keep.append(output)
-
-    def _after_norm(self, norm: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        layer = self._ends.get(id(inputs[0])) if inputs else None
-        if layer is not None and self.chains[layer].norm in ("", norm):
-            self.chains[layer].norm = norm
-            self._after_layer(layer, module, inputs, output)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        values = args[0] if args else kwargs.get("input")
-        layer = self._ends.get(id(values)) if isinstance(values, Tensor) else None
-        output = func(*args, **kwargs)
-        if layer is not None:
-            name, chain = getattr(func, "__name__", "").rstrip("_"), self.chains[layer]
-            if name in _ACTIVATIONS and not chain.activation:
-                chain.activation = name
-                chain.arguments = [v for v in args[1:] if not isinstance(v, bool)]  # all but inplace
-                chain.options = {k: v for k, v in kwargs.items() if k not in ("input", "inplace")}
-            if output is values:
-                self._ends.pop(id(values), None)  # what was the layer's output is now something else
-        return output
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for handle in self._handles:
-            handle.remove()
-        self._keep.clear()
+    seen: dict[str, Tensor]
+    weights: dict[str, float]
+    chains: dict[str, list[Any]] | None
+    batch: dict[str, list[Tensor]]
 
 
 class Observation:
     """Running averages of what a criterion observes.
+
+    The first batch is only watched where the criterion asks for what follows a layer; all others are observed.
 
     Args:
         criterion: Says what to observe.
@@ -116,29 +45,37 @@ class Observation:
         self._weights: dict[str, float] = {}
         self._batch: dict[str, list[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
-        self._watcher: _Watcher | None = None
+        self._watch: Watch | None = None
         self._chains: dict[str, Chain] | None = None
+        # a whole batch was observed, and no layer was called
         self._blind = False
+        self._model = model
         self._modules = modules_by_name(model)
 
     @property
     def ready(self) -> bool:
         """Whether the criterion has all it needs to score, or there is nothing that it could wait for."""
-        needs_chains = self.criterion.observes_activations or self.criterion.needs_norm
         observes = self.criterion.observes_activations or self.criterion.observes_gradients
-        seen = not observes or bool(self.seen) or self._blind or not self.layers
-        return seen and (not needs_chains or self._chains is not None)
+        waits_for_values = observes and not self.seen and not self._blind and bool(self.layers)
+        waits_for_chains = self._needs_chains and self._chains is None
+        return not waits_for_values and not waits_for_chains
+
+    @property
+    def _needs_chains(self) -> bool:
+        return self.criterion.observes_activations or self.criterion.needs_norm
 
     def layer(self, layer: Layer) -> Layer:
         """The layer with what was seen of it."""
-        norm = (self._chains or {}).get(layer.name, Chain()).norm
+        norm = self._chain(layer.name).norm
         return replace(layer, seen=self.average(layer.name), norm=self._modules.get(norm) if norm else None)
 
     def average(self, name: str) -> Tensor | None:
-        """The average for a layer; None before anything was seen."""
+        """The average for a layer, or the sum where the criterion forgets nothing; None before anything was seen."""
         if name not in self.seen:
             return None
-        return self.seen[name] / self._weights[name] if self.criterion.memory < 1 else self.seen[name]
+        if self.criterion.memory == 1:
+            return self.seen[name]
+        return self.seen[name] / self._weights[name]
 
     def refuses(self, layer: Layer) -> str | None:
         """Why the layer cannot be scored now that batches have been seen; None where it can."""
@@ -153,44 +90,48 @@ class Observation:
 
     def begin_batch(self) -> None:
         """Watch the first batch; observe all others."""
-        if not (self.criterion.observes_activations or self.criterion.needs_norm):
-            return
-        if self._chains is None:
-            norms = {k: m for k, m in self._modules.items() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-            self._watcher = _Watcher({name: layer.module for name, layer in self.layers.items()}, norms)
-            self._watcher.__enter__()
+        if self._needs_chains and self._chains is None:
+            self._watch = Watch(self._model)
+            self._watch.start()
         elif self.criterion.observes_activations:
-            for name, layer in self.layers.items():
-                self._hook(name, layer)
+            for layer in self.layers.values():
+                self._observe(layer)
 
-    def _hook(self, name: str, layer: Layer) -> None:
-        chain = (self._chains or {}).get(name, Chain())
+    def _observe(self, layer: Layer) -> None:
+        """Hook a layer: what it reads, and what is left of it behind its norm and its activation function."""
+        chain = self._chain(layer.name)
         inputs: list[Tensor] = []
 
-        def read(module: nn.Module, args: Any) -> None:
+        def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if args:
                 inputs.append(args[0].detach())
 
         @torch.no_grad()
-        def observe(module: nn.Module, args: Any, output: Any) -> None:
+        def observe(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
             if inputs and isinstance(output, Tensor):
                 found = self.criterion.observe(layer, inputs.pop(), chain.activate(output.detach()))
-                self._batch.setdefault(name, []).append(found)
+                self._batch.setdefault(layer.name, []).append(found)
 
         end = self._modules[chain.norm] if chain.norm else layer.module
-        self._handles += [layer.module.register_forward_pre_hook(read), end.register_forward_hook(observe)]
+        self._handles.append(layer.module.register_forward_pre_hook(read))
+        self._handles.append(end.register_forward_hook(observe))
 
     def observe_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the gradients with which an optimizer is about to step."""
-        if self.criterion.observes_gradients:
-            theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            gradients = {k: x.weight.grad for k, x in self.layers.items() if id(x.weight) in theirs}
-            known = {name: g.detach() for name, g in gradients.items() if g is not None}
-            finite = [torch.isfinite(g).all() for g in known.values()]
-            if finite and bool(torch.stack(finite).all()):  # else a gradient scaler will skip the step
-                for name, gradient in known.items():
-                    found = self.criterion.observe_gradient(self.layers[name], gradient)
-                    self._batch.setdefault(name, []).append(found)
+        if not self.criterion.observes_gradients:
+            return
+        stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        gradients: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            gradient = layer.weight.grad
+            if gradient is not None and id(layer.weight) in stepping:
+                gradients[name] = gradient.detach()
+        # where one is not finite, a gradient scaler will skip the step
+        finite = [torch.isfinite(gradient).all() for gradient in gradients.values()]
+        if finite and bool(torch.stack(finite).all()):
+            for name, gradient in gradients.items():
+                found = self.criterion.observe_gradient(self.layers[name], gradient)
+                self._batch.setdefault(name, []).append(found)
 
     def end_batch(self, average: Callable[[Tensor], Tensor] | None = None) -> None:
         """Add what the batch showed to the averages.
@@ -198,52 +139,81 @@ class Observation:
         Args:
             average: Averages a tensor over the processes; None in a single one.
         """
-        hooked, keep = bool(self._handles), self.criterion.memory
+        observed = bool(self._handles)
         self.cancel()
-        batch = {name: torch.stack(found) for name in self.layers if (found := self._batch.get(name))}
-        means = {name: found.sum(0) if keep == 1 else found.mean(0) for name, found in batch.items()}
+        means = self._batch_means()
+        # gradients are the same in all processes already
         if average is not None and not self.criterion.observes_gradients:
-            called = average(torch.tensor([float(name in means) for name in self.layers]))
-            everywhere = [name for name, share in zip(self.layers, called.tolist(), strict=True) if share == 1]
-            means = {name: average(means[name]) for name in everywhere}
+            means = self._over_processes(means, average)
+        memory = self.criterion.memory
         for name, value in means.items():
-            self.seen[name] = value + keep * self.seen[name] if name in self.seen else value
-            self._weights[name] = 1 + keep * self._weights.get(name, 0.0)
-        self._blind = hooked and not self.seen
+            self.seen[name] = value + memory * self.seen[name] if name in self.seen else value
+            self._weights[name] = 1 + memory * self._weights.get(name, 0.0)
+        self._blind = observed and not self.seen
         self._batch.clear()
 
+    def _batch_means(self) -> dict[str, Tensor]:
+        """The mean of what each layer showed in this batch, or the sum where the criterion forgets nothing."""
+        means = {}
+        for name in self.layers:
+            if name in self._batch:
+                found = torch.stack(self._batch[name])
+                means[name] = found.sum(0) if self.criterion.memory == 1 else found.mean(0)
+        return means
+
+    def _over_processes(self, means: dict[str, Tensor], average: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The means over all processes, of the layers that all of them called: nobody waits for another's branch."""
+        called = average(torch.tensor([float(name in means) for name in self.layers]))
+        everywhere = [name for name, share in zip(self.layers, called.tolist(), strict=True) if share == 1]
+        return {name: average(means[name]) for name in everywhere}
+
     def cancel(self) -> None:
-        """Take all hooks away."""
-        if self._watcher is not None:
-            self._watcher.__exit__(None, None, None)
-            self._chains, self._watcher = self._watcher.chains, None
+        """Take all hooks away; the chains of a batch that was watched are known from now on."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._chains = self._watched_chains(self._watch.trace)
+            self._watch = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _watched_chains(self, trace: Trace) -> dict[str, Chain]:
+        norms = [name for name, m in self._modules.items() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        names = {id(module): name for name, module in self._modules.items()}
+        layers = {names[id(layer.module)]: layer.name for layer in self.layers.values() if id(layer.module) in names}
+        return {name: Chain() for name in self.layers} | find_chains(trace, layers, norms)
+
+    def _chain(self, name: str) -> Chain:
+        return (self._chains or {}).get(name, Chain())
 
     def follow(self, model: nn.Module) -> None:
         """Forget what was seen of other shapes, and the layers that are gone; the next batch is the first one again."""
         self.cancel()
         present = {id(p) for p in model.parameters()}
         self.layers = {name: layer for name, layer in self.layers.items() if id(layer.weight) in present}
-        self._modules, self._chains = modules_by_name(model), None
-        for known in (self.seen, self._weights, self._batch):
-            known.clear()
+        self._model = model
+        self._modules = modules_by_name(model)
+        self._chains = None
+        self.seen.clear()
+        self._weights.clear()
+        self._batch.clear()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> ObservationState:
         """Averages, chains and what a batch has shown so far, as plain values."""
-        known = self._chains if self._watcher is None else self._watcher.chains
-        chains = (
-            None if known is None else {k: [c.norm, c.activation, c.arguments, c.options] for k, c in known.items()}
-        )
+        # a checkpoint inside of the first batch has the chains of what has run of it
+        known = self._chains if self._watch is None else self._watched_chains(self._watch.trace)
+        chains: dict[str, list[Any]] | None = None
+        if known is not None:
+            chains = {name: [c.norm, c.activation, c.arguments, c.options] for name, c in known.items()}
         batch = {name: list(found) for name, found in self._batch.items()}
         return {"seen": dict(self.seen), "weights": dict(self._weights), "chains": chains, "batch": batch}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: ObservationState | Mapping[str, Any]) -> None:
         """Take up the averages of a checkpoint."""
         devices = {name: layer.weight.device for name, layer in self.layers.items()}
         self.seen = {name: value.to(devices[name]) for name, value in state["seen"].items()}
         self._weights = dict(state["weights"])
-        self._chains = None if state["chains"] is None else {k: Chain(*c) for k, c in state["chains"].items()}
+        chains = state["chains"]
+        self._chains = None if chains is None else {name: Chain(*known) for name, known in chains.items()}
         self._batch = {name: [v.to(devices[name]) for v in found] for name, found in state["batch"].items()}
         self.end_batch()

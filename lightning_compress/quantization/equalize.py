@@ -7,30 +7,23 @@ divided by s at the first and multiplied by s at the second without a change of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from lightning_compress.functions import COPIES, DROPOUTS, LAYERS, POOLS, RESHAPES
 from lightning_compress.layers import Layer, modules_by_name
 from lightning_compress.quantization.fake_quant import weights
+from lightning_compress.trace import Began, Ran, Trace, Value
 
-__all__ = ["ChainTracer", "Chains", "equalize"]
+__all__ = ["Chains", "equalize", "find_pairs"]
 
-_LAYERS = ("linear", *(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3)))
-_ELEMENTWISE = {
-    *("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "contiguous", "clone", "float", "to"),
-    *("dropout", "dropout1d", "dropout2d", "dropout3d"),
-}
-_POOLS = {
-    f"{adaptive}{kind}_pool{d}d": d for adaptive in ("", "adaptive_") for kind in ("max", "avg") for d in (1, 2, 3)
-}
-_SHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
+# f(s x) = s f(x) for s > 0, value by value
+_ELEMENTWISE = {"relu", "leaky_relu", "prelu", *COPIES, *DROPOUTS}
 _REDUCTIONS = {"mean", "sum", "amax"}
-_NO_VALUES = {"size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "__len__", "type", "get_device"}
 
 
 @dataclass
@@ -46,144 +39,152 @@ class Chains:
     norms: dict[str, str] = field(default_factory=dict)
 
 
+def find_pairs(trace: Trace, model: nn.Module, layers: Sequence[Layer]) -> Chains:
+    """What scales can be moved between.
+
+    Args:
+        trace: Of one batch of the model, from :class:`lightning_compress.trace.Watch`.
+        model: The root.
+        layers: The layers that may be scaled; convolutions and linear layers are taken.
+    """
+    walk = _Walk(trace, model, layers)
+    chains = Chains()
+    for origin in walk.normed:
+        if walk.is_only_read_on(origin) and walk.is_read_once(origin.norm):
+            chains.norms[origin.layer] = origin.norm
+    for origin, second in walk.read:
+        # the norm on the way must be one that scales can be moved to
+        is_whole = chains.norms.get(origin.layer, "") == origin.norm
+        if walk.is_only_read_on(origin) and walk.is_read_once(second) and is_whole:
+            chains.pairs.append((origin.layer, second))
+    return chains
+
+
 @dataclass(frozen=True)
 class _Origin:
     """The layer whose output channels a value still has.
 
     Args:
         layer: Its name.
-        norm: Name of the batch norm right behind it.
-        path: The values from the layer's output to here.
+        path: Numbers of the values from the layer's output to here.
         last: Whether the channels lie along the last axis rather than along axis 1.
+        norm: Name of the batch norm right behind it.
     """
 
     layer: str
-    path: tuple[tuple[int, int], ...]
+    path: tuple[int, ...]
     last: bool
     norm: str = ""
 
 
-class ChainTracer(TorchFunctionMode):
-    """Watches one batch; use as a context around it, then read :attr:`chains`.
+class _Walk:
+    """Follows channels through the functions of a trace; what the functions read counts, and what leaves the model.
 
-    Args:
-        model: The root.
-        layers: The layers that may be scaled; convolutions and linear layers are taken.
+    Weights are known by the tensor that a function reads, not by the module that is called: so are those that
+    ``F.linear`` is given.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
-        super().__init__()
-        self.chains = Chains()
-        self._model = model
+    def __init__(self, trace: Trace, model: nn.Module, layers: Sequence[Layer]) -> None:
+        self.read: list[tuple[_Origin, str]] = []
+        self.normed: list[_Origin] = []
+        self._tensors = trace.tensors
         self._modules = modules_by_name(model)
-        simple = [x for x in layers if isinstance(x.module, nn.Linear | nn.modules.conv._ConvNd)]
-        owners = Counter(id(p) for m in dict.fromkeys(model.modules()) for p in m._parameters.values())
-        self._layers = {id(x.weight): x for x in simple if owners[id(x.weight)] == 1}
-        norms = {n: m for n, m in self._modules.items() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-        self._norms = {id(m.running_var): n for n, m in norms.items() if m.running_var is not None}
-        self._keep: list[Any] = []  # tensors stay alive, so that an id stays theirs
-        self._version: Counter[int] = Counter()
-        self._uses: Counter[tuple[int, int]] = Counter()
-        self._origin: dict[tuple[int, int], _Origin] = {}
-        self._read: list[tuple[_Origin, str]] = []
-        self._normed: list[_Origin] = []
-        self._handle: Any = None
+        self._layers = self._by_weight(model, layers)
+        self._norms = {
+            trace.tensors[name, "running_var"]: name
+            for name, module in self._modules.items()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None
+        }
+        self._origins: dict[int, _Origin] = {}
+        self._num_reads: Counter[int] = Counter()
+        for event in trace.events:
+            if isinstance(event, Ran):
+                self._run(event)
+            elif not isinstance(event, Began) and not event.name:
+                self._num_reads.update(value.number for value in event.outputs)
 
-    def __enter__(self) -> ChainTracer:
-        """Watch what leaves the model, too."""
-        self._handle = self._model.register_forward_hook(lambda module, args, output: self.use(output))
-        super().__enter__()
-        return self
+    def is_only_read_on(self, origin: _Origin) -> bool:
+        """Whether nothing else reads a value on the way from a layer."""
+        return self.is_read_once(origin.layer) and all(self._num_reads[number] == 1 for number in origin.path)
 
-    def __exit__(self, *error: Any) -> None:
-        """Settle which values only one layer reads."""
-        super().__exit__(*error)
-        self._handle.remove()
-        for origin in self._normed:
-            if self._is_only_read_on(origin) and self._is_one(origin.norm):
-                self.chains.norms[origin.layer] = origin.norm
-        for origin, second in self._read:
-            is_whole = self.chains.norms.get(origin.layer, "") == origin.norm
-            if self._is_only_read_on(origin) and self._is_one(second) and is_whole:
-                self.chains.pairs.append((origin.layer, second))
-        for held in (self._keep, self._read, self._normed):
-            held.clear()
+    def is_read_once(self, name: str) -> bool:
+        """Whether every parameter of a module was read once."""
+        own = [key for key, p in self._modules[name]._parameters.items() if p is not None]
+        return all(self._num_reads[self._tensors[name, key]] == 1 for key in own)
 
-    def use(self, values: Any) -> None:
-        """Count values as used outside of the model."""
-        tensors = [x for x in torch.utils._pytree.tree_leaves(values) if isinstance(x, Tensor)]
-        self._uses.update(self._key(x) for x in tensors)
+    def _by_weight(self, model: nn.Module, layers: Sequence[Layer]) -> dict[int, Layer]:
+        owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+        names = {id(module): name for name, module in self._modules.items()}
+        found = {}
+        for layer in layers:
+            is_simple = isinstance(layer.module, nn.Linear | nn.modules.conv._ConvNd)
+            if is_simple and owners[id(layer.weight)] == 1:
+                found[self._tensors[names[id(layer.module)], layer.parameter]] = layer
+        return found
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Follow channels through functions."""
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        results = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor)]
-        if not results and name in ("__get__", *_NO_VALUES):
-            return output
-        self._keep.append((tensors, results))
-        for x in tensors:
-            self._uses[self._key(x)] += 1
-        origin = self._origin_of(name, args, kwargs, results[0]) if len(results) == 1 and args else None
-        for result in results:
-            if any(result is x for x in tensors):  # changed in place: from now on another value
-                self._version[id(result)] += 1
-        if origin is not None:
-            key = self._key(results[0])
-            self._origin[key] = replace(origin, path=(*origin.path, key))
-            if name == "batch_norm":
-                self._normed.append(replace(origin, path=origin.path[:1]))
-        return output
+    def _run(self, event: Ran) -> None:
+        self._num_reads.update(value.number for value in event.reads)
+        if len(event.results) != 1 or not event.args or not isinstance(event.args[0], Value):
+            return
+        result = event.results[0]
+        origin = self._origin_of(event, event.args[0], result)
+        if origin is None:
+            return
+        self._origins[result.number] = replace(origin, path=(*origin.path, result.number))
+        if event.name == "batch_norm":
+            self.normed.append(replace(origin, path=origin.path[:1]))
 
-    def _origin_of(self, name: str, args: Any, kwargs: dict[str, Any], result: Tensor) -> _Origin | None:
-        x = args[0]
-        origin = self._origin.get(self._key(x)) if isinstance(x, Tensor) else None
-        if name in _LAYERS and len(args) > 1 and id(args[1]) in self._layers:
-            layer = self._layers[id(args[1])]
-            linear = isinstance(layer.module, nn.Linear)
-            if not linear and x.dim() != layer.weight.dim():
-                return None
-            if origin is not None and (x.dim() == 2 or origin.last if linear else not origin.last):
-                self._read.append((origin, layer.name))
-            return _Origin(layer.name, (), last=linear and x.dim() != 2)
-        if origin is None or not torch.is_floating_point(result):
+    def _origin_of(self, event: Ran, x: Value, result: Value) -> _Origin | None:
+        origin = self._origins.get(x.number)
+        if event.name in LAYERS:
+            weight = event.args[1] if len(event.args) > 1 else None
+            layer = self._layers.get(weight.number) if isinstance(weight, Value) else None
+            if layer is not None:
+                return self._origin_at(layer, x, origin)
+        if origin is None or not result.dtype.is_floating_point:
             return None
-        if name == "batch_norm":
-            norm = self._norms.get(id(args[2] if len(args) > 2 else kwargs.get("running_var")), "")
+        if event.name == "batch_norm":
+            variance = event.args[2] if len(event.args) > 2 else event.kwargs.get("running_var")
+            norm = self._norms.get(variance.number, "") if isinstance(variance, Value) else ""
             fits = bool(norm) and not origin.last and len(origin.path) == 1
             return replace(origin, norm=norm) if fits else None
-        return origin if _keeps_channels(name, args, kwargs, result, origin.last) else None
+        return origin if _keeps_channels(event, x.shape, result.shape, origin.last) else None
 
-    def _key(self, x: Tensor) -> tuple[int, int]:
-        return id(x), self._version[id(x)]
+    def _origin_at(self, layer: Layer, x: Value, origin: _Origin | None) -> _Origin | None:
+        """Where the channels of a layer's output come from: the layer itself, which may be the second of a pair."""
+        num_axes = len(x.shape)
+        is_linear = isinstance(layer.module, nn.Linear)
+        if not is_linear and num_axes != layer.weight.dim():
+            return None
+        if origin is not None:
+            reads_channels = num_axes == 2 or origin.last if is_linear else not origin.last
+            if reads_channels:
+                self.read.append((origin, layer.name))
+        return _Origin(layer.name, (), last=is_linear and num_axes != 2)
 
-    def _is_only_read_on(self, origin: _Origin) -> bool:
-        return self._is_one(origin.layer) and all(self._uses[key] == 1 for key in origin.path)
 
-    def _is_one(self, name: str) -> bool:
-        """Whether every parameter of a module was read once."""
-        return all(self._uses[id(p), 0] == 1 for p in self._modules[name]._parameters.values() if p is not None)
+def _keeps_channels(event: Ran, before: tuple[int, ...], after: tuple[int, ...], last: bool) -> bool:
+    """Whether a function is positively homogeneous and its result has the channels of its input, in their order.
 
-
-def _keeps_channels(name: str, args: Any, kwargs: dict[str, Any], result: Tensor, last: bool) -> bool:
-    """Whether a function is positively homogeneous and its result has the channels of its input, in their order."""
-    x = args[0]
-    if name in _ELEMENTWISE:
-        return result.shape == x.shape
-    if name in _POOLS:
-        return not last and x.dim() == _POOLS[name] + 2
-    if name in _SHAPES:
+    Args:
+        event: The function.
+        before: Shape of its input.
+        after: Shape of its result.
+        last: Whether the channels lie along the last axis rather than along axis 1.
+    """
+    num_axes = len(before)
+    if event.name in _ELEMENTWISE:
+        return after == before
+    if event.name in POOLS:
+        return not last and num_axes == POOLS[event.name] + 2
+    if event.name in RESHAPES:
         if last:
-            return result.shape[-1:] == x.shape[-1:]
-        return result.shape[:2] == x.shape[:2] or (result.dim() == 2 and len(result) == len(x))
-    if name in _REDUCTIONS:
-        dims = args[1] if len(args) > 1 else kwargs.get("dim")
-        dims = [dims] if isinstance(dims, int) else dims or range(x.dim())
-        return not {d % x.dim() for d in dims} & ({x.dim() - 1} if last else {0, 1})
+            return after[-1:] == before[-1:]
+        return after[:2] == before[:2] or (len(after) == 2 and after[0] == before[0])
+    if event.name in _REDUCTIONS:
+        dims = event.args[1] if len(event.args) > 1 else event.kwargs.get("dim")
+        dims = [dims] if isinstance(dims, int) else dims or range(num_axes)
+        return not {d % num_axes for d in dims} & ({num_axes - 1} if last else {0, 1})
     return False
 
 
@@ -205,7 +206,7 @@ def equalize(
     Args:
         model: The model.
         layers: The layers that are quantized.
-        chains: Where scales can be moved, from :class:`ChainTracer`.
+        chains: Where scales can be moved, from :func:`find_pairs`.
         num_sweeps: Most times to go over all pairs.
         tolerance: Enough is when no scale moves by more than this share.
     """

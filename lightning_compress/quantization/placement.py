@@ -7,54 +7,16 @@ chain) or, where a function produced it, at the outermost module that receives i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
+from lightning_compress.functions import ADDITIONS, AVERAGES, SAME_VALUES
 from lightning_compress.layers import EMBEDDING, modules_by_name
+from lightning_compress.trace import Began, Ended, Ran, Trace, Value, find_norms
 
-__all__ = ["Placement", "Tracer"]
-
-_SAME_VALUES = {
-    *(
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "permute",
-        "transpose",
-        "t",
-        "contiguous",
-        "squeeze",
-        "unsqueeze",
-    ),
-    *(
-        "expand",
-        "chunk",
-        "split",
-        "unbind",
-        "__getitem__",
-        "clone",
-        "movedim",
-        "swapaxes",
-        "view_as",
-        "float",
-        "to",
-    ),
-    *("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout"),
-    *("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d"),
-    *("boolean_dispatch", "repeat", "roll", "pad", "detach"),
-}
-_INTEGER_KERNELS = {
-    *("add", "add_", "__add__", "__radd__", "__iadd__", "cat", "concat", "concatenate"),
-    *("mean", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
-    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
-}
+__all__ = ["Placement", "find_placement"]
 
 
 @dataclass
@@ -79,8 +41,33 @@ class Placement:
         def left(names: dict[str, str]) -> dict[str, str]:
             return {a: b for a, b in names.items() if not is_gone(a) and not is_gone(b.partition(":")[0])}
 
-        inputs, outputs = ([name for name in names if not is_gone(name)] for names in (self.inputs, self.outputs))
+        inputs = [name for name in self.inputs if not is_gone(name)]
+        outputs = [name for name in self.outputs if not is_gone(name)]
         return Placement(inputs, outputs, left(self.folds), left(self.feeds))
+
+
+def find_placement(trace: Trace, model: nn.Module, quantized: Collection[str]) -> Placement:
+    """Where the activations of a model are quantized.
+
+    Args:
+        trace: Of one batch of the model, from :class:`lightning_compress.trace.Watch`.
+        model: The root; its own call is watched, but it never quantizes.
+        quantized: Names of the modules with quantized weights.
+    """
+    modules = modules_by_name(model)
+    walk = _Walk(modules, quantized)
+    for time, event in enumerate(trace.events):
+        walk.step(time, event)
+    placement = walk.placement
+    norms = {name for name, module in modules.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    for layer, norm in find_norms(trace, quantized, norms)[0].items():
+        output = walk.outputs[layer]
+        is_called_once = walk.num_calls[layer] == walk.num_calls[norm] == 1
+        has_statistics = modules[norm].running_var is not None
+        is_read_once = walk.num_reads[output.number] == 1
+        if is_called_once and is_read_once and has_statistics and _channels_agree(modules[layer], output):
+            placement.folds[layer] = norm
+    return placement
 
 
 @dataclass
@@ -90,139 +77,82 @@ class _Call:
     began: int
 
 
-class Tracer(TorchFunctionMode):
-    """Watches one batch; use as a context around it, then read :attr:`placement`.
+class _Walk:
+    """Goes through a trace and places quantizers.
 
-    Args:
-        model: The root; its own call is watched, but it never quantizes.
-        quantized: Names of the modules with quantized weights.
-        skip_root_calls: How many nested calls of the root to overlook (a DDP wrapper calls it once more).
+    Values of the same numbers, such as a tensor and its transpose, have one root: the first of them.
     """
 
-    def __init__(self, model: nn.Module, quantized: set[str], skip_root_calls: int = 0) -> None:
-        super().__init__()
+    def __init__(self, modules: dict[str, nn.Module], quantized: Collection[str]) -> None:
         self.placement = Placement()
-        self._model = model
+        self.num_calls: Counter[str] = Counter()
+        self.num_reads: Counter[int] = Counter()
+        self.outputs: dict[str, Value] = {}
+        self._modules = modules
         self._quantized = quantized
-        self._skip = skip_root_calls
-        self._skipped = 0
-        self._keep: list[Any] = []  # tensors stay alive, so that an id stays theirs
         self._same: dict[int, int] = {}
         self._producer: dict[int, tuple[str, int]] = {}
-        self._uses: Counter[int] = Counter()
-        self._calls: Counter[str] = Counter()
-        self._bn_inputs: list[tuple[str, Tensor]] = []
-        self._stack: list[_Call] = []
-        self._time = 0
-        self._handles: list[RemovableHandle] = []
+        self._calls: list[_Call] = []
 
-    def __enter__(self) -> Tracer:
-        """Hook every module that may quantize."""
-        for name, module in modules_by_name(self._model).items():
-            if type(module).__module__.startswith("torchmetrics") or isinstance(module, nn.modules.loss._Loss):
-                continue
-            self._handles.append(module.register_forward_pre_hook(self._before(name)))
-            self._handles.append(module.register_forward_hook(self._after(name), always_call=False))
-        super().__enter__()
-        return self
+    def step(self, time: int, event: Began | Ended | Ran) -> None:
+        """Take the next event."""
+        if isinstance(event, Began):
+            self._begin(time, event)
+        elif isinstance(event, Ended):
+            self._end(time, event)
+        elif self._calls:  # a loss outside of the model quantizes nothing
+            self._run(event)
 
-    def __exit__(self, *error: Any) -> None:
-        """Unhook, and settle which batch norms can be folded."""
-        super().__exit__(*error)
-        for handle in self._handles:
-            handle.remove()
-        modules = modules_by_name(self._model)
-        for norm, value in self._bn_inputs:
-            layer, _ = self._producer.get(id(value), ("", 0))
-            has_statistics = modules[norm].running_var is not None
-            once = self._calls[layer] == self._calls[norm] == self._uses[id(value)] == 1
-            if layer in self._quantized and once and has_statistics and _channels_agree(modules[layer], value):
-                self.placement.folds[layer] = norm
-        self._keep.clear()
-        self._bn_inputs.clear()
+    def _begin(self, time: int, event: Began) -> None:
+        first = event.args[0] if event.args else None
+        receives = None if first is None else self._root(first)
+        self.num_calls[event.name] += 1
+        self._calls.append(_Call(event.name, receives, time))
+        module = self._modules[event.name]
+        if event.name in self._quantized and not isinstance(module, EMBEDDING):
+            # attention reads query, key and value
+            num_read = 3 if isinstance(module, nn.MultiheadAttention) else 1
+            for value in event.args[:num_read]:
+                if value is not None and value.dtype.is_floating_point:
+                    self.placement.feeds[event.name] = self._need(value)
 
-    def __torch_function__(  # noqa: C901  # one branch per kind of function
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Follow values through functions inside the model's forward."""
-        output = func(*args, **(kwargs or {}))
-        if not self._stack:
-            return output
-        name = getattr(func, "__name__", "")
-        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        results = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor)]
-        if name == "__get__" or not results:  # an attribute such as shape or grad
-            return output
-        self._keep.append((tensors, results))
-        self._time += 1
-        for x in tensors:
-            self._uses[id(x)] += 1
-        if name in _INTEGER_KERNELS:
-            values = [x for x in tensors if _is_activation(x)]
-            if len(values) >= (1 if "pool" in name or name == "mean" else 2):
-                for x in values:
-                    self._need(x)
-        for result in results:
-            if name in _SAME_VALUES:
-                if result is not tensors[0]:
-                    self._same[id(result)] = self._root(tensors[0])
-            elif any(result is x for x in tensors):  # changed in place: from now on another value
-                self._same[id(result)] = -self._time
-        return output
+    def _end(self, time: int, event: Ended) -> None:
+        call = self._calls.pop()
+        if not self._calls:  # what leaves the model is read there
+            self.num_reads.update(value.number for value in event.outputs)
+        if event.output is None:
+            return
+        self.outputs[event.name] = event.output
+        if not event.name:
+            return
+        root = self._root(event.output)
+        _, since = self._producer.get(root, ("", -1))
+        if root != call.receives and since < call.began:  # made here, neither handed through nor made inside
+            self._producer[root] = (event.name, time)
 
-    def _before(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not name and self._skipped < self._skip:
-                self._skipped += 1
-                return
-            x = args[0] if args and isinstance(args[0], Tensor) else None
-            self._keep.append(x)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and x is not None:
-                self._bn_inputs.append((name, x))
-            self._calls[name] += 1
-            self._time += 1
-            self._stack.append(_Call(name, None if x is None else self._root(x), self._time))
-            if name in self._quantized and not isinstance(module, EMBEDDING):
-                for value in args[:3] if isinstance(module, nn.MultiheadAttention) else args[:1]:
-                    if isinstance(value, Tensor) and torch.is_floating_point(value):
-                        self.placement.feeds[name] = self._need(value)
+    def _run(self, event: Ran) -> None:
+        if event.name == "get" or not event.results:  # an attribute such as shape or grad
+            return
+        self.num_reads.update(value.number for value in event.reads)
+        operands = [value for value in event.reads if _is_activation(value)]
+        if event.name in AVERAGES or (event.name in ADDITIONS and len(operands) > 1):
+            for value in operands:
+                self._need(value)
+        if event.name in SAME_VALUES:
+            self._same.update((result.number, self._root(event.reads[0])) for result in event.results)
 
-        return hook
+    def _root(self, value: Value) -> int:
+        return self._same.get(value.number, value.number)
 
-    def _after(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not self._stack:  # the end of a skipped call of the root
-                self._skipped -= 1
-                return
-            call = self._stack.pop()
-            self._time += 1
-            if not self._stack:  # what leaves the model is used there
-                self._uses.update(id(x) for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor))
-            if not isinstance(output, Tensor) or not name:
-                return
-            self._keep.append(output)
-            root = self._root(output)
-            _, since = self._producer.get(root, ("", -1))
-            if root != call.receives and since < call.began:  # made here, neither handed through nor made inside
-                self._producer[root] = (name, self._time)
-
-        return hook
-
-    def _root(self, x: Tensor) -> int:
-        key = id(x)
-        while key in self._same:
-            key = self._same[key]
-        return key
-
-    def _need(self, x: Tensor) -> str:
+    def _need(self, value: Value) -> str:
         """Let the module that produced a value, or else the outermost that receives it, quantize it; name the place."""
-        root = self._root(x)
+        root = self._root(value)
         producer, _ = self._producer.get(root, ("", 0))
         if producer:
             if producer not in self.placement.outputs:
                 self.placement.outputs.append(producer)
             return f"{producer}:output"
-        for call in self._stack:
+        for call in self._calls:
             if call.name and call.receives == root:
                 if call.name not in self.placement.inputs:
                     self.placement.inputs.append(call.name)
@@ -230,14 +160,15 @@ class Tracer(TorchFunctionMode):
         return ""
 
 
-def _channels_agree(layer: nn.Module, output: Tensor) -> bool:
+def _channels_agree(layer: nn.Module, output: Value) -> bool:
     """Whether the channels that a batch norm sees, axis 1, are those that have a scale of their own in the weight."""
+    num_axes = len(output.shape)
     if isinstance(layer, nn.Linear):
-        return output.dim() == 2
-    if not isinstance(layer, nn.modules.conv._ConvNd) or output.dim() != layer.weight.dim():
+        return num_axes == 2
+    if not isinstance(layer, nn.modules.conv._ConvNd) or num_axes != layer.weight.dim():
         return False
     return layer.groups == 1 or not layer.transposed
 
 
-def _is_activation(x: Tensor) -> bool:
-    return torch.is_floating_point(x) and x.dim() >= 2 and not isinstance(x, nn.Parameter)
+def _is_activation(value: Value) -> bool:
+    return value.dtype.is_floating_point and len(value.shape) >= 2 and not value.is_parameter

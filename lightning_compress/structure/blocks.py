@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.checks import first_line
 from lightning_compress.layers import matches
 from lightning_compress.structure.channels import plain_name
 from lightning_compress.structure.groups import Forward, tracing
 from lightning_compress.structure.record import Record, apply_record
+from lightning_compress.trace import Began, Ended, Trace, Watch
 
 __all__ = ["choose_blocks", "find_blocks", "record_blocks", "score_block"]
 
 
-def find_blocks(  # noqa: C901  # one branch per reason to leave a block alone
+def find_blocks(
     model: nn.Module, forward: Forward, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
     """Blocks that give back the shape they read, so that the model runs without any of them.
@@ -44,28 +45,15 @@ def find_blocks(  # noqa: C901  # one branch per reason to leave a block alone
                 raise ValueError(
                     f"{key}={pattern!r} matches no module. Give a name, a prefix, or a glob such as 'blocks.*'."
                 )
-    same, calls, outputs = _watch(model, forward)
-    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
-    uses = Counter(id(m) for m in model.modules() for m in m.children())
-    skipped: dict[str, str] = {}
-    found: list[str] = []
-    for name in same:
-        module, plain = model.get_submodule(name), names[name]
-        if calls[name] != 1 or uses[id(module)] > 1:
-            skipped[plain] = "called more than once"
-        elif include and not any(plain == p or _is_glob_match(plain, p) for p in include):
-            continue
-        elif matches(plain, exclude):
-            skipped[plain] = "excluded by name"
-        elif any(id(p) in frozen for p in module.parameters()) and not include:
-            skipped[plain] = "frozen (requires_grad=False); include it by name to take it"
-        else:
-            found.append(name)
+    watched = copy.deepcopy(model).eval()
+    with Watch(watched) as watch:
+        outputs = _outputs(watched, forward)
+    found, skipped = _sort(model, watch.trace, include, exclude)
     if not include:
         found = _outermost(model, found)
     proven = []
     for name in found:
-        why = _why(model, forward, [name], outputs)
+        why = _why_needed(model, forward, [name], outputs)
         if why is None:
             proven.append(name)
         else:
@@ -98,10 +86,10 @@ def choose_blocks(
         scores: A score for each.
         num: How many to remove.
     """
-    outputs = _watch(model, forward)[2]
+    outputs = _outputs(copy.deepcopy(model).eval(), forward)
     chosen: list[str] = []
     for name in sorted(names, key=lambda name: scores[name]):
-        if len(chosen) < num and _why(model, forward, [*chosen, name], outputs) is None:
+        if len(chosen) < num and _why_needed(model, forward, [*chosen, name], outputs) is None:
             chosen.append(name)
     return chosen
 
@@ -109,6 +97,51 @@ def choose_blocks(
 def record_blocks(names: Sequence[str]) -> Record:
     """The record that removes blocks."""
     return {"kept": {}, "attributes": {}, "removed": list(names)}
+
+
+def _sort(
+    model: nn.Module, trace: Trace, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Names of the blocks that may be removed as far as a trace shows, and those left alone with the reason."""
+    # what is compiled holds the module that it was made of: both have one plain name, and the outer one is the block
+    names: dict[str, str] = {}
+    for name, _ in model.named_modules():
+        names.setdefault(plain_name(name), name)
+    num_calls = Counter(event.name for event in trace.events if isinstance(event, Began))
+    num_places = Counter(id(child) for module in model.modules() for child in module.children())
+    found: list[str] = []
+    skipped: dict[str, str] = {}
+    for plain in _shape_keepers(trace):
+        module = model.get_submodule(names[plain])
+        own = list(module.parameters())
+        is_frozen = any(not p.requires_grad for p in own)
+        if not plain or not any(p.dim() > 1 for p in own):
+            continue
+        if num_calls[plain] != 1 or num_places[id(module)] > 1:
+            skipped[plain] = "called more than once"
+        elif include and not any(plain == pattern or _is_named(plain, pattern) for pattern in include):
+            continue
+        elif matches(plain, exclude):
+            skipped[plain] = "excluded by name"
+        elif is_frozen and not include:
+            skipped[plain] = "frozen (requires_grad=False); include it by name to take it"
+        else:
+            found.append(names[plain])
+    return found, skipped
+
+
+def _shape_keepers(trace: Trace) -> list[str]:
+    """Modules that gave a tensor of the shape and type that they read, in all calls; in the order of the first ones."""
+    keeps: dict[str, bool] = {}
+    for event in trace.events:
+        if isinstance(event, Began):
+            keeps.setdefault(event.name, True)
+        elif isinstance(event, Ended):
+            read = event.args[0] if event.args else None
+            given = event.output
+            if read is None or given is None or (read.shape, read.dtype) != (given.shape, given.dtype):
+                keeps[event.name] = False
+    return [name for name, keeps_shape in keeps.items() if keeps_shape]
 
 
 def _outermost(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -131,58 +164,25 @@ def _outermost(model: nn.Module, names: Sequence[str]) -> list[str]:
     return kept
 
 
-def _is_glob_match(name: str, pattern: str) -> bool:
+def _is_named(name: str, pattern: str) -> bool:
     """Whether a pattern names the block itself, or a module that it lies in directly."""
     return matches(name, [pattern]) and (pattern == name.rpartition(".")[0] or not name.startswith(pattern + "."))
 
 
-def _watch(model: nn.Module, forward: Forward) -> tuple[list[str], Counter[str], list[Tensor]]:
-    """Modules with weights that gave a tensor of the shape they read; calls of every module; the outputs."""
-    watched = copy.deepcopy(model).eval()
-    calls: Counter[str] = Counter()
-    begun: list[str] = []
-    same: dict[str, bool] = {}
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            calls[name] += 1
-            begun.append(name)
-
-        return hook
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            fits = bool(args) and isinstance(args[0], Tensor) and isinstance(output, Tensor)
-            fits = fits and args[0].shape == output.shape and args[0].dtype == output.dtype
-            same[name] = same.get(name, True) and fits
-
-        return hook
-
-    for name, module in watched.named_modules():
-        if (
-            name
-            and any(p.dim() > 1 for p in module.parameters())
-            and not isinstance(module, torch._dynamo.OptimizedModule)
-        ):
-            whole = name.removesuffix("._orig_mod")  # compiled code keeps what it was made of
-            module.register_forward_pre_hook(before(whole))
-            module.register_forward_hook(after(whole))
+def _outputs(model: nn.Module, forward: Forward) -> list[Tensor]:
+    """The tensors that a copy of the model gives."""
     with tracing(), torch.no_grad():
-        outputs = [x for x in torch.utils._pytree.tree_leaves(forward(watched)) if isinstance(x, Tensor)]
-    order = list(dict.fromkeys(begun))
-    return [name for name in order if same.get(name)], calls, outputs
+        return [x for x in torch.utils._pytree.tree_leaves(forward(model)) if isinstance(x, Tensor)]
 
 
-def _why(model: nn.Module, forward: Forward, names: Sequence[str], expected: Sequence[Tensor]) -> str | None:
-    """Why a model does not run without some blocks."""
+def _why_needed(model: nn.Module, forward: Forward, names: Sequence[str], expected: Sequence[Tensor]) -> str | None:
+    """Why a model does not run without some blocks; None where it does."""
     smaller = copy.deepcopy(model).eval()
     try:
         apply_record(smaller, record_blocks(names))
-        with tracing(), torch.no_grad():
-            outputs = [x for x in torch.utils._pytree.tree_leaves(forward(smaller)) if isinstance(x, Tensor)]
+        outputs = _outputs(smaller, forward)
     except Exception as error:
-        lines = str(error).strip().splitlines() or ["no message"]
-        return f"the model does not run without it: {type(error).__name__}: {lines[0]}"
+        return f"the model does not run without it: {first_line(error)}"
     if [x.shape for x in outputs] != [x.shape for x in expected]:
         return "the model's output would change its shape"
     return None

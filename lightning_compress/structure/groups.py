@@ -9,13 +9,15 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch_pruning import ops
 
 from lightning_compress.layers import EMBEDDING, PRUNABLE, find_layers, matches
@@ -154,45 +156,49 @@ def _module_of(name: str, parameter: str) -> str:
     return name if parameter == "weight" else name.removesuffix(parameter).rstrip(".")
 
 
+# This asks autograd, not a lightning_compress.trace.Trace: torch-pruning reads the graph of autograd, and only that
+# graph goes through the functions of a user's own autograd.Function.
 def _trace(model: nn.Module, forward: Forward) -> tuple[tp.DependencyGraph, set[str]]:
     """The dependency graph, and the names of the layers whose outputs leave the model."""
-    produced: dict[Any, str] = {}
-
-    def remember(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            for x in torch.utils._pytree.tree_leaves(output):
-                if isinstance(x, Tensor) and x.grad_fn is not None:
-                    produced[x.grad_fn] = name
-
-        return hook
-
-    kinds = (*_ROOTS, *_RECURRENT)
-    handles = [m.register_forward_hook(remember(n)) for n, m in model.named_modules() if isinstance(m, kinds)]
+    layer_of: dict[Node | None, str] = {}
     results: list[Tensor] = []
 
-    def run(model: nn.Module, _: Any) -> list[Tensor]:
-        leaves = torch.utils._pytree.tree_leaves(forward(model))
-        results.extend(x for x in leaves if isinstance(x, Tensor) and x.grad_fn is not None)
+    def remember(name: str, module: nn.Module, args: object, output: object) -> None:
+        layer_of.update((x.grad_fn, name) for x in _differentiable(output))
+
+    def run(model: nn.Module, _: object) -> list[Tensor]:
+        results.extend(_differentiable(forward(model)))
         return list(results)
 
     graph = tp.DependencyGraph()
-    try:
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, (*_ROOTS, *_RECURRENT)):
+                stack.enter_context(module.register_forward_hook(partial(remember, name)))
         graph.build_dependency(model, None, forward_fn=run, verbose=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    outputs: set[str] = set()
-    stack, seen = [x.grad_fn for x in results], set()
-    while stack:
-        node = stack.pop()
+    return graph, _last_layers([x.grad_fn for x in results], layer_of)
+
+
+def _last_layers(nodes: Sequence[Node | None], layer_of: Mapping[Node | None, str]) -> set[str]:
+    """The layers that nodes of autograd's graph come from, with no other layer between."""
+    found: set[str] = set()
+    seen: set[Node] = set()
+    left = list(nodes)
+    while left:
+        node = left.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node in produced:
-            outputs.add(produced[node])
+        if node in layer_of:
+            found.add(layer_of[node])
         else:
-            stack.extend(after for after, _ in node.next_functions)
-    return graph, outputs
+            left.extend(before for before, _ in node.next_functions)
+    return found
+
+
+def _differentiable(values: object) -> list[Tensor]:
+    """The tensors that autograd knows the origin of."""
+    return [x for x in torch.utils._pytree.tree_leaves(values) if isinstance(x, Tensor) and x.grad_fn is not None]
 
 
 def _groups(graph: Any, modules: Mapping[str, nn.Module], attentions: Mapping[str, Attention]) -> Iterator[Group]:

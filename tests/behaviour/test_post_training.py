@@ -15,7 +15,8 @@ from lightning_compress.callbacks import Export, QuantizationAwareTraining
 from lightning_compress.phase import Phase
 from lightning_compress.quantization import MSE, Affine, Observer, Percentile, Scheme, int8
 from lightning_compress.quantization.model import quantization_of, quantize_layers
-from lightning_compress.quantization.placement import Tracer
+from lightning_compress.quantization.placement import find_placement
+from lightning_compress.trace import Watch
 
 from ..harness import (
     SaveAfter,
@@ -50,9 +51,10 @@ def by_hand(module: pl.LightningModule, scheme: Scheme, num_batches: int = BATCH
     found = quantize_layers(module, scheme)
     batches = [x for x, _ in zip(module.val_dataloader(), range(num_batches), strict=False)]
     with torch.no_grad():
-        with Tracer(module, {layer.name.removesuffix("." + layer.parameter) for layer in found.layers}) as tracer:
+        with Watch(module) as watch:
             module(batches[0][0])
-        found.place(module, tracer.placement)
+        names = {layer.name.removesuffix("." + layer.parameter) for layer in found.layers}
+        found.place(module, find_placement(watch.trace, module, names))
         found.observe(True)
         for batch in batches[1:]:
             module(batch[0])

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.quantization.model import ModelQuantization, quantize_layers
-from lightning_compress.quantization.placement import Placement, Tracer
+from lightning_compress.quantization.placement import Placement, find_placement
 from lightning_compress.quantization.schemes import Scheme, int8
+from lightning_compress.trace import Watch
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -38,9 +39,10 @@ def quantized_names(quantization: ModelQuantization) -> set[str]:
 
 def trace(model: nn.Module, *inputs: Any, scheme: Scheme | None = None) -> Placement:
     """Where activations of the model are quantized."""
-    with torch.no_grad(), Tracer(model, quantized_names(quantize_layers(model, scheme or int8()))) as tracer:
+    names = quantized_names(quantize_layers(model, scheme or int8()))
+    with torch.no_grad(), Watch(model) as watch:
         model(*inputs)
-    return tracer.placement
+    return find_placement(watch.trace, model, names)
 
 
 def quantize(model: nn.Module, *inputs: Any, scheme: Scheme | None = None) -> ModelQuantization:

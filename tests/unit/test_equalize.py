@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.quantization import Affine, Scheme
-from lightning_compress.quantization.equalize import Chains, ChainTracer, equalize
+from lightning_compress.quantization.equalize import Chains, equalize, find_pairs
 from lightning_compress.quantization.model import ModelQuantization, quantize_layers
+from lightning_compress.trace import Watch
 
 from .helpers import largest_difference, noise, randomized, run
 from .nets import resnet
@@ -23,9 +24,10 @@ PER_TENSOR = Scheme(Affine(8, symmetric=True), None, weight_granularity="tensor"
 
 
 def trace(model: nn.Module, x: Tensor = X) -> Chains:
-    with torch.no_grad(), ChainTracer(model, quantize_layers(model, PER_TENSOR).layers) as tracer:
+    layers = quantize_layers(model, PER_TENSOR).layers
+    with torch.no_grad(), Watch(model) as watch:
         model(x)
-    return tracer.chains
+    return find_pairs(watch.trace, model, layers)
 
 
 def equalized(model: nn.Module, x: Tensor = X) -> ModelQuantization:

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_compress.quantization import Affine, Scheme
 from lightning_compress.quantization.model import quantization_of, quantize_layers
-from lightning_compress.quantization.placement import Tracer
+from lightning_compress.quantization.placement import find_placement
+from lightning_compress.trace import Watch
 
 from .helpers import noise, quantize, quantized_names, randomized, run, trace
 
@@ -81,7 +82,7 @@ def test_what_a_function_made_is_quantized_at_the_outermost_module_that_gives_or
     assert placement.folds == RESIDUAL_FOLDS
 
 
-class Watch(TorchFunctionMode):
+class Operands(TorchFunctionMode):
     """The most values that an operand of a layer or of an addition holds."""
 
     def __init__(self) -> None:
@@ -164,10 +165,10 @@ class Reshaped(nn.Module):
 def test_every_layer_and_addition_reads_quantized_values(model: Callable[[], nn.Module]) -> None:
     net = randomized(model())
     quantize(net, X, scheme=Scheme(inputs=Affine(3)))
-    with Watch() as watch:
+    with Operands() as operands:
         run(net, X)
-    assert watch.worst
-    assert max(watch.worst.values()) <= 2**3, watch.worst
+    assert operands.worst
+    assert max(operands.worst.values()) <= 2**3, operands.worst
 
 
 @pytest.mark.parametrize("model", [Recurrent, Reshaped])
@@ -292,8 +293,7 @@ def test_a_layer_that_is_left_in_float_does_not_ask_for_quantized_inputs() -> No
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_without_hooks_even_after_an_error(fails: bool) -> None:
     model = randomized(Residual())
-    names = quantized_names(quantize_layers(model, Scheme()))
-    with pytest.raises(RuntimeError) if fails else nullcontext(), Tracer(model, names):
+    with pytest.raises(RuntimeError) if fails else nullcontext(), Watch(model):
         model(X[:, :1] if fails else X)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert type(X + X) is Tensor
@@ -302,7 +302,7 @@ def test_the_model_is_left_without_hooks_even_after_an_error(fails: bool) -> Non
 def test_watching_changes_no_value() -> None:
     model = randomized(Residual()).eval()
     expected = run(model, X)
-    with Tracer(model, quantized_names(quantize_layers(model, Scheme()))):
+    with Watch(model):
         assert torch.equal(run(model, X), expected)
 
 
@@ -313,9 +313,10 @@ def test_a_call_of_the_root_by_a_wrapper_is_overlooked() -> None:
 
     direct = trace(randomized(Root()), X)
     model = randomized(Root())
-    with torch.no_grad(), Tracer(model, quantized_names(quantize_layers(model, Scheme())), skip_root_calls=1) as tracer:
+    names = quantized_names(quantize_layers(model, Scheme()))
+    with torch.no_grad(), Watch(model, skip_root_calls=1) as watch:
         model(X, True)
-    assert tracer.placement == direct
+    assert find_placement(watch.trace, model, names) == direct
 
 
 def test_a_loss_inside_of_the_model_quantizes_nothing() -> None:
