@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_compress.layers import Layer
 from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.observation import Observation
-from lightning_compress.pruning.patterns import Element, Pattern, WholeLayer, out_first
+from lightning_compress.pruning.patterns import Element, Pattern, WholeLayer
 from lightning_compress.pruning.scopes import Scope, keep_groups, num_needed, split_by_scope
 from lightning_compress.pruning.sharding import is_sharded, ranks_for, sharded_as, whole
 from lightning_compress.pruning.threshold import CHUNK, Cut, find_cut, num_dropped, spread_sample
@@ -99,13 +99,14 @@ class Masks:
     ) -> None:
         """Rank the groups of all given layers together; of sharded ones, each process ranks a part."""
         groups, shapes, sizes, ranks = [], [], [], ranks_for(layer.weight for layer in layers)
-        turn = _as_stored if isinstance(pattern, Element) else out_first  # ties go in the order of the streamed ones
         for layer in layers:
             weight = layer if observation is None else observation.layer(layer)
             if is_sharded(layer.weight):
                 weight = replace(weight, whole=nn.Parameter(whole(layer.weight.detach()), requires_grad=False))
             scores = criterion.score(weight).float()
-            scores = turn(layer, scores.masked_fill(whole(self._masks[layer.name]) == 0, -torch.inf))
+            scores = scores.masked_fill(whole(self._masks[layer.name]) == 0, -torch.inf)
+            # Single weights are ranked as they are stored, so that ties go in the order of the streamed ones.
+            scores = scores if isinstance(pattern, Element) else layer.out_first(scores)
             found = pattern.reduce(scores)
             protected = pattern.protects(found)
             if protected is not None:
@@ -116,7 +117,8 @@ class Masks:
         floor = 0.0 if isinstance(pattern, WholeLayer) else floor
         kept = keep_groups(groups, sizes, sparsity, floor, ranks)
         for layer, keep, (shape, full) in zip(layers, kept, shapes, strict=True):
-            mask = turn(layer, pattern.expand(ranks.join(keep, shape), full))
+            mask = pattern.expand(ranks.join(keep, shape), full)
+            mask = mask if isinstance(pattern, Element) else layer.out_first(mask)
             self._masks[layer.name] *= sharded_as(mask, self._masks[layer.name])
 
     def _update_streamed(
@@ -309,10 +311,6 @@ def _chunks(criterion: Criterion, layers: Sequence[Layer]) -> Iterator[np.ndarra
     for layer in layers:
         for part in layer.weight.detach().view(-1).split(CHUNK):
             yield criterion.score_values(part, buffer[: part.numel()]).numpy()
-
-
-def _as_stored(layer: Layer, values: Tensor) -> Tensor:
-    return values
 
 
 def _pack(mask: Tensor) -> Tensor:
