@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["EMBEDDING", "PRUNABLE", "QUANTIZABLE", "Layer", "find_layers", "matches", "modules_by_name"]
+__all__ += ["check_patterns", "plain_name"]
 
 _CONVOLUTION = (nn.modules.conv._ConvNd,)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -129,7 +130,17 @@ class Layer:
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Every submodule by its name; the names are free of ``torch.compile``'s prefix."""
-    return {".".join(part for part in n.split(".") if part != "_orig_mod"): m for n, m in model.named_modules()}
+    return {plain_name(name): module for name, module in model.named_modules()}
+
+
+def plain_name(name: str) -> str:
+    """A name free of ``torch.compile``'s prefix.
+
+    Example:
+        >>> plain_name("_orig_mod.blocks.0._orig_mod.fc")
+        'blocks.0.fc'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -140,6 +151,25 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
         (True, True, False)
     """
     return any(name == p or name.startswith(p + ".") or fnmatchcase(name, p) for p in patterns)
+
+
+def check_patterns(names: Sequence[str], **patterns: Sequence[str]) -> None:
+    """Raise unless each pattern matches a layer.
+
+    Args:
+        names: The names of all layers.
+        patterns: Name patterns by the argument that they were given as.
+
+    Raises:
+        ValueError: If a pattern matches no layer.
+    """
+    for field, given in patterns.items():
+        for pattern in given:
+            if not any(matches(name, [pattern]) for name in names):
+                raise ValueError(
+                    f"{field}={pattern!r} matches no layer. The layers are: {', '.join(names) or 'none'}. "
+                    "Give a name, a prefix of a name, or a glob such as 'encoder.*'."
+                )
 
 
 def find_layers(  # noqa: C901  # one branch per reason to leave a weight alone
@@ -197,13 +227,7 @@ def find_layers(  # noqa: C901  # one branch per reason to leave a weight alone
             owners[id(weight)] = name
             layers.append(layer)
     names = [layer.name for layer in layers] + list(skipped)
-    for field, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            if not any(matches(name, [pattern]) for name in names):
-                raise ValueError(
-                    f"{field}={pattern!r} matches no layer. The layers are: {', '.join(names) or 'none'}. "
-                    "Give a name, a prefix of a name, or a glob such as 'encoder.*'."
-                )
+    check_patterns(names, include=include, exclude=exclude)
     return layers, skipped
 
 

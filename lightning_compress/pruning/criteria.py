@@ -72,6 +72,11 @@ class Criterion(ABC):
         return None
 
     @property
+    def needs_data(self) -> bool:
+        """Whether the criterion looks at more than weights."""
+        return self.observes_activations or self.observes_gradients or self.needs_norm
+
+    @property
     def observes_activations(self) -> bool:
         """Whether inputs and outputs of the layers are wanted."""
         return type(self).observe is not Criterion.observe

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.layers import matches
-from lightning_compress.structure.channels import plain_name
+from lightning_compress.layers import matches, plain_name
 from lightning_compress.structure.groups import Forward, tracing
 from lightning_compress.structure.record import Record, apply_record
 
@@ -108,7 +107,7 @@ def choose_blocks(
 
 def record_blocks(names: Sequence[str]) -> Record:
     """The record that removes blocks."""
-    return {"kept": {}, "attributes": {}, "removed": list(names)}
+    return Record(removed=list(names))
 
 
 def _outermost(model: nn.Module, names: Sequence[str]) -> list[str]:
