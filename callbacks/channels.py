@@ -18,8 +18,15 @@ from lightning_compress.forward import run_model, with_batch
 from lightning_compress.layers import plain_name
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import Criterion
-from lightning_compress.structure.choose import choose_channels, score_groups
-from lightning_compress.structure.drops import Drops, Limits, drop_lowest, num_channels, num_parameters, record_of
+from lightning_compress.structure.choose import (
+    Drops,
+    Limits,
+    drop_lowest,
+    num_channels,
+    num_parameters,
+    record_of,
+    score_groups,
+)
 from lightning_compress.structure.groups import Coupling, couple
 from lightning_compress.structure.progress import (
     ChannelProgress,
@@ -28,7 +35,7 @@ from lightning_compress.structure.progress import (
     removed_by_pattern,
     shares_due,
 )
-from lightning_compress.structure.proof import prove_groups
+from lightning_compress.structure.proof import choose_channels, prove_groups
 from lightning_compress.structure.record import Record, apply_record
 
 from .shrinking import Shrinking

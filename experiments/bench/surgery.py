@@ -30,10 +30,9 @@ from experiments.nets import Bert, FusedAttention, SplitAttention, ViT, mobilene
 from lightning_compress.callbacks import ChannelPruning
 from lightning_compress.phase import Phase
 from lightning_compress.structure.blocks import choose_blocks, find_blocks, record_blocks, score_block
-from lightning_compress.structure.choose import choose_channels
-from lightning_compress.structure.drops import Drops, Limits, num_channels
+from lightning_compress.structure.choose import Drops, Limits, num_channels
 from lightning_compress.structure.groups import couple
-from lightning_compress.structure.proof import prove_groups
+from lightning_compress.structure.proof import choose_channels, prove_groups
 from lightning_compress.structure.record import Record, apply_record, tensors_by_name
 
 RATIOS = (0.3, 0.5, 0.7)

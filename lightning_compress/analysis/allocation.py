@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.analysis.sensitivity import sensitivity
 from lightning_compress.forward import Inputs
 from lightning_compress.layers import PRUNABLE, find_layers
-from lightning_compress.structure.choose import score_groups
-from lightning_compress.structure.drops import Limits, drop_lowest, record_of
+from lightning_compress.structure.choose import Limits, drop_lowest, record_of, score_groups
 from lightning_compress.structure.groups import Group, couple
 from lightning_compress.structure.proof import prove_groups
 from lightning_compress.structure.record import apply_record

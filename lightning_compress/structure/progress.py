@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from lightning_compress.layers import matches, plain_name
-from lightning_compress.structure.drops import Drops, num_channels
+from lightning_compress.structure.choose import Drops, num_channels
 from lightning_compress.structure.groups import Group
 
 __all__ = ["BlockProgress", "ChannelProgress", "Progress", "count_channels", "pattern_of"]

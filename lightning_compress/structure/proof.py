@@ -1,20 +1,21 @@
-"""Proof that a model without some channels computes what it computes with these channels at zero."""
+"""Proof that a model without some channels computes what it computes with these channels at zero; choices so proven."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.checks import first_line
 from lightning_compress.layers import plain_name
-from lightning_compress.structure.drops import Limits, drop_lowest, record_of
+from lightning_compress.structure.choose import Drops, Limits, drop_fewest, drop_lowest, record_of, score_groups
 from lightning_compress.structure.groups import Coupling, Forward, Group, tracing
 from lightning_compress.structure.record import Record, apply_record, tensors_by_name
 
-__all__ = ["prove", "prove_groups"]
+__all__ = ["choose_channels", "prove", "prove_groups"]
 
 
 def prove(model: nn.Module, forward: Forward, record: Record) -> str | None:
@@ -153,6 +154,52 @@ def _try(model: nn.Module, forward: Forward, groups: Sequence[Group], limits: Li
         if not drops[group.name].any():
             drops[group.name][0] = True
     return prove(model, forward, record_of(model, groups, drops))
+
+
+def choose_channels(
+    model: nn.Module,
+    forward: Forward,
+    coupling: Coupling,
+    scores: Mapping[str, Tensor],
+    limits: Limits,
+    reached: Callable[[Drops, Record], bool],
+) -> tuple[Record, Drops, bool]:
+    """Choose the channels that reach a target, and prove that the model computes the same without them.
+
+    Groups that fail the proof are left alone and named in ``coupling.skipped``.
+
+    Args:
+        model: The model, in float32; it is copied.
+        forward: Calls a model and returns its outputs.
+        coupling: The model's groups.
+        scores: A criterion's scores by the name of the weight's tensor.
+        limits: How far the groups may shrink.
+        reached: Says whether a choice reaches the target.
+
+    Returns:
+        The record, what it drops, and whether that reaches the target.
+    """
+    groups = coupling.groups
+    values = score_groups(groups, model, scores)
+    while True:
+        drops, enough = drop_fewest(groups, values, limits, partial(_reached, model, groups, reached))
+        record = record_of(model, groups, drops)
+        if not record.kept or prove(model, forward, record) is None:
+            return record, drops, enough
+        alone = {group.name: prove(model, forward, record_of(model, [group], drops)) for group in groups}
+        if not any(alone.values()):
+            # Each is proven by itself, so one less is tried: the loop ends at the latest without groups.
+            alone[groups[-1].name] = "it cannot shrink together with the others"
+        for group in groups:
+            why = alone[group.name]
+            if why is not None:
+                coupling.skipped.update(dict.fromkeys(map(plain_name, group.layers), why))
+        groups = [group for group in groups if alone[group.name] is None]
+        coupling.groups[:] = groups
+
+
+def _reached(model: nn.Module, groups: Sequence[Group], reached: Callable[[Drops, Record], bool], drops: Drops) -> bool:
+    return reached(drops, record_of(model, groups, drops))
 
 
 def _mask(dense: nn.Module, small: nn.Module, record: Record) -> None:

@@ -15,11 +15,18 @@ from torch import Tensor, nn
 from lightning_compress.layers import find_layers
 from lightning_compress.pruning import Element, Magnitude, Masks
 from lightning_compress.structure.blocks import choose_blocks, find_blocks, record_blocks, score_block
-from lightning_compress.structure.choose import choose_channels, drop_fewest, score_groups
-from lightning_compress.structure.drops import Limits, drop_lowest, num_channels, num_parameters, record_of
+from lightning_compress.structure.choose import (
+    Limits,
+    drop_fewest,
+    drop_lowest,
+    num_channels,
+    num_parameters,
+    record_of,
+    score_groups,
+)
 from lightning_compress.structure.groups import Coupling, couple
 from lightning_compress.structure.optimizers import check_optimizer
-from lightning_compress.structure.proof import prove, prove_groups
+from lightning_compress.structure.proof import choose_channels, prove, prove_groups
 from lightning_compress.structure.record import (
     Record,
     apply_record,
