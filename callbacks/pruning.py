@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.layers import PRUNABLE, Layer, find_layers, matches
 from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import Criterion, Cubic, Element, Magnitude, Masks, Observation, Pattern, Schedule
-from lightning_compress.pruning.patterns import out_first
 from lightning_compress.pruning.scopes import Scope
 from lightning_compress.pruning.sharding import whole
 from lightning_compress.structure.record import Record, cut_state
@@ -253,7 +252,7 @@ class GradualPruning(pl.Callback):
         )
         layers = []
         for i, layer in enumerate(found):
-            shape = out_first(layer, torch.empty(layer.weight.shape, device="meta")).shape
+            shape = layer.out_first(torch.empty(layer.weight.shape, device="meta")).shape
             reason = self.criterion.refuses(layer) or self.pattern.refuses(shape)
             if self.keep_first and i == 0:
                 reason = "the first layer stays dense (keep_first)"

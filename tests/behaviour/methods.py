@@ -168,7 +168,7 @@ def reached_channels(trainer: pl.Trainer, module: pl.LightningModule, name: str)
     assert_smaller(trainer, module, name in NOTHING)
     assert all(reason in pruning.skipped[layer] for layer, reason in NOTHING.get(name, {}).items())
     if name not in NOTHING:
-        widths, left = pruning._facts["widths"], pruning._facts["left"]
+        widths, left = pruning.progress.widths, pruning.progress.left
         assert sum(left.values()) <= 0.5 * sum(widths.values())
         assert all(left[key] >= 0.1 * widths[key] for key in widths)
 
