@@ -207,7 +207,7 @@ def reached_taught(trainer: pl.Trainer, module: pl.LightningModule, name: str) -
     distillation = callback_of(trainer, KnowledgeDistillation)
     assert 0 < trainer.callback_metrics["compress/distillation_loss"] < torch.inf
     assert distillation.state_dict()["teacher"]
-    assert not distillation._warned
+    assert not distillation._step.warned
     assert "training_step" not in module.__dict__
 
 
