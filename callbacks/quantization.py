@@ -13,9 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.phase import Phase
 from lightning_compress.quantization.correct import BiasCorrection
-from lightning_compress.quantization.equalize import Chains, equalize, find_pairs
+from lightning_compress.quantization.equalize import equalize
 from lightning_compress.quantization.fake_quant import ActivationFakeQuantize
 from lightning_compress.quantization.model import ModelQuantization, quantization_of, quantize_layers
+from lightning_compress.quantization.pairs import Chains, find_pairs
 from lightning_compress.quantization.placement import find_placement
 from lightning_compress.quantization.schemes import Scheme, int8
 from lightning_compress.quantization.schemes import scheme as scheme_of

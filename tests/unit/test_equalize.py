@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.quantization import Affine, Scheme
-from lightning_compress.quantization.equalize import Chains, equalize, find_pairs
+from lightning_compress.quantization.equalize import equalize
 from lightning_compress.quantization.model import ModelQuantization, quantize_layers
+from lightning_compress.quantization.pairs import Chains, find_pairs
 from lightning_compress.trace import Watch
 
 from .helpers import largest_difference, noise, randomized, run
