@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_compress.pruning.threshold import Processes
 
-__all__ = ["is_sharded", "processes_for", "processes_of", "sharded_as", "whole"]
+__all__ = ["is_sharded", "mean_over_processes", "processes_for", "processes_of", "sharded_as", "whole"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -64,3 +65,10 @@ def processes_of(group: dist.ProcessGroup | None = None) -> Processes:
         return arrays
 
     return Processes(dist.get_rank(group), gather, dist.get_world_size(group))
+
+
+def mean_over_processes(device: torch.device, value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, on the device on which they talk to each other."""
+    value = value.to(device)
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
