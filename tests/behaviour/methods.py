@@ -17,6 +17,7 @@ from lightning_compress.callbacks import (
     GradualPruning,
     KnowledgeDistillation,
     LayerPruning,
+    PostTrainingQuantization,
     QuantizationAwareTraining,
     RigL,
 )
@@ -289,7 +290,7 @@ METHODS: dict[str, Method] = {
     "int4": quantized("int4", learned=True),
     "log4": quantized("log4"),
     "ptq": Method(
-        lambda name: [*prune_beside(name), QuantizationAwareTraining("int8", Phase(1 / 4, 3 / 4), None)],
+        lambda name: [*prune_beside(name), PostTrainingQuantization("int8", Phase(1 / 4, 3 / 4))],
         reached_scheme(learned=False),
         3,
         (2, 4, 6, 8, 11),
