@@ -7,6 +7,7 @@ from .dynamic import SET, RigL
 from .export import Export
 from .finetuning import FineTuning
 from .guard import AccuracyGuard
+from .post_training import PostTrainingQuantization
 from .protocol import Compressing
 from .pruning import GradualPruning
 from .quantization import QuantizationAwareTraining
@@ -23,6 +24,7 @@ __all__ = [
     "GradualPruning",
     "KnowledgeDistillation",
     "LayerPruning",
+    "PostTrainingQuantization",
     "QuantizationAwareTraining",
     "RigL",
 ]

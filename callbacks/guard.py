@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_compress.guard_steps import Pace, next_bits, next_sparsity
-from lightning_compress.phase import Clock, Phase
+from lightning_compress.phase import Phase
 from lightning_compress.pruning import LAMP
 
 from .evaluate import choose_metric, copied, evaluate, has_validation, more_is_better
@@ -155,11 +155,6 @@ class AccuracyGuard(pl.Callback):
 
     def _check_quantizer(self, quantizer: QuantizationAwareTraining) -> None:
         name, weight = type(self).__name__, quantizer.scheme.weight
-        if quantizer.phase is None:
-            raise ValueError(
-                f"{name} beside QuantizationAwareTraining(phase=None): it lowers bits while the model trains with "
-                "them. Accepted is a phase, for instance Phase(0.5, 1.0)."
-            )
         try:
             for bits in self.bits:
                 replace(weight, bits=bits)  # type: ignore[type-var]
@@ -188,7 +183,7 @@ class AccuracyGuard(pl.Callback):
             self._go_on(trainer, pl_module)
         if pruner is not None and self._kind == "sparsity" and pruner.phase.progress(clock) >= 1:
             self._settle(trainer, pl_module)
-        if quantizer is not None and self._kind != "bits" and _begun(quantizer.phase, clock):
+        if quantizer is not None and self._kind != "bits" and quantizer.phase.progress(clock) >= 0:
             self._kind, self._asked = "bits", float(quantizer.scheme.weight.bits)
             self._good, self._num_missed = None, 0
             self._pace = Pace(self.resolution, self.resolution)  # bits have no half steps
@@ -350,7 +345,3 @@ class AccuracyGuard(pl.Callback):
         """The phase of pruning is over: what has not held until now goes."""
         if self._good is not None and self._asked != self._good["level"]:
             self._back(trainer, pl_module)
-
-
-def _begun(phase: Phase | None, clock: Clock) -> bool:
-    return phase is not None and phase.progress(clock) >= 0

@@ -14,7 +14,7 @@ from lightning_compress.quantization.model import quantize_layers
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.structure.record import restore_structure, structure_of
 
-__all__ = ["check_structure", "follow_structure", "load_from_checkpoint"]
+__all__ = ["callback_state", "check_structure", "follow_structure", "load_from_checkpoint"]
 
 T = TypeVar("T")
 
@@ -42,17 +42,23 @@ def load_from_checkpoint(module_class: type[T], path: str | Path, *, scheme: Sch
     with _following(module_class):
         model = module_class.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    state = _found(checkpoint, "quantization")
+    state: Any = _found(checkpoint, "quantization")
     if state is not None:
         quantization = quantize_layers(model, scheme or Scheme.from_state(state["scheme"]))
         quantization.load_state_dict(model, state)
     return model
 
 
-def _found(checkpoint: dict[str, Any], part: str) -> dict[str, Any] | None:
-    """A part that a callback wrote into its state, whatever its class and its key; None where none did."""
+def callback_state(checkpoint: dict[str, Any], part: str) -> dict[str, Any] | None:
+    """The state of the callback that wrote a part of this name, whatever its class and its key; None where none did."""
     states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
-    return next((state[part] for state in states if isinstance(state.get(part), dict) and state[part]), None)
+    return next((state for state in states if isinstance(state.get(part), dict) and state[part]), None)
+
+
+def _found(checkpoint: dict[str, Any], part: str) -> dict[str, Any] | None:
+    """A part that a callback wrote into its state; None where none did."""
+    state = callback_state(checkpoint, part)
+    return None if state is None else state[part]
 
 
 def follow_structure(model: torch.nn.Module, checkpoint: dict[str, Any]) -> None:

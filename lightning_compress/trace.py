@@ -136,6 +136,10 @@ class Watch:
         self._count = count()
         self._open = ExitStack()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: a watch that is closed and has seen nothing. The hooks on a copied model call it in vain."""
+        return {**self.__dict__, **Watch(self.model, self._num_skipped).__dict__}
+
     def start(self) -> None:
         """Open the watch."""
         with ExitStack() as stack:

@@ -16,7 +16,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from lightning_compress import int8, log4, scheme, w8
-from lightning_compress.callbacks import Export, QuantizationAwareTraining
+from lightning_compress.callbacks import Export, PostTrainingQuantization, QuantizationAwareTraining
 from lightning_compress.deploy.formats import FORMATS, check_formats
 from lightning_compress.forward import Inputs
 from lightning_compress.phase import Phase
@@ -53,12 +53,12 @@ def _fit(folder: Path, callback: pl.Callback, **options: Any) -> None:
 
 
 def _validate(folder: Path, num_batches: int) -> None:
-    callback = QuantizationAwareTraining(phase=None)
+    callback = PostTrainingQuantization()
     _trainer(folder, callback, limit_val_batches=num_batches).validate(BoringModel(), verbose=False)
 
 
 def _stopped(folder: Path) -> None:
-    callback = QuantizationAwareTraining(calibrate=Phase(0.75, 1.0), phase=None)
+    callback = PostTrainingQuantization(calibrate=Phase(0.75, 1.0))
     _fit(folder, callback)
 
 
@@ -149,7 +149,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "calibrate=Phase(0.5, 0.9)": lambda _: _QAT(calibrate=Phase(0.5, 0.9)),
     "validate: limit_val_batches=0": lambda f: _validate(f, 0),
     "validate: limit_val_batches=1": lambda f: _validate(f, 1),
-    "fit: calibrate of one batch, phase=None": _stopped,
+    "fit: PostTrainingQuantization, calibrate of one batch": _stopped,
     "test: a ternary checkpoint, scheme int8": _resumed_with_another,
     "Export(['tflite'])": lambda _: Export(["tflite"]),
     "check_formats(['coreml'])": lambda _: check_formats(["coreml"]),
@@ -172,10 +172,12 @@ CASES: dict[str, Callable[[Path], Any]] = {
         if not FORMATS[name].missing
     },
     "fit: log4 and Export(['onnx'])": _logarithmic,
-    "equalize=True, phase=Phase(0.75, 1)": lambda _: _QAT(equalize=True),
-    "correct_bias=True, phase=Phase(0.75, 1)": lambda _: _QAT(correct_bias=True),
-    "fit: equalize=True, phase=None": lambda f: _fit(f, _QAT(phase=None, equalize=True)),
-    "fit: correct_bias=True, phase=None": lambda f: _fit(f, _QAT(phase=None, correct_bias=True)),
+    "QuantizationAwareTraining(phase=None)": lambda _: _QAT(phase=None),
+    "QuantizationAwareTraining(equalize=True)": lambda _: _QAT(equalize=True),
+    "QuantizationAwareTraining(correct_bias=True)": lambda _: _QAT(correct_bias=True),
+    "PostTrainingQuantization(8)": lambda _: PostTrainingQuantization(8),  # type: ignore[arg-type]
+    "fit: equalize=True": lambda f: _fit(f, PostTrainingQuantization(equalize=True)),
+    "fit: correct_bias=True": lambda f: _fit(f, PostTrainingQuantization(correct_bias=True)),
     "Scheme(observer=MinMax)": lambda _: Scheme(observer=MinMax),  # type: ignore[arg-type]
 }
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from experiments.baselines import accuracy
 from experiments.jobs import load, quiet, trained
 from experiments.tasks import TASKS, Classifier, Data, Task, data_folder
-from lightning_compress.callbacks import QuantizationAwareTraining
+from lightning_compress.callbacks import PostTrainingQuantization
 from lightning_compress.quantization import Affine, Scheme
 
 SCHEMES = {
@@ -53,7 +53,7 @@ def quantized(task: Task, model: nn.Module, data: Data, scheme: Scheme, options:
     loader = DataLoader(TensorDataset(data.x_train, data.y_train), task.batch_size)
     trainer = pl.Trainer(
         accelerator="cpu",
-        callbacks=[QuantizationAwareTraining(scheme, phase=None, **options)],
+        callbacks=[PostTrainingQuantization(scheme, **options)],
         limit_val_batches=BATCHES,
         logger=False,
         enable_checkpointing=False,

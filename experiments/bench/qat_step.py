@@ -39,7 +39,7 @@ def ours(model: nn.Module, x: torch.Tensor, scheme: Scheme) -> nn.Module:
     """The model as QuantizationAwareTraining has it in its phase."""
     model = copy.deepcopy(model)
     quantization = quantize_layers(model, scheme)
-    names = {layer.name.removesuffix("." + layer.parameter) for layer in quantization.layers}
+    names = {layer.module_name for layer in quantization.layers}
     with Watch(model) as watch:
         model(x)
     quantization.place(model, find_placement(watch.trace, model, names))

@@ -254,14 +254,14 @@ def _quantization(model: nn.Module) -> dict[str, Any]:
     quantization = quantization_of(model)
     if quantization is None or not any(a.enabled for a in quantization.activations.values()):
         return {}
-    state = quantization.state_dict()
+    state: Any = quantization.state_dict()
     for layer in quantization.layers:  # held, the parameters give the weights of the file again
         _, qparams = weights(layer.module)[layer.parameter].codes(layer.weight)
         state["learned"].setdefault(layer.name, {k: v for k, v in qparams._asdict().items() if v is not None})
     return state
 
 
-def _quantize(model: nn.Module, state: dict[str, Any]) -> None:
+def _quantize(model: nn.Module, state: Any) -> None:
     """Let a model quantize as the saved one did."""
     quantize_layers(model, Scheme.from_state(state["scheme"])).load_state_dict(model, state)
 

@@ -17,7 +17,16 @@ from lightning_compress.layers import Layer
 from lightning_compress.quantization.observers import Observer
 from lightning_compress.quantization.quantizers import QParams, Quantizer
 
-__all__ = ["ActivationFakeQuantize", "WeightFakeQuantize", "activations", "attach", "downgrade", "upgrade", "weights"]
+__all__ = [
+    "ActivationFakeQuantize",
+    "WeightFakeQuantize",
+    "activations",
+    "attach",
+    "detach",
+    "downgrade",
+    "upgrade",
+    "weights",
+]
 
 _WEIGHTS = "_compress_weights"
 
@@ -273,6 +282,14 @@ def attach(module: nn.Module, activation: ActivationFakeQuantize) -> None:
         module.register_forward_pre_hook(activation)
     else:
         module.register_forward_hook(activation)
+
+
+def detach(model: nn.Module) -> None:
+    """Take the activation quantizers off all modules of a model."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, ActivationFakeQuantize)]:
+                del hooks[key]
 
 
 def weights(module: nn.Module) -> dict[str, Any]:

@@ -1,22 +1,35 @@
-"""A model prepared for quantization: its fake-quantized layers as one thing to switch, save and load."""
+"""The quantization of a model: its fake-quantized layers as one thing to switch, save and load."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lightning_compress.layers import QUANTIZABLE, find_layers, matches, modules_by_name
-from lightning_compress.quantization.fake_quant import ActivationFakeQuantize, attach, downgrade, upgrade, weights
-from lightning_compress.quantization.placement import Placement
+from lightning_compress.quantization.fake_quant import (
+    ActivationFakeQuantize,
+    WeightFakeQuantize,
+    attach,
+    detach,
+    downgrade,
+    upgrade,
+    weights,
+)
+from lightning_compress.quantization.placement import Placement, find_placement
+from lightning_compress.quantization.processes import Processes
 from lightning_compress.quantization.schemes import Scheme
+from lightning_compress.quantization.state import QuantizationState, placement_in, schemes_differ
 from lightning_compress.structure.record import Record, is_removed, kept_by_id
+from lightning_compress.trace import Trace, Watch
 
-__all__ = ["ModelQuantization", "quantization_of", "quantize_layers"]
+__all__ = ["ModelQuantization", "Stage", "quantization_of", "quantize_layers"]
+
+Stage = Literal["plain", "tracing", "observing", "quantized", "frozen"]
 
 _ATTRIBUTE = "_compress_quantization"
 
@@ -24,34 +37,88 @@ _ATTRIBUTE = "_compress_quantization"
 class ModelQuantization:
     """The fake-quantized layers of a model; made by :func:`quantize_layers`.
 
+    ``stage`` says how far the model is:
+
+    =============  ================  =====================================================================
+    stage          layers compute    what happens in a batch
+    =============  ================  =====================================================================
+    ``plain``      in float          nothing; activations have no quantizers
+    ``tracing``    in float          values are followed, to find where activations are quantized
+    ``observing``  in float          ranges follow the activations, where :meth:`observe` was called
+    ``quantized``  quantized values  the same, and what is learned is trained
+    ``frozen``     quantized values  neither ranges nor the statistics of folded batch norms move
+    =============  ================  =====================================================================
+
+    ::
+
+              start_tracing           end_batch             enable(True)             freeze
+        plain ------------->  tracing ---------> observing <------------> quantized <------> frozen
+          ^                      |               ^            enable(False)            thaw
+          +----------------------+               |
+               stop_tracing                    place: from plain at once, where the placement is known
+
+    :meth:`load_state_dict` leads to ``plain``, ``observing`` or ``quantized``; :meth:`remove` ends it.
+
     Args:
         model: The model, whose layers are upgraded in place.
         scheme: What is quantized how.
     """
 
     def __init__(self, model: nn.Module, scheme: Scheme) -> None:
+        self.stage: Stage = "plain"
         self.scheme = scheme
         self.layers, self.skipped = find_layers(model, QUANTIZABLE, scheme.include, scheme.exclude)
         self.placement: Placement | None = None
         self.activations: dict[str, ActivationFakeQuantize] = {}
+        self.watch: Watch | None = None  # of the batch that is traced
+        self._frozen: list[nn.Module] = []
         _check_overrides(scheme, [layer.name for layer in self.layers])
         for layer in self.layers:
             granularity = scheme.for_layer(layer.name).weight_granularity
             upgrade([layer], scheme.weight_of(layer.name), granularity)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets. A copy is not traced: the watch's hooks are on the modules of the original."""
+        state = dict(self.__dict__)
+        if self.stage == "tracing":
+            state |= {"stage": "plain", "watch": None}
+        return state
+
     @property
     def enabled(self) -> bool:
         """Whether the layers compute with quantized values."""
-        return any(q.enabled for layer in self.layers for q in weights(layer.module).values())
+        return self.stage in ("quantized", "frozen") and bool(self.layers)
 
     def is_by(self, scheme: Scheme) -> bool:
-        """Whether this is what preparing by a scheme gives."""
-        return not _differ(self.scheme.to_state(), scheme.to_state())
+        """Whether this is what :func:`quantize_layers` makes of a scheme."""
+        return not schemes_differ(self.scheme.to_state(), scheme.to_state())
+
+    def start_tracing(self, model: nn.Module, wrapped: bool = False) -> None:
+        """Follow the values of the next batch, to find where activations are quantized.
+
+        Args:
+            model: The model.
+            wrapped: Whether another module, such as DDP's wrapper, calls it.
+        """
+        self.watch = Watch(model, skip_root_calls=int(wrapped))
+        self.watch.start()
+        self.stage = "tracing"
+
+    def stop_tracing(self) -> Trace | None:
+        """Stop following values; what was seen of the batch, or None if no batch was traced."""
+        if self.watch is None:
+            return None
+        trace = self.watch.trace
+        self.watch.stop()
+        self.watch = None
+        self.stage = "plain"
+        return trace
 
     def place(self, model: nn.Module, placement: Placement) -> None:
         """Put the activation quantizers where a placement says."""
         self.placement = placement
         modules = modules_by_name(model)
+        # of several layers that read one place, the first decides: it is the last to be entered here
         readers = {place: layer for layer, place in reversed(placement.feeds.items())}
         for kind, names in (("input", placement.inputs), ("output", placement.outputs)):
             for name in names:
@@ -60,18 +127,93 @@ class ModelQuantization:
                 if scheme.inputs is not None:
                     self.activations[place] = ActivationFakeQuantize(scheme.inputs, scheme.observer, kind == "input")
                     attach(modules[name], self.activations[place])
+        self.stage = "observing"
         # compiled code does not notice new hooks (torch._dynamo.config.skip_nnmodule_hook_guards)
         torch.compiler.reset()
 
     def _displace(self, model: nn.Module) -> None:
         """Take the activation quantizers away."""
         if self.placement is not None:
-            for module in model.modules():
-                for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                    for key in [key for key, hook in hooks.items() if isinstance(hook, ActivationFakeQuantize)]:
-                        del hooks[key]
-            self.placement, self.activations = None, {}
+            detach(model)
+            self.placement = None
+            self.activations = {}
+            self.stage = "plain"
             torch.compiler.reset()
+
+    def observe(self, on: bool, once: bool = True) -> None:
+        """Let the ranges of the activations follow what they see, or stop.
+
+        Args:
+            on: Whether they follow.
+            once: Whether observers that count values do, too. They count each value once, before the model is
+                quantized; after that only those that had seen nothing yet.
+        """
+        for activation in self.activations.values():
+            activation.observing = on and (once or not activation.observer.counts or not activation.has_seen)
+
+    def end_batch(self, model: nn.Module, processes: Processes) -> None:
+        """Place quantizers where a traced batch says; or stop observing and bring the processes together.
+
+        Between batches nothing is observed, so that validation never moves a range.
+        """
+        trace = self.stop_tracing()
+        if trace is not None:
+            names = {layer.module_name for layer in self.layers}
+            self.place(model, processes.share(find_placement(trace, model, names)))
+        elif any(activation.observing for activation in self.activations.values()):
+            # a histogram is merged once, when it is complete: merged again, it would count its values twice
+            moving = [a for a in self.activations.values() if not a.observer.counts or (self.enabled and a.observing)]
+            processes.merge(moving)
+            self.observe(False)
+            # what was seen for the first time is quantized from now on
+            self.enable(self.enabled)
+
+    def quantize(self, processes: Processes) -> None:
+        """End the observation in float: from now on the layers compute with quantized values."""
+        if not self.enabled:
+            processes.merge([a for a in self.activations.values() if a.observer.counts])
+            self.observe(False)
+        self.enable(True)
+
+    def enable(self, on: bool) -> None:
+        """Let the layers compute with quantized values, or in float; an activation that saw nothing stays in float."""
+        for layer in self.layers:
+            weights(layer.module)[layer.parameter].enabled = on
+        for activation in self.activations.values():
+            activation.enabled = on and activation.has_seen
+        if not on:
+            self.stage = "plain" if self.placement is None else "observing"
+        elif self.stage != "frozen":
+            self.stage = "quantized"
+
+    def freeze(self, model: nn.Module) -> None:
+        """Stop the ranges and the statistics of folded batch norms; to call before every batch."""
+        self.observe(False)
+        for norm in self.folded(model).values():
+            # Lightning puts the model into training mode again after a validation
+            if norm.training:
+                self._frozen.append(norm)
+            norm.eval()
+        self.stage = "frozen"
+
+    def thaw(self) -> None:
+        """Let batch norms that were frozen train on."""
+        for norm in self._frozen:
+            norm.train()
+        self._frozen.clear()
+        if self.stage == "frozen":
+            self.stage = "quantized"
+
+    def begin(self) -> None:
+        """Let what is learned begin from the present weights and ranges; what has begun goes on."""
+        for layer in self.layers:
+            weights(layer.module)[layer.parameter].begin(layer.weight)
+        for activation in self.activations.values():
+            activation.begin()
+
+    def learned(self) -> dict[str, nn.Parameter]:
+        """The logarithms of what training learns of the quantizers, by place and field."""
+        return {f"{place}:{name}": log for place, q in self._quantizers().items() for name, log in q.logarithms.items()}
 
     def rewrite(self, scheme: Scheme) -> None:
         """Quantize the weights in another way from now on; what their quantizers learned is forgotten."""
@@ -82,28 +224,14 @@ class ModelQuantization:
         self.scheme = scheme
         torch.compiler.reset()
 
-    def observe(self, on: bool, once: bool = True) -> None:
-        """Whether the ranges of the activations follow what is seen; without ``once`` not those that count values."""
-        for activation in self.activations.values():
-            activation.observing = on and (once or not activation.observer.counts or not activation.has_seen)
-
-    def enable(self, on: bool) -> None:
-        """Whether the layers compute with quantized values; an activation that has seen nothing stays in float."""
-        for layer in self.layers:
-            weights(layer.module)[layer.parameter].enabled = on
-        for activation in self.activations.values():
-            activation.enabled = on and activation.has_seen
-
-    def begin(self) -> None:
-        """Let what is learned begin from the present weights and ranges; what has begun goes on."""
-        for layer in self.layers:
-            weights(layer.module)[layer.parameter].begin(layer.weight)
-        for activation in self.activations.values():
-            activation.begin()
+    def _quantizers(self) -> dict[str, WeightFakeQuantize | ActivationFakeQuantize]:
+        of_weights = {layer.name: weights(layer.module)[layer.parameter] for layer in self.layers}
+        return {**of_weights, **self.activations}
 
     def follow(self, model: nn.Module, record: Record) -> None:
         """Follow a change of shape that the model has just undergone."""
-        present, kept = {id(p) for p in model.parameters()}, kept_by_id(model, record)
+        present = {id(p) for p in model.parameters()}
+        kept = kept_by_id(model, record)
         self.layers = [layer for layer in self.layers if id(layer.weight) in present]
         for layer in self.layers:
             weights(layer.module)[layer.parameter].keep(layer.weight, kept.get(id(layer.weight), {}))
@@ -119,89 +247,62 @@ class ModelQuantization:
         downgrade(self.layers)
         model.__dict__.pop(_ATTRIBUTE, None)
 
-    def learned(self) -> dict[str, nn.Parameter]:
-        """The logarithms of what training learns of the quantizers, by place and field."""
-        return {f"{place}:{name}": log for place, q in self._quantizers().items() for name, log in q.logarithms.items()}
+    def folded(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The batch norm that is folded into a layer, by the layer's name."""
+        if self.placement is None:
+            return {}
+        modules = modules_by_name(model)
+        return {layer: modules[norm] for layer, norm in self.placement.folds.items()}
 
-    def _quantizers(self) -> dict[str, Any]:
-        return {layer.name: weights(layer.module)[layer.parameter] for layer in self.layers} | self.activations
-
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> QuantizationState:
         """Scheme, places and ranges as plain values."""
-        state: dict[str, Any] = {"scheme": self.scheme.to_state(), "enabled": self.enabled}
+        state: QuantizationState = {"scheme": self.scheme.to_state(), "enabled": self.enabled}
         if self.placement is not None:
-            state["placement"] = {
-                "inputs": list(self.placement.inputs),
-                "outputs": list(self.placement.outputs),
-                "folds": dict(self.placement.folds),
-                "feeds": dict(self.placement.feeds),
-            }
+            state["placement"] = asdict(self.placement)
             state["ranges"] = {name: a.state.detach().cpu() for name, a in self.activations.items()}
             held = {name: q.to_state() for name, q in self._quantizers().items()}
             state["learned"] = {name: values for name, values in held.items() if values}
         return state
 
-    def load_state_dict(self, model: nn.Module, state: dict[str, Any]) -> None:
-        """Take places and ranges of a checkpoint.
+    def load_state_dict(self, model: nn.Module, state: QuantizationState) -> None:
+        """Restore places, ranges and what was learned from a checkpoint.
 
         Raises:
             ValueError: If the model has no module where the checkpoint quantizes one, or its scheme is another.
         """
-        if "placement" in state:
-            _check_scheme(state["scheme"], self.scheme.to_state())
-            self._check_codes(state["scheme"].get("exact_kernels", True))
-            placement = Placement(**state["placement"])
-            known = modules_by_name(model)
-            unknown = [name for name in (*placement.inputs, *placement.outputs) if name not in known]
-            if unknown:
-                raise ValueError(
-                    f"The checkpoint quantizes modules that this model has not: {', '.join(unknown[:8])}. "
-                    "Load it into the model it was made from."
-                )
-            if self.placement != placement:
-                self._displace(model)
+        layers = [layer.name for layer in self.layers]
+        placement = placement_in(state, self.scheme, layers, modules_by_name(model).keys())
+        if self.placement != placement:
+            self._displace(model)
+        if placement is not None:
+            if self.placement is None:
                 self.place(model, placement)
             for name, activation in self.activations.items():
                 activation.state = state["ranges"][name].clone()
-        else:
-            self._displace(model)
+        learned = state.get("learned", {})
         for name, quantizer in self._quantizers().items():
-            quantizer.from_state(state.get("learned", {}).get(name, {}))
+            quantizer.from_state(learned.get(name, {}))
         self.enable(state["enabled"])
-
-    def _check_codes(self, exact_kernels: bool) -> None:
-        """Raise if a checkpoint's weights were trained with other codes than they would be written with here."""
-        if exact_kernels == self.scheme.exact_kernels:
-            return
-        other = replace(self.scheme, exact_kernels=exact_kernels)
-        differing = [
-            layer.name for layer in self.layers if other.weight_of(layer.name) != self.scheme.weight_of(layer.name)
-        ]
-        if differing:
-            raise ValueError(
-                f"The checkpoint was trained with exact_kernels={exact_kernels}, and the scheme here has "
-                f"exact_kernels={self.scheme.exact_kernels}: the weights of {differing[0]} would be written with other "
-                f"codes. Give Scheme(..., exact_kernels={exact_kernels}) to go on as it was trained."
-            )
-
-    def batch_norms(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The batch norms that are folded into quantized layers."""
-        yield from self.folded(model).values()
-
-    def folded(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The batch norm that is folded into a layer, by the layer's name."""
-        modules = modules_by_name(model)
-        return {layer: modules[norm] for layer, norm in (self.placement.folds if self.placement else {}).items()}
 
 
 def quantize_layers(model: nn.Module, scheme: Scheme) -> ModelQuantization:
-    """Upgrade a model's layers in place: still disabled, and bitwise equal to before.
+    """Upgrade a model's layers in place: still in float, and bitwise equal to before.
 
     A model whose layers are upgraded already is left as it is: see :meth:`ModelQuantization.is_by` and
     :meth:`ModelQuantization.remove`.
 
     Raises:
         ValueError: If a name pattern matches no layer.
+
+    Example:
+        >>> from lightning_compress.quantization import int8
+        >>> model = nn.Linear(3, 2)
+        >>> quantization = quantize_layers(model, int8())
+        >>> quantization.stage, quantization.enabled
+        ('plain', False)
+        >>> quantization.enable(True)
+        >>> quantization.stage, quantization_of(model) is quantization
+        ('quantized', True)
     """
     if quantization_of(model) is None:
         model.__dict__[_ATTRIBUTE] = ModelQuantization(model, scheme)
@@ -213,23 +314,8 @@ def quantization_of(model: nn.Module) -> ModelQuantization | None:
     return model.__dict__.get(_ATTRIBUTE)
 
 
-def _check_scheme(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    for name in ours.keys() - {"exact_kernels"}:
-        if name in theirs and _differ(theirs[name], ours[name]):
-            raise ValueError(
-                f"The checkpoint is quantized by another scheme: {name} is {theirs[name]!r} there and {ours[name]!r} "
-                "here. Give the scheme that it was trained with, or a checkpoint from before its calibration."
-            )
-
-
-def _differ(a: Any, b: Any) -> bool:
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return any(_differ(a.get(key), b.get(key)) for key in a.keys() | b.keys())  # a field that is new was None
-    plain = (bool, int, float, str, list, type(None))
-    return bool(a != b) if isinstance(a, plain) else type(a) is not type(b)
-
-
 def _check_overrides(scheme: Scheme, names: Sequence[str]) -> None:
+    """Raise if an override is for no layer."""
     for pattern in scheme.overrides:
         if not any(matches(name, [pattern]) for name in names):
             raise ValueError(

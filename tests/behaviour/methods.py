@@ -17,6 +17,7 @@ from lightning_compress.callbacks import (
     GradualPruning,
     KnowledgeDistillation,
     LayerPruning,
+    PostTrainingQuantization,
     QuantizationAwareTraining,
     RigL,
 )
@@ -215,7 +216,7 @@ def reached_taught_int8(trainer: pl.Trainer, module: pl.LightningModule, name: s
     """The teacher stays in float."""
     reached_taught(trainer, module, name)
     assert_quantized(module)
-    teacher = callback_of(trainer, KnowledgeDistillation)._teacher.module
+    teacher = callback_of(trainer, KnowledgeDistillation)._step.teacher.module
     assert quantization_of(teacher) is None or not quantization_of(teacher).enabled
 
 
@@ -289,7 +290,7 @@ METHODS: dict[str, Method] = {
     "int4": quantized("int4", learned=True),
     "log4": quantized("log4"),
     "ptq": Method(
-        lambda name: [*prune_beside(name), QuantizationAwareTraining("int8", Phase(1 / 4, 3 / 4), None)],
+        lambda name: [*prune_beside(name), PostTrainingQuantization("int8", Phase(1 / 4, 3 / 4))],
         reached_scheme(learned=False),
         3,
         (2, 4, 6, 8, 11),

@@ -24,6 +24,7 @@ from lightning_compress.callbacks import (
     GradualPruning,
     KnowledgeDistillation,
     LayerPruning,
+    PostTrainingQuantization,
     QuantizationAwareTraining,
 )
 from lightning_compress.deploy.formats import FORMATS
@@ -151,6 +152,7 @@ CASES: dict[str, Case] = {
             Export,
             KnowledgeDistillation,
             LayerPruning,
+            PostTrainingQuantization,
             QuantizationAwareTraining,
         )
     },
@@ -232,7 +234,10 @@ SAID: dict[str, tuple[type[Exception], str]] = {
     "calibrate=Phase(0.5, 0.9)": (ValueError, "phases overlap. Let calibrate end where phase begins"),
     "validate: limit_val_batches=0": (ValueError, rf"{NO_BATCHES}\. Validate on two batches at least"),
     "validate: limit_val_batches=1": (ValueError, rf"{NO_BATCHES}\. Validate on two batches at least"),
-    "fit: calibrate of one batch, phase=None": (ValueError, rf"{NO_BATCHES}\. Let calibrate span two batches at least"),
+    "fit: PostTrainingQuantization, calibrate of one batch": (
+        ValueError,
+        rf"PostTrainingQuantization {NO_BATCHES}\. Let calibrate span two batches at least",
+    ),
     "test: a ternary checkpoint, scheme int8": (
         ValueError,
         "quantized by another scheme: weight is .*LearnedStep.* there and .*Affine.* here. Give the scheme",
@@ -259,11 +264,18 @@ SAID: dict[str, tuple[type[Exception], str]] = {
         rf"Export\.formats='onnx' cannot take BoringModel: .*PowerOfTwo.* {SIMULATED} equal steps: weight=Affine",
     ),
     **{
-        f"{name}=True, phase=Phase(0.75, 1)": (ValueError, rf"\.{name}=True with phase=.*accepted is phase=None, .*")
-        for name in ("equalize", "correct_bias")
+        f"QuantizationAwareTraining({given})": (
+            ValueError,
+            rf"QuantizationAwareTraining\.{given}: .*accepted are a phase.* use PostTrainingQuantization\(scheme\)",
+        )
+        for given in ("phase=None", "equalize=True", "correct_bias=True")
     },
+    "PostTrainingQuantization(8)": (
+        TypeError,
+        r"PostTrainingQuantization\.scheme=8: accepted is a Scheme, for instance",
+    ),
     **{
-        f"fit: {name}=True, phase=None": (ValueError, rf"\.{name}=True with trainer\.fit: .*Fit without this callback")
+        f"fit: {name}=True": (ValueError, rf"\.{name}=True with trainer\.fit: .*Fit without this callback")
         for name in ("equalize", "correct_bias")
     },
     "convert: not quantized": (ValueError, "The model is not quantized: .*Train through its phase, or"),

@@ -22,6 +22,7 @@ from lightning_compress.callbacks import (
     ChannelPruning,
     GradualPruning,
     KnowledgeDistillation,
+    PostTrainingQuantization,
     QuantizationAwareTraining,
     RigL,
 )
@@ -255,7 +256,11 @@ def test_bad_values_are_named(options: dict[str, Any], field: str) -> None:
     [
         ([ChannelPruning(0.5)], {}, "ChannelPruning.*Accepted are GradualPruning"),
         ([RigL(0.5)], {}, "RigL.*Accepted are GradualPruning"),
-        ([QuantizationAwareTraining(phase=None)], {}, "phase=None.*Accepted is a phase"),
+        (
+            [PostTrainingQuantization()],
+            {},
+            "PostTrainingQuantization: it cannot take back.*Accepted are",
+        ),
         ([QuantizationAwareTraining(fp8())], {}, "bits=.*Accepted are bits"),
         ([GradualPruning(0.5, include=["net.0"]), GradualPruning(0.5, include=["net.2"])], {}, "2 GradualPruning"),
         ([], {"limit_val_batches": 0}, "judges by validation data"),

@@ -20,6 +20,7 @@ from lightning_compress.callbacks import (
     GradualPruning,
     KnowledgeDistillation,
     LayerPruning,
+    PostTrainingQuantization,
     QuantizationAwareTraining,
     RigL,
 )
@@ -44,18 +45,24 @@ CALLBACKS: dict[str, Callable[[Phase], Any]] = {
     "ChannelPruning": lambda phase: ChannelPruning(0.4, phase=phase, steps=2),
     "LayerPruning": lambda phase: LayerPruning(1, phase=phase),
     "QuantizationAwareTraining": quantize,
+    "PostTrainingQuantization": lambda phase: PostTrainingQuantization("w4a8", phase),
     "FineTuning": lambda phase: FineTuning(phase, 0.5),
     "KnowledgeDistillation": lambda phase: KnowledgeDistillation(alpha=0.5, phase=phase),
     "AccuracyGuard": lambda phase: AccuracyGuard(100.0, bits=(3, 2)),
 }
 PRUNE, REGROW = ("GradualPruning", "RigL", "SET"), ("RigL", "SET")
-NO_WAY_BACK = ("RigL", "SET", "ChannelPruning", "LayerPruning")
+NO_WAY_BACK = ("RigL", "SET", "ChannelPruning", "LayerPruning", "PostTrainingQuantization")
+QUANTIZE = ("QuantizationAwareTraining", "PostTrainingQuantization")
+# only one of each can be in a Trainer, in Lightning's own words
+ONCE = (*QUANTIZE, "KnowledgeDistillation", "AccuracyGuard")
 
 
 def why_not(pair: tuple[str, str]) -> str | None:
     """What two callbacks are refused with, if they are."""
-    if pair[0] == pair[1] and pair[0] in ("QuantizationAwareTraining", "KnowledgeDistillation", "AccuracyGuard"):
-        return f"Found more than one stateful callback of type `{pair[0]}`"  # in Lightning's own words
+    if pair[0] == pair[1] and pair[0] in ONCE:
+        return f"Found more than one stateful callback of type `{pair[0]}`"
+    if set(pair) == set(QUANTIZE):
+        return "both quantize the same layers"
     if "AccuracyGuard" in pair and set(pair) & set(NO_WAY_BACK):
         return "it cannot take back what that does"
     if set(pair) == {"AccuracyGuard", "FineTuning"}:  # alone, it prunes all along
@@ -88,7 +95,9 @@ def assert_reached(module: Small, callbacks: list[Any]) -> None:
             if key == "sparsity":
                 assert stands - 1e-6 < found["sparsity"] < stands + tolerance
     assert found["blocks"] == 3 - sum(isinstance(c, LayerPruning) for c in callbacks)
-    assert found["quantized"] == any(isinstance(c, QuantizationAwareTraining) for c in callbacks)
+    assert found["quantized"] == any(
+        isinstance(c, QuantizationAwareTraining | PostTrainingQuantization) for c in callbacks
+    )
 
 
 @pytest.mark.parametrize("second", list(CALLBACKS))
@@ -120,6 +129,9 @@ def test_pair(first: str, second: str, tmp_path: Path, record_property: Callable
     assert_equal_outputs(loaded, module)
 
     best = facts(load_from_checkpoint(Small, checkpoint.best_model_path))
+    if "PostTrainingQuantization" in (first, second):  # it quantizes when the last checkpoint has been saved
+        assert not best["quantized"]
+        best["quantized"] = True
     assert {**best, "sparsity": None} == {**facts(module), "sparsity": None}
     pruned = [c.asked()["sparsity"] for c in both if isinstance(c, GradualPruning)]
     assert best["sparsity"] >= max(pruned, default=0.0) or "AccuracyGuard" in (first, second)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_compress
-from lightning_compress.callbacks import Export, QuantizationAwareTraining
+from lightning_compress.callbacks import Export, PostTrainingQuantization, QuantizationAwareTraining
 from lightning_compress.phase import Phase
 from lightning_compress.quantization import MSE, Affine, Observer, Percentile, Scheme, int8
 from lightning_compress.quantization.model import quantization_of, quantize_layers
@@ -20,6 +20,7 @@ from lightning_compress.trace import Watch
 
 from ..harness import (
     SaveAfter,
+    SeedEachBatch,
     assert_agrees,
     assert_equal_outputs,
     callback_of,
@@ -38,7 +39,7 @@ SCHEMES = {
 
 
 def make(folder: Path, scheme: Scheme | str = "int8", **options: Any) -> pl.Trainer:
-    return make_trainer(folder, callbacks=[QuantizationAwareTraining(scheme, phase=None)], **options)
+    return make_trainer(folder, callbacks=[PostTrainingQuantization(scheme)], **options)
 
 
 def validate(trainer: pl.Trainer, module: pl.LightningModule, **options: Any) -> dict[str, float]:
@@ -53,7 +54,7 @@ def by_hand(module: pl.LightningModule, scheme: Scheme, num_batches: int = BATCH
     with torch.no_grad():
         with Watch(module) as watch:
             module(batches[0][0])
-        names = {layer.name.removesuffix("." + layer.parameter) for layer in found.layers}
+        names = {layer.module_name for layer in found.layers}
         found.place(module, find_placement(watch.trace, module, names))
         found.observe(True)
         for batch in batches[1:]:
@@ -113,9 +114,9 @@ def test_validation_within_fit_calibrates_nothing(tmp_path: Path) -> None:
         def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
             seen.append(quantization_of(pl_module).placement is not None)
 
-    qat = QuantizationAwareTraining("int8", Phase(0.5, 0.75), None)
+    quantize = PostTrainingQuantization("int8", Phase(0.5, 0.75))
     module = make_module("mlp")
-    make_trainer(tmp_path, callbacks=[Watch(), qat]).fit(module)
+    make_trainer(tmp_path, callbacks=[Watch(), quantize]).fit(module)
     assert seen == [False, False, False, False, True, True, True]  # the sanity check, then 6 epochs
     assert quantization_of(module).enabled
 
@@ -146,7 +147,7 @@ def test_a_run_that_stops_before_it_calibrates_says_so(tmp_path: Path) -> None:
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             trainer.should_stop = True
 
-    callbacks = [QuantizationAwareTraining("int8", Phase(0.5, 1.0), None), Stop()]
+    callbacks = [PostTrainingQuantization("int8", Phase(0.5, 1.0)), Stop()]
     with pytest.raises(ValueError, match=r"calibrated on no batches.*Let calibrate span two batches at least"):
         make_trainer(tmp_path, callbacks=callbacks).fit(make_module("mlp"))
 
@@ -166,7 +167,7 @@ def test_fit_quantizes_at_its_end_before_the_export(tmp_path: Path) -> None:
             enabled["end"] = quantization_of(pl_module).enabled
 
     export = Export(["onnx"])
-    callbacks = [export, Watch(), QuantizationAwareTraining("int8", Phase(0.8, 1.0), None)]
+    callbacks = [export, Watch(), PostTrainingQuantization("int8", Phase(0.8, 1.0))]
     module, trainer = make_module("mlp"), make_trainer(tmp_path, callbacks=callbacks)
     trainer.fit(module)
     assert enabled == {"last batch": False, "last validation": False, "end": True}
@@ -181,10 +182,11 @@ def test_fit_quantizes_at_its_end_before_the_export(tmp_path: Path) -> None:
 
 def test_what_calibrated_is_the_training_data(tmp_path: Path) -> None:
     """Ranges are those of the batches of the calibration, with the weights of then."""
-    folder, qat = tmp_path, QuantizationAwareTraining(Scheme(observer=Percentile(1.0)), Phase(0.5, 0.75), None)
+    folder = tmp_path
+    quantize = PostTrainingQuantization(Scheme(observer=Percentile(1.0)), Phase(0.5, 0.75))
     module = make_module("reused")
-    make_trainer(folder, callbacks=[qat, SaveAfter(folder, (12, 18))]).fit(module)
-    saved = torch.load(folder / "18.ckpt", weights_only=True)["callbacks"]["QuantizationAwareTraining"]
+    make_trainer(folder, callbacks=[quantize, SaveAfter(folder, (12, 18))]).fit(module)
+    saved = torch.load(folder / "18.ckpt", weights_only=True)["callbacks"]["PostTrainingQuantization"]
     assert not differences(saved["quantization"]["ranges"], quantization_of(module).state_dict()["ranges"])
     x = module.tensors()[0]
     state = saved["quantization"]["ranges"]["first:input"]
@@ -194,17 +196,17 @@ def test_what_calibrated_is_the_training_data(tmp_path: Path) -> None:
 
 def test_a_callback_without_training_learns_nothing(tmp_path: Path) -> None:
     module = make_module("mlp")
-    trainer = make_trainer(tmp_path, callbacks=[QuantizationAwareTraining("ternary", Phase(0.5, 0.75), None)])
+    trainer = make_trainer(tmp_path, callbacks=[PostTrainingQuantization("ternary", Phase(0.5, 0.75))])
     trainer.fit(module)
     assert not quantization_of(module).learned()
-    assert "optimizer" not in callback_of(trainer, QuantizationAwareTraining).state_dict()
+    assert "optimizer" not in callback_of(trainer, PostTrainingQuantization).state_dict()
 
 
 OPTIONS = {"equalize": True, "correct_bias": True}
 
 
 def with_options(folder: Path, scheme: Scheme | str = "int8", **options: Any) -> pl.Trainer:
-    return make_trainer(folder, callbacks=[QuantizationAwareTraining(scheme, phase=None, **OPTIONS)], **options)
+    return make_trainer(folder, callbacks=[PostTrainingQuantization(scheme, **OPTIONS)], **options)
 
 
 @pytest.mark.parametrize("name", list(MODULES), ids=lambda name: f"ptq-options-{name}")
@@ -226,12 +228,12 @@ def test_equalized_and_corrected(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", list(OPTIONS))
 def test_options_that_change_weights_are_for_validation_alone(option: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"{option}=True with phase=.*accepted is phase=None"):
+    with pytest.raises(ValueError, match=rf"\.{option}=True: .*use PostTrainingQuantization\(scheme\)"):
         QuantizationAwareTraining(**{option: True})
-    qat: Any = QuantizationAwareTraining(phase=None, **{option: True})
+    quantize: Any = PostTrainingQuantization(**{option: True})
     module = make_module("mlp")
     with pytest.raises(ValueError, match=rf"{option}=True with trainer.fit.*then validate with it"):
-        make_trainer(tmp_path, callbacks=[qat]).fit(module)
+        make_trainer(tmp_path, callbacks=[quantize]).fit(module)
     assert quantization_of(module) is None
 
 
@@ -250,7 +252,47 @@ def test_an_error_while_calibrating_leaves_no_hook(tmp_path: Path) -> None:
                 raise RuntimeError("stop")
 
     module = make_module("conv+bn+residual")
-    callbacks = [Fail(), QuantizationAwareTraining("int8", phase=None, **OPTIONS)]
+    callbacks = [Fail(), PostTrainingQuantization("int8", **OPTIONS)]
     with pytest.raises(RuntimeError, match="stop"):
         make_trainer(tmp_path, callbacks=callbacks).validate(module, verbose=False)
     assert not any("_see" in str(hook) for m in module.modules() for hook in m._forward_hooks.values())
+
+
+def renamed(path: Path, old: str, new: str) -> Path:
+    """A checkpoint in which another callback wrote the state."""
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["callbacks"][new] = checkpoint["callbacks"].pop(old)
+    torch.save(checkpoint, path.with_name("renamed.ckpt"))
+    return path.with_name("renamed.ckpt")
+
+
+def test_a_checkpoint_of_the_callback_that_did_both_loads_and_resumes(tmp_path: Path) -> None:
+    """Before there were two callbacks, QuantizationAwareTraining(phase=None) wrote the same under its own name."""
+
+    def callbacks() -> list[pl.Callback]:
+        return [SeedEachBatch(), PostTrainingQuantization(Scheme(observer=Percentile(0.99)), Phase(0.5, 0.75))]
+
+    module, again = make_module("mlp"), make_module("mlp")
+    trainer = make_trainer(tmp_path, callbacks=[*callbacks(), SaveAfter(tmp_path, (15,))])
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    old = "QuantizationAwareTraining"
+    path = renamed(tmp_path / "15.ckpt", "PostTrainingQuantization", old)
+    make_trainer(tmp_path, callbacks=callbacks()).fit(again, ckpt_path=path, weights_only=True)
+    assert not differences(quantization_of(again).state_dict(), quantization_of(module).state_dict())
+    assert_equal_outputs(again, module)
+
+    path = renamed(tmp_path / "end.ckpt", "PostTrainingQuantization", old)
+    assert_equal_outputs(lightning_compress.load_from_checkpoint(MODULES["mlp"], path), module)
+    looked = make_module("mlp")
+    validate(make_trainer(tmp_path, callbacks=callbacks()), looked, ckpt_path=path)
+    assert_equal_outputs(looked, module)
+
+
+def test_each_of_the_two_callbacks_reads_what_the_other_wrote(tmp_path: Path) -> None:
+    module, looked = make_module("mlp"), make_module("mlp")
+    trainer = make(tmp_path)
+    validate(trainer, module)
+    trainer.save_checkpoint(tmp_path / "ptq.ckpt")
+    validate(make_trainer(tmp_path, callbacks=[QuantizationAwareTraining()]), looked, ckpt_path=tmp_path / "ptq.ckpt")
+    assert_equal_outputs(looked, module)

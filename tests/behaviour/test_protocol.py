@@ -22,6 +22,7 @@ from lightning_compress.callbacks import (
     GradualPruning,
     KnowledgeDistillation,
     LayerPruning,
+    PostTrainingQuantization,
     QuantizationAwareTraining,
     RigL,
 )
@@ -70,7 +71,7 @@ def test_a_checkpoint_does_not_wait_where_that_is_turned_off(tmp_path: Path) -> 
 
 def test_no_checkpoint_waits_for_what_comes_after_the_last_one(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss")
-    fit(tmp_path, make(), checkpoint, QuantizationAwareTraining("int8", Phase(0.4, 0.5), phase=None))
+    fit(tmp_path, make(), checkpoint, PostTrainingQuantization("int8", Phase(0.4, 0.5)))
     assert float(checkpoint.best_model_score) == 0
     assert "check_monitor_top_k" not in checkpoint.__dict__
 
@@ -349,7 +350,7 @@ def test_looking_at_a_model_of_another_scheme_is_refused(tmp_path: Path) -> None
 def test_post_training_quantization_takes_its_own_scheme(tmp_path: Path) -> None:
     module = make()
     trainer = fit(tmp_path, module, quantizing(), limit_val_batches=2)
-    trainer.callbacks[:] = [QuantizationAwareTraining("w4a8", phase=None)]
+    trainer.callbacks[:] = [PostTrainingQuantization("w4a8")]
     trainer.validate(module, verbose=False)
     assert quantization_of(module).scheme.weight.bits == 4
     assert facts(module)["quantized"]

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 import lightning_compress
-from lightning_compress.callbacks import ChannelPruning, GradualPruning, QuantizationAwareTraining
+from lightning_compress.callbacks import (
+    ChannelPruning,
+    GradualPruning,
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+)
 from lightning_compress.phase import Phase
 from lightning_compress.quantization import Affine, Percentile, Scheme
 from lightning_compress.quantization.model import quantization_of
@@ -51,7 +56,7 @@ def test_scales_are_learned_by_an_optimizer_of_their_own(method: str, name: str,
     before = {f"{place}:scale": held["log_scale"] for place, held in state["quantization"]["learned"].items()}
     assert before.keys() == learned.keys()
     assert any(not torch.equal(before[key], log) for key, log in learned.items())
-    optimizer = callback_of(trainer, QuantizationAwareTraining)._optimizer
+    optimizer = callback_of(trainer, QuantizationAwareTraining).learning.optimizer
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in learned.values()]
     theirs = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
     assert theirs.isdisjoint(id(p) for p in learned.values())
@@ -65,7 +70,7 @@ def test_scales_step_as_often_as_the_users_optimizers(name: str, tmp_path: Path)
     if not module.automatic_optimization:
         accumulate_by_hand(module, trainer)
     trainer.fit(module)
-    steps = {int(s["step"]) for s in callback_of(trainer, QuantizationAwareTraining)._optimizer.state.values()}
+    steps = {int(s["step"]) for s in callback_of(trainer, QuantizationAwareTraining).learning.optimizer.state.values()}
     assert max(steps) == 3 * len(trainer.optimizers)
 
 
@@ -147,7 +152,7 @@ def count(name: str, folder: Path) -> None:
     """What each of two processes does: every value that either of them saw is in the histograms of both, once."""
     Counted.num_values = 0
     scheme = Scheme(Affine(8, symmetric=True), observer=Counted(0.999))
-    callbacks = [SeedEachBatch(), QuantizationAwareTraining(scheme, Phase(1 / 3, 1.0), None)]
+    callbacks = [SeedEachBatch(), PostTrainingQuantization(scheme, Phase(1 / 3, 1.0))]
     options = {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
     module = make_module(name)
     make_trainer(folder, callbacks=callbacks, max_epochs=EPOCHS, **options).fit(module)
@@ -162,7 +167,7 @@ def count(name: str, folder: Path) -> None:
 
 def equalize(name: str, folder: Path) -> None:
     """What each of two processes does: both equalize and correct alike by what both saw in validation."""
-    callback = QuantizationAwareTraining(phase=None, equalize=True, correct_bias=True)
+    callback = PostTrainingQuantization(equalize=True, correct_bias=True)
     module = make_module(name)
     make_trainer(folder, callbacks=[callback], devices=2, strategy="ddp").validate(module, verbose=False)
     mine = {

@@ -34,7 +34,7 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def quantized_names(quantization: ModelQuantization) -> set[str]:
-    return {layer.name.removesuffix("." + layer.parameter) for layer in quantization.layers}
+    return {layer.module_name for layer in quantization.layers}
 
 
 def trace(model: nn.Module, *inputs: Any, scheme: Scheme | None = None) -> Placement:

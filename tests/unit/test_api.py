@@ -93,6 +93,7 @@ def test_the_callbacks_are_exactly_these() -> None:
         "GradualPruning",
         "KnowledgeDistillation",
         "LayerPruning",
+        "PostTrainingQuantization",
         "QuantizationAwareTraining",
         "RigL",
         "SET",

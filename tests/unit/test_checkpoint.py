@@ -115,7 +115,7 @@ def test_a_checkpoint_that_quantizes_other_modules_is_refused(trained: Any, tmp_
     checkpoint = torch.load(trained[1], weights_only=True)
     checkpoint["callbacks"]["QuantizationAwareTraining"]["quantization"]["placement"]["outputs"].append("tail")
     torch.save(checkpoint, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="modules that this model has not: tail"):
+    with pytest.raises(ValueError, match="modules that this model does not have: tail"):
         load_from_checkpoint(Module, tmp_path / "other.ckpt")
 
 

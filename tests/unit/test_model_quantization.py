@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_compress import int4, int8, w4a8, w8
 from lightning_compress.quantization import Affine, MinMax, Scheme
 from lightning_compress.quantization.fake_quant import activations, weights
 from lightning_compress.quantization.model import ModelQuantization, quantization_of, quantize_layers
+from lightning_compress.quantization.processes import Processes
 
 from .helpers import noise, quantize, randomized, run, trace
 from .test_placement import Residual
@@ -91,7 +93,7 @@ def test_a_scheme_without_inputs_places_no_activation_quantizer_but_folds() -> N
     model = randomized(Residual())
     prepared_ = quantize(model, X, scheme=Scheme(inputs=None))
     assert not prepared_.activations
-    assert list(prepared_.batch_norms(model)) == [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert list(prepared_.folded(model).values()) == [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -123,7 +125,7 @@ def test_a_state_before_any_batch_was_watched_loads() -> None:
 def test_a_state_of_another_model_is_refused_and_names_what_is_missing() -> None:
     state = quantize(randomized(Residual()), X).state_dict()
     model = nn.Sequential(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match=r"modules that this model has not: conv, relu"):
+    with pytest.raises(ValueError, match=r"modules that this model does not have: conv, relu"):
         quantize_layers(model, int8()).load_state_dict(model, state)
 
 
@@ -175,3 +177,45 @@ def copy_of(model: nn.Module) -> nn.Module:
     other = Residual()
     other.load_state_dict(model.state_dict())
     return other
+
+
+def test_the_stage_says_what_the_layers_compute() -> None:
+    model = randomized(Residual())
+    quantization = quantize_layers(model, int8())
+    assert (quantization.stage, quantization.enabled) == ("plain", False)
+    quantization.start_tracing(model)
+    assert quantization.stage == "tracing"
+    copied = quantization_of(copy.deepcopy(model))
+    assert copied is not None
+    assert copied.stage == "plain"
+    run(model, X)
+    quantization.end_batch(model, Processes())
+    assert (quantization.stage, quantization.enabled) == ("observing", False)
+    quantization.observe(True)
+    run(model, X)
+    quantization.end_batch(model, Processes())
+    assert quantization.stage == "observing"
+    quantization.quantize(Processes())
+    assert (quantization.stage, quantization.enabled) == ("quantized", True)
+    norms = list(quantization.folded(model).values())
+    quantization.freeze(model)
+    assert (quantization.stage, quantization.enabled) == ("frozen", True)
+    assert norms
+    assert not any(norm.training for norm in norms)
+    quantization.enable(True)
+    assert quantization.stage == "frozen"
+    quantization.thaw()
+    assert quantization.stage == "quantized"
+    assert all(norm.training for norm in norms)
+    quantization.enable(False)
+    assert quantization.stage == "observing"
+
+
+def test_what_stops_in_the_middle_of_a_traced_batch_is_plain_again() -> None:
+    model = randomized(Residual())
+    quantization = quantize_layers(model, int8())
+    quantization.start_tracing(model)
+    quantization.stop_tracing()
+    assert quantization.stage == "plain"
+    assert quantization.stop_tracing() is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
