@@ -74,7 +74,7 @@ def test_a_checkpoint_written_before_our_callbacks_act_resumes_identically(tmp_p
 def test_inductor(tmp_path: Path) -> None:
     """torch.compile with its default backend; the matrix compiles with a quicker one."""
     torch.compiler.reset()
-    module = make_module("conv+bn+residual")
+    module = make_module("mlp")
     module.net = torch.compile(module.net)
     trainer = make_trainer(tmp_path)
     trainer.fit(module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,22 @@ def test_a_prepared_call_runs_the_file(residual: Any) -> None:
     inputs = Inputs((IMAGES,), {})
     (output,) = runner.prepare(inputs)()
     assert torch.equal(torch.from_numpy(output), runner(inputs))
+
+
+def test_the_exporter_reads_its_operators_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And files are byte for byte those of an exporter that reads them anew."""
+    registry = import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    model, inputs = nn.Sequential(nn.Linear(3, 5), nn.ReLU()).eval(), Inputs((noise(2, 3),), {})
+    for name in ("first", "second"):
+        export(model, inputs, tmp_path / name)
+    assert "cache" not in repr(registry.from_torchlib), "torch is left as it was"
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the operators are read again")
+
+    monkeypatch.setattr(registry, "_cleanup_registry_based_on_opset_version", fail)
+    export(model, inputs, tmp_path / "third")
+    monkeypatch.undo()
+    monkeypatch.setattr("lightning_compress.deploy.onnx._remembering", lambda read: read)
+    export(model, inputs, tmp_path / "anew")
+    assert len({(tmp_path / name).read_bytes() for name in ("first", "second", "third", "anew")}) == 1
