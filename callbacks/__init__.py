@@ -1,5 +1,7 @@
 """Lightning callbacks: each translates the loop's hooks into calls of the engine."""
 
+from .blocks import LayerPruning
+from .channels import ChannelPruning
 from .distillation import KnowledgeDistillation
 from .dynamic import SET, RigL
 from .export import Export
@@ -9,7 +11,6 @@ from .protocol import Compressing
 from .pruning import GradualPruning
 from .quantization import QuantizationAwareTraining
 from .report import CompressionReport
-from .structured import ChannelPruning, LayerPruning
 
 __all__ = [
     "SET",

@@ -8,22 +8,23 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.nn.modules.batchnorm import _BatchNorm
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.layers import PRUNABLE, Layer, find_layers, matches
+from lightning_compress.layers import Layer
 from lightning_compress.phase import Clock, Phase
-from lightning_compress.pruning import Criterion, Cubic, Element, Magnitude, Masks, Observation, Pattern, Schedule
-from lightning_compress.pruning.patterns import out_first
+from lightning_compress.pruning import Criterion, Element, Magnitude, Masks, Observation, Pattern, Schedule
+from lightning_compress.pruning.arguments import check_arguments, check_sharded, schedule_for
+from lightning_compress.pruning.prunable import check_finite, check_observable, find_prunable, targets_by_layer
 from lightning_compress.pruning.scopes import Scope
-from lightning_compress.pruning.sharding import whole
+from lightning_compress.pruning.sharding import mean_over_processes
 from lightning_compress.structure.record import Record, cut_state
 
 from .best_checkpoint import gate_checkpoints, open_checkpoints
 from .live_shape import check_strategy, check_structure_on_load, is_model_parallel
 from .protocol import averages
-from .run import check_run, read_clock
+from .run import check_run, read_clock, tell_left_alone
 
 __all__ = ["GradualPruning"]
 
@@ -35,10 +36,11 @@ class GradualPruning(pl.Callback):
     bit-identically. They are enforced after every optimizer step, whatever the optimizer.
 
     Args:
-        sparsity: Share of the weights dropped at the end of the phase, 0..1, cubic from 0 (Zhu & Gupta 2017,
-            arXiv:1710.01878); or a schedule. By default 0.9, or the most that the pattern allows.
-        criterion: Which weights are dropped first. One that looks at data observes the normal training steps.
-        pattern: In what shape they are dropped.
+        sparsity: Share of the weights dropped by the end of the phase, 0..1, rising from 0 along a cubic (Zhu & Gupta
+            2017, arXiv:1710.01878); or a schedule. By default 0.9, or the most that the pattern allows.
+        criterion: Scores the weights; the lowest are dropped first. One that looks at data observes the normal training
+            steps.
+        pattern: Which weights are dropped together.
         scope: ``"global"`` ranks all layers together, ``"layer"`` drops the same share of each, ``"erk"`` more of the
             larger ones (Evci 2020, arXiv:1911.11134).
         phase: When the sparsity rises.
@@ -46,14 +48,14 @@ class GradualPruning(pl.Callback):
         include: Name patterns of the layers to prune; empty for all linear, convolution, attention and recurrent ones.
         exclude: Name patterns of layers to leave dense.
         targets: Final sparsity of single layers by name pattern; they rise along the same schedule.
-        floor: No layer keeps less than this share of what all keep on average, so that none is emptied; the pattern
-            ``WholeLayer`` empties layers all the same.
+        floor: Smallest share of what all layers keep on average that a layer keeps, so that none is emptied; the
+            pattern ``WholeLayer`` ignores it.
         keep_first: Leave the first layer dense.
         keep_last: Leave the last layer dense.
-        rewind: Where in the run, in the phase's unit, to remember the weights to which they return whenever the
-            sparsity has risen (Frankle 2020, arXiv:1912.05671); with the schedule ``Rounds``. None never rewinds.
-        gate_checkpoints: Whether a ModelCheckpoint with a monitor saves only from the final sparsity on: a "best" model
-            of before would be the dense one.
+        rewind: Point in the run, in the phase's unit, whose weights are saved; surviving weights are reset to them each
+            time sparsity increases (Frankle 2020, arXiv:1912.05671). For the schedule ``Rounds``. None never rewinds.
+        gate_checkpoints: Whether a ModelCheckpoint with a monitor saves only from the final sparsity on: the "best"
+            model before it would be a dense one.
 
     Raises:
         ValueError: If a value is out of range.
@@ -96,74 +98,21 @@ class GradualPruning(pl.Callback):
         self.keep_last = keep_last
         self.rewind = rewind
         self.gate_checkpoints = gate_checkpoints
-        for name, kind in (("criterion", Criterion), ("pattern", Pattern), ("phase", Phase)):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(
-                    f"{type(self).__name__}.{name}={getattr(self, name)!r}: accepted is a {kind.__name__}, an object "
-                    "of that class and not its name."
-                )
-        if not isinstance(self.targets, Mapping):
-            raise TypeError(
-                f"{type(self).__name__}.targets={targets!r}: accepted is a dict of sparsities by name pattern."
-            )
+        fields = ("criterion", "pattern", "phase", "scope", "every", "floor", "targets", "rewind")
+        check_arguments(type(self).__name__, **{field: getattr(self, field) for field in fields})
         self.targets = dict(self.targets)
-        self.schedule = self._schedule(sparsity)
-        self._check_values()
+        self.schedule = schedule_for(type(self).__name__, sparsity, self.pattern)
         self.goal: float | None = None  # a sparsity that AccuracyGuard asks for, in the schedule's place
-        self._goal_met: float | None = None
         self.masks: Masks | None = None
         self.skipped: dict[str, str] = {}
+        self._goal_met: float | None = None
         self._observation: Observation | None = None
-        self._targets: dict[str, float] = {}
-        self._state: dict[str, Any] | None = None
-        self._rewound: dict[str, torch.Tensor] | None = None
-        self._last_step = -1
+        self._targets: dict[str, float] = {}  # by the layers' names
+        self._state: dict[str, Any] | None = None  # of a checkpoint, until there are masks to take it
+        self._rewound: dict[str, Tensor] | None = None  # the weights to return to
+        self._last_step = -1  # of the last update; -1 before the first
         self._done = False
         self._handles: list[RemovableHandle] = []
-
-    def _schedule(self, sparsity: Any) -> Schedule:
-        name, most = type(self).__name__, self.pattern.max_sparsity
-        schedule = sparsity if isinstance(sparsity, Schedule) else None
-        value = min(0.9, most) if sparsity is None else getattr(schedule, "final", sparsity)
-        if not _is_share(value):
-            raise ValueError(
-                f"{name}.sparsity={sparsity!r}: accepted is a share in 0..1 (0.9 drops nine weights in ten), "
-                "or a Schedule such as Linear(0.9)."
-            )
-        if value > most:
-            raise ValueError(
-                f"{name}.sparsity={sparsity!r}: {self.pattern} drops a share of {most:g} at most. Lower the "
-                "sparsity or take another pattern."
-            )
-        return Cubic(value) if schedule is None else schedule
-
-    def _check_values(self) -> None:
-        name = type(self).__name__
-        if self.scope not in ("global", "layer", "erk"):
-            raise ValueError(
-                f"{name}.scope={self.scope!r}: accepted are 'global' (all layers ranked together), 'layer' and 'erk'."
-            )
-        if self.scope == "erk" and self.pattern.max_sparsity < 1:
-            raise ValueError(
-                f"{name}.scope='erk': with {self.pattern} no layer can be sparser than another. Accepted are 'global' "
-                "and 'layer'."
-            )
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise ValueError(f"{name}.every={self.every!r}: accepted is a whole number of optimizer steps from 1.")
-        if not _is_share(self.floor):
-            raise ValueError(f"{name}.floor={self.floor!r}: accepted is a share in 0..1 of the average density.")
-        for pattern, target in self.targets.items():
-            if not _is_share(target) or target > self.pattern.max_sparsity:
-                raise ValueError(
-                    f"{name}.targets[{pattern!r}]={target!r}: accepted is a share in 0..{self.pattern.max_sparsity:g} "
-                    "of the layer's weights."
-                )
-        number = isinstance(self.rewind, int | float) and not isinstance(self.rewind, bool)
-        if self.rewind is not None and not (number and 0 <= self.rewind <= self.phase.begin):
-            raise ValueError(
-                f"{name}.rewind={self.rewind!r}: accepted is a place in 0..{self.phase.begin:g}, before the "
-                "phase begins and in its unit."
-            )
 
     @property
     def state_key(self) -> str:
@@ -193,39 +142,36 @@ class GradualPruning(pl.Callback):
         """Refuse what sharded weights cannot take, and let a checkpoint of another structure be refused in words."""
         check_strategy(trainer, self, model_parallel=True)
         if is_model_parallel(trainer):
-            self._check_sharded()
+            check_sharded(type(self).__name__, self.criterion, self.rewind)
         check_structure_on_load(pl_module)
 
-    def _check_sharded(self) -> None:
-        name, with_ = type(self).__name__, "with strategy=ModelParallelStrategy"
-        if self._observes:
-            raise ValueError(
-                f"{name}.criterion={self.criterion} {with_}: each process sees but a part of a layer. Accepted are "
-                "criteria that read weights alone, such as Magnitude() or LAMP(). Take one, or Trainer(strategy='ddp')."
-            )
-        if self.rewind is not None:
-            raise ValueError(
-                f"{name}.rewind={self.rewind!r} {with_}: each process would remember but its part of the weights. "
-                "Accepted is None. Leave rewind out, or take Trainer(strategy='ddp')."
-            )
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the layers, take up the masks of a checkpoint, and watch the optimizers.
+        """Find the layers, take the masks of a checkpoint, and watch the optimizers.
 
         A ModelParallelStrategy loads its checkpoint after this, before ``on_train_start``.
         """
-        layers = self._find_layers(pl_module)
-        _check_finite(layers)
-        if self.skipped:
-            left = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
-            rank_zero_info(f"{type(self).__name__} leaves alone {left}")
+        layers, self.skipped = find_prunable(
+            pl_module,
+            self.criterion,
+            self.pattern,
+            self.include,
+            self.exclude,
+            keep_first=self.keep_first,
+            keep_last=self.keep_last,
+        )
+        self._targets = targets_by_layer(type(self).__name__, self.targets, layers)
+        check_finite(layers)
+        tell_left_alone(self, self.skipped)
         if self._state is not None:
             self.masks = Masks(layers)
-            self._observation = self._observe(layers, pl_module)
+            self._observe(layers, pl_module)
         elif self.masks is None or not self.masks.are_of(layers):  # else a second fit goes on where the first ended
-            self.masks, self._last_step, self._done, self._rewound = Masks(layers), -1, False, None
-            self._observation = self._observe(layers, pl_module)
-        self._take_up(self.masks)
+            self.masks = Masks(layers)
+            self._last_step = -1
+            self._done = False
+            self._rewound = None
+            self._observe(layers, pl_module)
+        self._take_state(self.masks)
         self.masks.bind(pl_module)
         for optimizer in trainer.optimizers:
             ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -234,71 +180,10 @@ class GradualPruning(pl.Callback):
         if self.gate_checkpoints:
             gate_checkpoints(trainer)
 
-    def _take_up(self, masks: Masks) -> None:
-        """Take the masks of a checkpoint."""
-        if self._state is not None:
-            masks.load_state_dict(self._state["masks"])
-            self._state = None
-
-    @property
-    def _observes(self) -> bool:
-        """Whether the criterion looks at more than weights."""
-        criterion = self.criterion
-        return criterion.observes_activations or criterion.observes_gradients or criterion.needs_norm
-
-    def _find_layers(self, pl_module: pl.LightningModule) -> list[Layer]:
-        """The layers to prune; sets the skipped ones and the targets by name."""
-        found, self.skipped = find_layers(
-            pl_module, PRUNABLE, self.include, self.exclude, skip_frozen=True, skip_tied=True
-        )
-        layers = []
-        for i, layer in enumerate(found):
-            shape = out_first(layer, torch.empty(layer.weight.shape, device="meta")).shape
-            reason = self.criterion.refuses(layer) or self.pattern.refuses(shape)
-            if self.keep_first and i == 0:
-                reason = "the first layer stays dense (keep_first)"
-            if self.keep_last and i == len(found) - 1:
-                reason = "the last layer stays dense (keep_last)"
-            if reason is None:
-                layers.append(layer)
-            else:
-                self.skipped[layer.name] = reason
-        self._targets = {}
-        for pattern, target in self.targets.items():
-            named = [layer.name for layer in layers if matches(layer.name, [pattern])]
-            if not named:
-                raise ValueError(
-                    f"{type(self).__name__}.targets[{pattern!r}] matches no layer that is pruned. They are: "
-                    f"{', '.join(layer.name for layer in layers) or 'none'}."
-                )
-            self._targets |= dict.fromkeys(named, target)
-        return layers
-
-    def _observe(self, layers: list[Layer], pl_module: pl.LightningModule) -> Observation | None:
-        criterion = self.criterion
-        if not self._observes:
-            return None
-        if criterion.needs_norm and not any(isinstance(m, _BatchNorm) for m in pl_module.modules()):
-            raise ValueError(
-                f"{type(self).__name__}.criterion={criterion}: the model has no batch norm. Take another criterion, "
-                "such as Magnitude()."
-            )
-        compiled = [n for n, m in pl_module.named_modules() if isinstance(m, torch._dynamo.OptimizedModule)]
-        if compiled and not criterion.observes_gradients:
-            raise ValueError(
-                f"{type(self).__name__}.criterion={criterion}: it observes activations by hooks, which torch.compile "
-                f"overlooks in {', '.join(compiled)}. Prune uncompiled, or take a criterion that reads weights or "
-                "gradients, such as Magnitude() or Taylor()."
-            )
-        observation = Observation(criterion, layers, pl_module)
-        if self._state is not None and self._state["observed"] is not None:
-            observation.load_state_dict(self._state["observed"])
-        return observation
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse phases that cannot be; the steps of an earlier fit do not count in this one."""
+        """Raise if a phase does not fit the run; the steps of an earlier fit do not count in this one."""
         assert self.masks is not None
-        self._take_up(self.masks)
+        self._take_state(self.masks)
         check_run(trainer)
         self._last_step = min(self._last_step, trainer.global_step)
 
@@ -310,10 +195,10 @@ class GradualPruning(pl.Callback):
         if self.rewind is not None and self._rewound is None and getattr(clock, self.phase.unit) >= self.rewind:
             self._rewound = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
         progress = self.phase.progress(clock)
-        first = self._last_step < 0
-        by_schedule = first or clock.step - self._last_step >= self.every
-        due = progress >= 1 or (by_schedule if self.goal is None else self.goal != self._goal_met)
-        if progress >= 0 and due and not self._done:
+        due = self._last_step < 0 or clock.step - self._last_step >= self.every
+        if self.goal is not None:
+            due = self.goal != self._goal_met
+        if progress >= 0 and not self._done and (due or progress >= 1):
             self._update(trainer, pl_module, clock)
         if self._observation is not None and not self.reached:
             self._observation.begin_batch()
@@ -323,7 +208,8 @@ class GradualPruning(pl.Callback):
     ) -> None:
         """Reach the final sparsity at the very end of the phase."""
         if self._observation is not None and not self.reached:
-            self._observation.end_batch(partial(_mean, trainer) if trainer.world_size > 1 else None)
+            mean = partial(mean_over_processes, trainer.strategy.root_device) if trainer.world_size > 1 else None
+            self._observation.end_batch(mean)
         clock = read_clock(trainer, batch_idx + 1)
         begun = self._last_step >= 0 or clock.run >= 1
         if begun and self.phase.progress(clock) >= 1 and not self._done:
@@ -339,7 +225,7 @@ class GradualPruning(pl.Callback):
             self.masks.apply_to_gradients()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so where a criterion has waited in vain."""
+        """Warn if a criterion has waited in vain."""
         if self._observation is not None and not self._observation.ready and self._last_step < 0:
             rank_zero_warn(
                 f"{type(self).__name__} pruned nothing: {self.criterion} had seen nothing of the layers when the run "
@@ -372,14 +258,14 @@ class GradualPruning(pl.Callback):
         return {**state, "rewound": self._rewound, "last_step": self._last_step, "done": self._done, **goal}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up where a checkpoint was written."""
-        self._state = {"masks": state_dict["masks"], "observed": state_dict.get("observed")}
-        if self._state["masks"] is None:
-            self._state = None
+        """Restore from a checkpoint."""
+        has_masks = state_dict["masks"] is not None
+        self._state = {key: state_dict.get(key) for key in ("masks", "observed")} if has_masks else None
         self._rewound = state_dict.get("rewound")
         self._last_step = state_dict["last_step"]
         self._done = state_dict["done"]
-        self.goal, self._goal_met = state_dict.get("goal"), state_dict.get("goal_met")
+        self.goal = state_dict.get("goal")
+        self._goal_met = state_dict.get("goal_met")
 
     def keep(self) -> dict[str, Any] | None:
         """The masks, and how far the phase is."""
@@ -390,7 +276,7 @@ class GradualPruning(pl.Callback):
         assert self.masks is not None
         done = self._done
         self.load_state_dict(kept)
-        self._take_up(self.masks)
+        self._take_state(self.masks)
         if self._observation is not None and kept["observed"] is not None:
             self._observation.load_state_dict(kept["observed"])
         # Where a guard says how far, a phase that is over stays over; else the rest is due at the next batch.
@@ -413,13 +299,29 @@ class GradualPruning(pl.Callback):
         elif self._done:
             self._done = False  # until a batch was observed
 
+    def _take_state(self, masks: Masks) -> None:
+        """Take the masks of a checkpoint."""
+        if self._state is not None:
+            masks.load_state_dict(self._state["masks"])
+            self._state = None
+
+    def _observe(self, layers: Sequence[Layer], pl_module: pl.LightningModule) -> None:
+        """Watch what the criterion wants to see."""
+        self._observation = None
+        if self.criterion.needs_data:
+            check_observable(type(self).__name__, self.criterion, pl_module)
+            self._observation = Observation(self.criterion, layers, pl_module)
+            if self._state is not None and self._state["observed"] is not None:
+                self._observation.load_state_dict(self._state["observed"])
+
     def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, clock: Clock) -> None:
         assert self.masks is not None
         if self._observation is not None and not self._observation.ready:
             return  # at the next batch
         if self._observation is not None and self._last_step < 0:
-            self._skip_unseen(self._observation)
-        progress, before = min(self.phase.progress(clock), 1.0), self.masks.sparsity
+            self._skip_unseen(self._observation, self.masks.layers)
+        progress = min(self.phase.progress(clock), 1.0)
+        before = self.masks.sparsity
         self._drop(trainer, progress)
         if self._rewound is not None and self.masks.sparsity > before:
             pl_module.load_state_dict(self._rewound)
@@ -431,7 +333,7 @@ class GradualPruning(pl.Callback):
         self._done = progress >= 1
 
     def _drop(self, trainer: pl.Trainer, progress: float) -> None:
-        """Drop what is due, of the averages of the weights, too."""
+        """Drop what is due, also from the averages of the weights."""
         assert self.masks is not None
         final = self.schedule.final
         sparsity = self.schedule(progress) if self.goal is None else min(self.goal, final)
@@ -448,36 +350,14 @@ class GradualPruning(pl.Callback):
         for average in averages(trainer):
             self.masks.apply_to_copy(average)
 
-    def _skip_unseen(self, observation: Observation) -> None:
+    def _skip_unseen(self, observation: Observation, layers: Sequence[Layer]) -> None:
         """Name the layers that turned out not to be scored."""
-        assert self.masks is not None
-        refused = {layer.name: reason for layer in self.masks.layers if (reason := observation.refuses(layer))}
+        refused = {layer.name: reason for layer in layers if (reason := observation.refuses(layer))}
         self.skipped |= refused
         if refused:
             left = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
             rank_zero_warn(f"{type(self).__name__} leaves alone {left}")
 
 
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _check_finite(layers: Sequence[Layer]) -> None:
-    for layer in layers:
-        bad = layer.weight.numel() - int(whole(torch.isfinite(layer.weight.detach()).sum()))
-        if bad:
-            raise ValueError(
-                f"{layer.name} has {bad} weights that are NaN or infinite before training starts. Start from a "
-                "checkpoint that is finite."
-            )
-
-
-def _enforce(masks: Masks, layers: Sequence[Layer], *_: Any) -> None:
+def _enforce(masks: Masks, layers: Sequence[Layer], *_: object) -> None:
     masks.enforce(layers)
-
-
-def _mean(trainer: pl.Trainer, value: torch.Tensor) -> torch.Tensor:
-    """The mean over all processes."""
-    value = value.to(trainer.strategy.root_device)
-    torch.distributed.all_reduce(value)
-    return value / trainer.world_size

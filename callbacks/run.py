@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import TypeVar, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.phase import Clock, check_phases
 
 from .protocol import phases_of
 
-__all__ = ["check_run", "current_phase", "read_clock"]
+__all__ = ["check_run", "current_phase", "on_rank_zero", "read_clock", "tell_left_alone"]
+
+T = TypeVar("T")
 
 
 def read_clock(trainer: pl.Trainer, num_batches: int) -> Clock:
@@ -53,3 +58,26 @@ def current_phase(trainer: pl.Trainer, clock: Clock) -> tuple[int, str]:
         if progress >= 1:
             index, name = i, f"after {label}"
     return index, name
+
+
+def on_rank_zero(trainer: pl.Trainer, call: Callable[[], T]) -> T:
+    """What a call gives on rank zero, on every rank; what it raises there is raised everywhere."""
+    result: T | Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            result = call()
+        except Exception as error:
+            if trainer.world_size == 1:
+                raise
+            result = error
+    result = trainer.strategy.broadcast(result)
+    if isinstance(result, Exception):
+        raise result
+    return cast("T", result)
+
+
+def tell_left_alone(callback: pl.Callback, skipped: Mapping[str, str]) -> None:
+    """Print which layers a callback leaves alone, with the reasons."""
+    if skipped:
+        left = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        rank_zero_info(f"{type(callback).__name__} leaves alone {left}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["EMBEDDING", "PRUNABLE", "QUANTIZABLE", "Layer", "find_layers", "matches", "modules_by_name"]
+__all__ += ["check_patterns", "plain_name"]
 
 _CONVOLUTION = (nn.modules.conv._ConvNd,)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -46,14 +47,100 @@ class Layer:
         return weight
 
     @property
+    def module_name(self) -> str:
+        """Name of the module that holds the weight: without the parameter's, where that stands in the layer's name."""
+        if self.parameter == "weight" and isinstance(self.module, QUANTIZABLE):
+            return self.name
+        return self.name.removesuffix(self.parameter).removesuffix(".")
+
+    @property
     def out_axis(self) -> int:
-        """Axis of the output channels."""
+        """Axis of the output channels; of a grouped transposed convolution, of those of one group."""
         return 1 if getattr(self.module, "transposed", False) else 0
+
+    @property
+    def num_outputs(self) -> int:
+        """Output channels: features of a linear layer, channels of a convolution, rows of any other weight."""
+        return self.weight.shape[self.out_axis] * (self._groups if self.out_axis == 1 else 1)
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the channels in a layer's inputs and outputs, counted from the end: a batch axis may be missing."""
+        return 1 - self.weight.dim()
+
+    def out_first(self, values: Tensor) -> Tensor:
+        """A tensor of the weight's shape with its output channels first, or one like that back in the weight's shape.
+
+        ============================  ===========================  ===========================
+        layer                         weight                       output channels first
+        ============================  ===========================  ===========================
+        linear, recurrent, attention  (out, in)                    (out, in)
+        convolution                   (out, in / groups, *kernel)  (out, in / groups, *kernel)
+        transposed convolution        (in, out / groups, *kernel)  (out, in / groups, *kernel)
+        ============================  ===========================  ===========================
+
+        Example:
+            >>> layer = Layer("up", nn.ConvTranspose1d(6, 4, 3, groups=2))
+            >>> layer.weight.shape, layer.out_first(layer.weight).shape
+            (torch.Size([6, 2, 3]), torch.Size([4, 3, 3]))
+        """
+        if self.out_axis == 0:
+            return values
+        return values.unflatten(0, (self._groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def spread_outputs(self, values: Tensor) -> Tensor:
+        """One value per output channel, in a shape that broadcasts against the weight.
+
+        Example:
+            >>> Layer("fc", nn.Linear(3, 2)).spread_outputs(torch.tensor([1.0, 2.0]))
+            tensor([[1., 1., 1.],
+                    [2., 2., 2.]])
+        """
+        return self._spread(values.view(-1, 1).expand(-1, self._num_columns))
+
+    def spread_inputs(self, values: Tensor) -> Tensor:
+        """One value per input channel, in a shape that broadcasts against the weight.
+
+        Args:
+            values: As many as the layer has inputs, or a divisor of that: behind a flatten, neighbouring inputs of a
+                linear layer are of one channel.
+
+        Example:
+            >>> Layer("fc", nn.Linear(4, 1)).spread_inputs(torch.tensor([1.0, 2.0]))
+            tensor([[1., 1., 2., 2.]])
+        """
+        each = values.repeat_interleave(self._num_columns * self._groups // len(values))
+        rows = each.view(self._groups, 1, -1).expand(-1, self.num_outputs // self._groups, -1)
+        return self._spread(rows.flatten(0, 1))
+
+    @property
+    def _groups(self) -> int:
+        return getattr(self.module, "groups", 1)
+
+    @property
+    def _num_columns(self) -> int:
+        """Inputs of one output channel, each with its kernel."""
+        return self.weight.shape[1 - self.out_axis] // (self._groups if self.out_axis == 1 else 1)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Values of shape (out, in / groups) as (rows, columns, 1, ...) of the weight."""
+        stored = self.out_first(values)
+        return stored.view(*stored.shape, *[1] * (self.weight.dim() - 2))
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Every submodule by its name; the names are free of ``torch.compile``'s prefix."""
-    return {".".join(part for part in n.split(".") if part != "_orig_mod"): m for n, m in model.named_modules()}
+    return {plain_name(name): module for name, module in model.named_modules()}
+
+
+def plain_name(name: str) -> str:
+    """A name free of ``torch.compile``'s prefix.
+
+    Example:
+        >>> plain_name("_orig_mod.blocks.0._orig_mod.fc")
+        'blocks.0.fc'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -64,6 +151,25 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
         (True, True, False)
     """
     return any(name == p or name.startswith(p + ".") or fnmatchcase(name, p) for p in patterns)
+
+
+def check_patterns(names: Sequence[str], **patterns: Sequence[str]) -> None:
+    """Raise unless each pattern matches a layer.
+
+    Args:
+        names: The names of all layers.
+        patterns: Name patterns by the argument that they were given as.
+
+    Raises:
+        ValueError: If a pattern matches no layer.
+    """
+    for field, given in patterns.items():
+        for pattern in given:
+            if not any(matches(name, [pattern]) for name in names):
+                raise ValueError(
+                    f"{field}={pattern!r} matches no layer. The layers are: {', '.join(names) or 'none'}. "
+                    "Give a name, a prefix of a name, or a glob such as 'encoder.*'."
+                )
 
 
 def find_layers(  # noqa: C901  # one branch per reason to leave a weight alone
@@ -121,13 +227,7 @@ def find_layers(  # noqa: C901  # one branch per reason to leave a weight alone
             owners[id(weight)] = name
             layers.append(layer)
     names = [layer.name for layer in layers] + list(skipped)
-    for field, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            if not any(matches(name, [pattern]) for name in names):
-                raise ValueError(
-                    f"{field}={pattern!r} matches no layer. The layers are: {', '.join(names) or 'none'}. "
-                    "Give a name, a prefix of a name, or a glob such as 'encoder.*'."
-                )
+    check_patterns(names, include=include, exclude=exclude)
     return layers, skipped
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +20,7 @@ from torch.nn.utils import prune
 from lightning_compress.layers import Layer
 from lightning_compress.pruning import Element, Magnitude, Masks
 from lightning_compress.pruning.threshold import num_dropped
+from lightning_compress.pruning.updates import Streamed
 
 SPARSITY = 0.8
 
@@ -54,10 +55,9 @@ def peak(reset: bool = False) -> int:
     return most - code
 
 
-def is_exact(layers: list[Layer], masks: Masks) -> bool:
+def is_exact(layers: list[Layer], masks: Mapping[str, Tensor]) -> bool:
     """Exactly k are dropped, none larger than a kept one, equal ones in order; to 2e8 also: what torch.sort drops."""
-    # as they are stored, which none but this benchmark asks
-    kept = [masks._masks[layer.name].view(-1).bool() for layer in layers]  # noqa: SLF001
+    kept = [masks[layer.name].view(-1).bool() for layer in layers]
     weights = [layer.weight.detach().view(-1) for layer in layers]
     k = num_dropped(SPARSITY, sum(w.numel() for w in weights))
     cut = max(float(w.abs()[~m].max()) for w, m in zip(weights, kept, strict=True) if not m.all())
@@ -77,24 +77,25 @@ def run(num_params: float = 25e6, repeats: int = 5) -> dict[str, Any]:
     layers = make_layers(int(num_params))
     weights = [layer.weight.detach() for layer in layers]
     num = sum(w.numel() for w in weights)
-    masks = Masks(layers)
+    masks = {layer.name: torch.ones_like(layer.weight, dtype=torch.int8) for layer in layers}
+    streamed = Streamed(Magnitude(), layers)
+    everywhere = range(len(layers))
+    k = num_dropped(SPARSITY, num)
     small = make_layers(1000)
     Masks(small).update(Magnitude(), Element(), SPARSITY, "global")  # what is loaded at a first call does not count
     before = peak(reset=True)
-    found = masks.find(Magnitude(), SPARSITY, layers)
+    found = streamed.drop_lowest(everywhere, k)
     extra = peak() - before
-    assert found is not None
-    masks.write(found, Magnitude(), layers)
+    streamed.write(masks, found, everywhere)
     exact = is_exact(layers, masks)
 
     def flat() -> Tensor:
         return torch.cat([w.view(-1).abs() for w in weights])
 
-    k = int(SPARSITY * num)
     calls: dict[str, Callable[[], Any]] = {
         "one read (sum)": lambda: [w.sum() for w in weights],
-        "ours, find": lambda: masks.find(Magnitude(), SPARSITY, layers),
-        "ours, update": lambda: masks.write(masks.find(Magnitude(), SPARSITY, layers) or found, Magnitude(), layers),
+        "ours, find": lambda: streamed.drop_lowest(everywhere, k),
+        "ours, update": lambda: streamed.write(masks, streamed.drop_lowest(everywhere, k), everywhere),
     }
     peers: dict[str, Callable[[], Any]] = {
         "torch.topk": lambda: torch.topk(flat(), num - k, sorted=False),

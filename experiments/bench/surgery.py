@@ -30,8 +30,9 @@ from experiments.nets import Bert, FusedAttention, SplitAttention, ViT, mobilene
 from lightning_compress.callbacks import ChannelPruning
 from lightning_compress.phase import Phase
 from lightning_compress.structure.blocks import choose_blocks, find_blocks, record_blocks, score_block
+from lightning_compress.structure.choose import Drops, Limits, num_channels
 from lightning_compress.structure.groups import couple
-from lightning_compress.structure.plan import Drops, Limits, num_channels, plan, prove_groups
+from lightning_compress.structure.proof import choose_channels, prove_groups
 from lightning_compress.structure.record import Record, apply_record, tensors_by_name
 
 RATIOS = (0.3, 0.5, 0.7)
@@ -65,7 +66,7 @@ def shrink(model: nn.Module, x: Tensor, ratio: float) -> tuple[Record, float]:
     def reached(drops: Drops, record: Record) -> bool:
         return num_channels(coupling.groups, drops) <= (1 - ratio) * total
 
-    record, _, enough = plan(model, forward, coupling, scores, Limits(), reached)
+    record, _, enough = choose_channels(model, forward, coupling, scores, Limits(), reached)
     assert enough, coupling.skipped
     return record, (time.process_time() - begin) * 1e3
 
@@ -136,7 +137,7 @@ def loss_difference(model: nn.Module, x: Tensor, record: Record, num_steps: int 
 def masked(model: nn.Module, record: Record) -> list[tuple[Tensor, Tensor]]:
     """Zero what a record removes, let layer norms see only what it keeps; gives the tensors with their masks."""
     masks, modules = [], dict(model.named_modules())
-    for name, axes in record["kept"].items():
+    for name, axes in record.kept.items():
         tensor = tensors_by_name(model)[name]
         mask = torch.ones_like(tensor.data)
         for axis, keep in axes.items():

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lightning_compress.analysis.sensitivity import sensitivity
 from lightning_compress.forward import Inputs
 from lightning_compress.layers import PRUNABLE, find_layers
+from lightning_compress.structure.choose import Limits, drop_lowest, record_of, score_groups
 from lightning_compress.structure.groups import Group, couple
-from lightning_compress.structure.plan import Limits, choose, prove_groups, record_of, score_groups
+from lightning_compress.structure.proof import prove_groups
 from lightning_compress.structure.record import apply_record
 
 __all__ = ["Plan", "Point", "allocate"]
@@ -103,7 +104,7 @@ def allocate(  # noqa: PLR0913  # each a setting of its own, given by name
     def narrow(shares: Mapping[str, float]) -> nn.Module:
         smaller = copy.deepcopy(model)
         if shares:
-            drops = choose(coupling.groups, scores, 1.0, Limits(floor=0.0, shares=shares))
+            drops = drop_lowest(coupling.groups, scores, 1.0, Limits(floor=0.0, shares=shares))
             apply_record(smaller, record_of(model, coupling.groups, drops))
         return smaller
 

@@ -111,7 +111,6 @@ def layer_table(model: nn.Module, macs: dict[str, int] | None = None) -> list[di
         weight = layer.weight.detach()
         bits = weight_bits(layer)
         zeros = weight.numel() - int(torch.count_nonzero(weight))
-        module_name = layer.name.removesuffix("." + layer.parameter)
         rows.append(
             {
                 "name": layer.name,
@@ -120,7 +119,7 @@ def layer_table(model: nn.Module, macs: dict[str, int] | None = None) -> list[di
                 "sparsity": zeros / max(1, weight.numel()),
                 "weight_bits": bits,
                 "input_bits": inputs if bits < 32 and not isinstance(layer.module, EMBEDDING) else 32,
-                "macs": (macs or {}).get(module_name),
+                "macs": (macs or {}).get(layer.module_name),
                 "bytes": _bytes(weight.numel(), zeros, bits),
             }
         )

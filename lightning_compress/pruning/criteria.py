@@ -72,6 +72,11 @@ class Criterion(ABC):
         return None
 
     @property
+    def needs_data(self) -> bool:
+        """Whether the criterion looks at more than weights."""
+        return self.observes_activations or self.observes_gradients or self.needs_norm
+
+    @property
     def observes_activations(self) -> bool:
         """Whether inputs and outputs of the layers are wanted."""
         return type(self).observe is not Criterion.observe
@@ -278,35 +283,21 @@ class BatchNormScale(Criterion):
         return _of_outputs(layer, None if gamma is None else gamma.detach().abs())
 
 
-def _channel_axis(layer: Layer) -> int:
-    """Axis of the channels in what goes into and comes out of the layer, counted from the end."""
-    return 1 - layer.weight.dim()
-
-
 def _by_channel(layer: Layer, values: Tensor) -> Tensor:
     """Mean over all but the channels."""
-    rows = values.movedim(_channel_axis(layer), -1)
+    rows = values.movedim(layer.channel_axis, -1)
     return rows.reshape(-1, rows.shape[-1]).float().mean(0)
 
 
 def _of_outputs(layer: Layer, values: Tensor | None) -> Tensor:
-    """One value an output channel, for every weight; zeros where nothing was seen."""
-    return _spread(layer, values, transposed=layer.out_axis == 1)
+    """One value per output channel, for every weight; zeros where nothing was seen."""
+    if values is None:
+        return torch.zeros_like(layer.weight)
+    return layer.spread_outputs(values.to(layer.weight)).expand_as(layer.weight).contiguous()
 
 
 def _of_inputs(layer: Layer, values: Tensor | None) -> Tensor:
-    """One value an input channel, for every weight; zeros where nothing was seen."""
-    return _spread(layer, values, transposed=layer.out_axis == 0)
-
-
-def _spread(layer: Layer, values: Tensor | None, transposed: bool) -> Tensor:
-    weight = layer.weight.detach()
+    """One value per input channel, for every weight; zeros where nothing was seen."""
     if values is None:
-        return torch.zeros_like(weight)
-    values = values.to(weight)
-    if transposed:  # the channels lie along axis 1, those of one group there at a time
-        rows = values.view(getattr(layer.module, "groups", 1), 1, weight.shape[1])
-        values = rows.expand(-1, weight.shape[0] // len(rows), -1).flatten(0, 1)
-    else:
-        values = values.unsqueeze(1)
-    return values[(...,) + (None,) * (weight.dim() - 2)].expand_as(weight).contiguous()
+        return torch.zeros_like(layer.weight)
+    return layer.spread_inputs(values.to(layer.weight)).expand_as(layer.weight).contiguous()

@@ -1,30 +1,28 @@
-"""Scores to masks, and masks enforced on the weights."""
+"""What is masked: one mask per layer, enforced on the weights, saved, and cut with them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.layers import Layer
 from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.observation import Observation
-from lightning_compress.pruning.patterns import Element, Pattern, WholeLayer, out_first
-from lightning_compress.pruning.scopes import Scope, keep_groups, num_needed, split_by_scope
-from lightning_compress.pruning.sharding import is_sharded, ranks_for, sharded_as, whole
-from lightning_compress.pruning.threshold import CHUNK, Cut, find_cut, num_dropped, spread_sample
+from lightning_compress.pruning.patterns import Element, Pattern
+from lightning_compress.pruning.scopes import Scope, split_by_scope
+from lightning_compress.pruning.sharding import sharded_as, whole
+from lightning_compress.pruning.threshold import num_dropped
+from lightning_compress.pruning.updates import NotStreamable, update_held, update_streamed
 from lightning_compress.structure.record import Record, kept_by_id
 
 __all__ = ["Masks"]
 
 
 class Masks:
-    """One mask a layer, int8 with 1 = kept: the cheapest kind to multiply into a weight in place.
+    """One mask per layer, int8 with 1 = kept: the cheapest kind to multiply into a weight in place.
 
     The mask of a sharded weight is sharded like it: then all processes call ``sparsity``, ``update``, ``exchange`` and
     ``state_dict`` together, and the state is the same on all of them.
@@ -67,108 +65,42 @@ class Masks:
             criterion: Gives the scores.
             pattern: Gives the groups that are kept or dropped together.
             sparsity: Share of the weights to drop in all, cumulative, 0..1.
-            scope: ``"global"`` ranks all layers together, ``"layer"`` each layer for itself, ``"erk"`` each layer for
+            scope: ``"global"`` ranks all layers together, ``"layer"`` each layer by itself, ``"erk"`` each layer by
                 itself up to a sparsity that depends on its shape.
-            targets: Sparsities of single layers by their names; they are ranked for themselves.
-            floor: No layer keeps less than this share of what all keep on average; above 0, none is emptied. It does
-                not count for ``WholeLayer``, which empties layers.
+            targets: Sparsities of single layers by their names; each is ranked by itself.
+            floor: Smallest share of what all layers keep on average that a layer keeps; above 0, none is emptied.
+                ``WholeLayer``, which empties layers, ignores it.
             observation: What the criterion saw; layers that it cannot score stay as they are.
         """
         layers = [layer for layer in self.layers if observation is None or observation.refuses(layer) is None]
         parts = split_by_scope(layers, sparsity, scope, targets or {})
+        # A part that has dropped enough is left alone: an update to the same sparsity again must drop nothing more.
         parts = [(part, share) for part, share in parts if self._num_open(part, share) > 0]
-        streamed = isinstance(pattern, Element) and type(criterion).score_values is not Criterion.score_values
-        if not (streamed and self._update_streamed(criterion, parts, floor)):
+        if not self._streams(criterion, pattern, parts, floor):
             for part, share in parts:
-                self._update_scored(criterion, pattern, part, share, floor, observation)
+                update_held(self._masks, criterion, pattern, part, share, floor, observation)
         self.apply(layers)
+
+    def _streams(
+        self,
+        criterion: Criterion,
+        pattern: Pattern,
+        parts: Sequence[tuple[Sequence[Layer], float]],
+        floor: float,
+    ) -> bool:
+        """Update without holding scores; False, with nothing done, where that cannot be."""
+        if not isinstance(pattern, Element) or type(criterion).score_values is Criterion.score_values:
+            return False
+        try:
+            update_streamed(self._masks, criterion, parts, floor)
+        except NotStreamable:
+            return False
+        return True
 
     def _num_open(self, layers: Sequence[Layer], sparsity: float) -> int:
         """How many weights are still to be dropped for a sparsity."""
         num_weights = sum(layer.weight.numel() for layer in layers)
         return num_dropped(sparsity, num_weights) - (num_weights - self._num_kept(layers))
-
-    def _update_scored(
-        self,
-        criterion: Criterion,
-        pattern: Pattern,
-        layers: Sequence[Layer],
-        sparsity: float,
-        floor: float,
-        observation: Observation | None,
-    ) -> None:
-        """Rank the groups of all given layers together; of sharded ones, each process ranks a part."""
-        groups, shapes, sizes, ranks = [], [], [], ranks_for(layer.weight for layer in layers)
-        turn = _as_stored if isinstance(pattern, Element) else out_first  # ties go in the order of the streamed ones
-        for layer in layers:
-            weight = layer if observation is None else observation.layer(layer)
-            if is_sharded(layer.weight):
-                weight = replace(weight, whole=nn.Parameter(whole(layer.weight.detach()), requires_grad=False))
-            scores = criterion.score(weight).float()
-            scores = turn(layer, scores.masked_fill(whole(self._masks[layer.name]) == 0, -torch.inf))
-            found = pattern.reduce(scores)
-            protected = pattern.protects(found)
-            if protected is not None:
-                found = found.masked_fill(protected & (found > -torch.inf), torch.inf)
-            groups.append(ranks.part(found))
-            shapes.append((found.shape, scores.shape))
-            sizes.append(layer.weight.numel() // found.numel())
-        floor = 0.0 if isinstance(pattern, WholeLayer) else floor
-        kept = keep_groups(groups, sizes, sparsity, floor, ranks)
-        for layer, keep, (shape, full) in zip(layers, kept, shapes, strict=True):
-            mask = turn(layer, pattern.expand(ranks.join(keep, shape), full))
-            self._masks[layer.name] *= sharded_as(mask, self._masks[layer.name])
-
-    def _update_streamed(
-        self, criterion: Criterion, parts: Sequence[tuple[Sequence[Layer], float]], floor: float
-    ) -> bool:
-        """The same without holding scores; False, with nothing done, where that cannot be."""
-        cuts: list[tuple[Cut, Sequence[Layer]]] = []
-        for part, sparsity in parts:
-            open_, num_left = list(part), num_dropped(sparsity, sum(layer.weight.numel() for layer in part))
-            while open_ and num_left > 0:
-                cut = self._find(criterion, num_left, open_)
-                if cut is None:
-                    return False
-                needed = {layer.name: num_needed(floor, sparsity, layer.weight.numel()) for layer in open_}
-                short = self._short(cut, criterion, open_, needed) if floor else []
-                if not short:
-                    cuts.append((cut, open_))
-                    break
-                for layer in short:
-                    k = layer.weight.numel() - needed[layer.name]
-                    own = self._find(criterion, k, [layer])
-                    if own is None:
-                        return False
-                    cuts.append((own, [layer]))
-                    num_left -= k
-                open_ = [layer for layer in open_ if layer not in short]
-        for cut, layers in cuts:
-            self.write(cut, criterion, layers)
-        return True
-
-    def _short(self, cut: Cut, criterion: Criterion, layers: Sequence[Layer], needed: Mapping[str, int]) -> list[Layer]:
-        """The layers of which a cut leaves less than what is needed."""
-        short = []
-        for layer in layers:
-            num_kept = 0
-            for scores in _chunks(criterion, [layer]):
-                num_kept += int(np.count_nonzero(scores > cut.value))
-                if num_kept >= needed[layer.name]:
-                    break
-            if num_kept < needed[layer.name]:
-                short.append(layer)
-        if not short or cut.num_ties == cut.num_equal:
-            return short
-        cut, kept, short = replace(cut), np.empty(CHUNK, bool), []  # some of the equal ones are kept: count in order
-        for layer in layers:
-            num_kept = 0
-            for scores in _chunks(criterion, [layer]):
-                cut.keep(scores, kept[: len(scores)])
-                num_kept += int(np.count_nonzero(kept[: len(scores)]))
-            if num_kept < needed[layer.name]:
-                short.append(layer)
-        return short
 
     @torch.no_grad()
     def exchange(self, layers: Iterable[Layer], share: float, growth: Callable[[Layer], Tensor]) -> dict[str, Tensor]:
@@ -197,47 +129,11 @@ class Masks:
         self.apply(layers)
         return grown
 
-    def find(self, criterion: Criterion, sparsity: float, layers: Sequence[Layer]) -> Cut | None:
-        """The cut through the scores of all given layers, without holding the scores.
-
-        Args:
-            criterion: One that scores values.
-            sparsity: Share of the weights to drop, 0..1.
-            layers: The layers that are ranked together.
-
-        Returns:
-            None where weights are not plain float32 on the CPU, or where the cut falls among zeros: dropped weights are
-            zeros, and among zeros only the masks tell which were dropped before.
-        """
-        return self._find(criterion, num_dropped(sparsity, sum(layer.weight.numel() for layer in layers)), layers)
-
-    def _find(self, criterion: Criterion, k: int, layers: Sequence[Layer]) -> Cut | None:
-        weights = [layer.weight.detach() for layer in layers]
-        plain = (w.device.type == "cpu" and w.dtype == torch.float32 and w.is_contiguous() for w in weights)
-        if not all(plain) or any(map(is_sharded, weights)):
-            return None
-        num_weights = sum(w.numel() for w in weights)
-
-        def sample() -> np.ndarray:
-            values = torch.from_numpy(spread_sample([w.view(-1).numpy() for w in weights], num_weights))
-            return criterion.score_values(values, values).numpy()
-
-        cut = find_cut(partial(_chunks, criterion, layers), num_weights, k, sample)
-        return cut if cut.value > 0 else None
-
-    def write(self, cut: Cut, criterion: Criterion, layers: Sequence[Layer]) -> None:
-        """Drop what a cut through the layers' scores drops."""
-        kept = np.empty(CHUNK, bool)
-        for layer in layers:
-            mask = self._masks[layer.name].view(-1).numpy().view(bool)
-            for i, scores in enumerate(_chunks(criterion, [layer])):
-                cut.keep(scores, kept[: len(scores)])
-                mask[i * CHUNK : i * CHUNK + len(scores)] &= kept[: len(scores)]
-
     @torch.no_grad()
     def apply(self, layers: Iterable[Layer] | None = None) -> None:
         """Zero the dropped weights of the given layers (of all, without an argument), as +0."""
         for layer in self.layers if layers is None else layers:
+            # A negative weight times 0 is -0; adding 0 makes it +0, so that files and bit comparisons see one zero.
             layer.weight.mul_(self._masks[layer.name]).add_(0.0)
 
     @torch.no_grad()
@@ -270,7 +166,7 @@ class Masks:
             self._masks[layer.name] = self._masks[layer.name].to(layer.weight.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks, eight weights a byte, with their shapes."""
+        """The masks, eight weights per byte, with their shapes."""
         return {name: {"bits": _pack(whole(mask)), "shape": list(mask.shape)} for name, mask in self._masks.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -293,7 +189,8 @@ class Masks:
 
     def follow(self, model: nn.Module, record: Record) -> None:
         """Shrink with the weights of a model that has just changed its shape."""
-        present, kept = {id(p) for p in model.parameters()}, kept_by_id(model, record)
+        present = {id(p) for p in model.parameters()}
+        kept = kept_by_id(model, record)
         self.layers = [layer for layer in self.layers if id(layer.weight) in present]
         self._masks = {layer.name: self._masks[layer.name] for layer in self.layers}
         for layer in self.layers:
@@ -301,18 +198,6 @@ class Masks:
                 mask = self._masks[layer.name]
                 self._masks[layer.name] = mask.index_select(axis, indices.to(mask.device)).contiguous()
         self.bind(model)
-
-
-def _chunks(criterion: Criterion, layers: Sequence[Layer]) -> Iterator[np.ndarray]:
-    """The scores of the layers' weights, in order, in one buffer that is used again and again."""
-    buffer = torch.empty(CHUNK)
-    for layer in layers:
-        for part in layer.weight.detach().view(-1).split(CHUNK):
-            yield criterion.score_values(part, buffer[: part.numel()]).numpy()
-
-
-def _as_stored(layer: Layer, values: Tensor) -> Tensor:
-    return values
 
 
 def _pack(mask: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """In what shape: which weights are kept or dropped together (Mao 2017, arXiv:1705.08922).
 
-A pattern sees every weight with its output channels first: (out, in) or (out, in, *kernel).
+A pattern sees every weight with its output channels first, as :meth:`Layer.out_first` turns it: (out, in) or
+(out, in, *kernel).
 """
 
 from __future__ import annotations
@@ -11,17 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_compress.layers import Layer
-
-__all__ = ["Block", "Channel", "Element", "Head", "NofM", "Pattern", "WholeLayer", "out_first"]
-
-
-def out_first(layer: Layer, values: Tensor) -> Tensor:
-    """A tensor of the weight's shape as patterns see it, or one like that back in the weight's shape."""
-    if layer.out_axis == 0:
-        return values
-    groups = getattr(layer.module, "groups", 1)  # a transposed convolution's: (in, out / groups, *kernel)
-    return values.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+__all__ = ["Block", "Channel", "Element", "Head", "NofM", "Pattern", "WholeLayer"]
 
 
 class Pattern(ABC):

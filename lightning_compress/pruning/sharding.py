@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_compress.pruning.threshold import Ranks
+from lightning_compress.pruning.threshold import Processes
 
-__all__ = ["is_sharded", "ranks_for", "ranks_of", "sharded_as", "whole"]
+__all__ = ["is_sharded", "mean_over_processes", "processes_for", "processes_of", "sharded_as", "whole"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -36,15 +37,15 @@ def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
-def ranks_for(tensors: Iterable[Tensor]) -> Ranks:
+def processes_for(tensors: Iterable[Tensor]) -> Processes:
     """All processes if one of the tensors is sharded; else this one alone."""
-    return ranks_of() if any(map(is_sharded, tensors)) else Ranks()
+    return processes_of() if any(map(is_sharded, tensors)) else Processes()
 
 
-def ranks_of(group: Any = None) -> Ranks:
-    """The processes of a group of torch.distributed, for :func:`~.selection.keep_highest`.
+def processes_of(group: dist.ProcessGroup | None = None) -> Processes:
+    """The processes of a group of torch.distributed, for :func:`~.threshold.keep_highest`.
 
-    Each rank then gives its rows of every tensor and gets the same rows of what one process would have got for all.
+    Each process then gives its rows of every tensor, and gets the same rows of what one process would have got for all.
 
     Args:
         group: The group, such as ``mesh.get_group()`` of a DTensor's mesh; None for all processes.
@@ -53,7 +54,7 @@ def ranks_of(group: Any = None) -> Ranks:
         >>> from torch import tensor
         >>> from lightning_compress.pruning.threshold import keep_highest
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> keep_highest([tensor([1.0, 4.0]), tensor([2.0, 3.0])], 0.5, ranks_of())
+        >>> keep_highest([tensor([1.0, 4.0]), tensor([2.0, 3.0])], 0.5, processes_of())
         [tensor([False,  True]), tensor([False,  True])]
         >>> dist.destroy_process_group()
     """
@@ -63,4 +64,11 @@ def ranks_of(group: Any = None) -> Ranks:
         dist.all_gather_object(arrays, array, group)
         return arrays
 
-    return Ranks(dist.get_rank(group), gather, dist.get_world_size(group))
+    return Processes(dist.get_rank(group), gather, dist.get_world_size(group))
+
+
+def mean_over_processes(device: torch.device, value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, on the device on which they talk to each other."""
+    value = value.to(device)
+    dist.all_reduce(value)
+    return value / dist.get_world_size()

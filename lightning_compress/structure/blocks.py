@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.checks import first_line
-from lightning_compress.layers import matches
-from lightning_compress.structure.channels import plain_name
+from lightning_compress.layers import matches, plain_name
 from lightning_compress.structure.groups import Forward, tracing
 from lightning_compress.structure.record import Record, apply_record
 from lightning_compress.trace import Began, Ended, Trace, Watch
@@ -96,7 +95,7 @@ def choose_blocks(
 
 def record_blocks(names: Sequence[str]) -> Record:
     """The record that removes blocks."""
-    return {"kept": {}, "attributes": {}, "removed": list(names)}
+    return Record(removed=list(names))
 
 
 def _sort(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Entry", "Place", "entries", "located", "plain_name", "tensor_of"]
+__all__ = ["ChannelPlace", "Entry", "entries", "located", "tensor_of"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Entry:
     modulo: int = 0
 
     def positions(self, channels: Tensor) -> Tensor:
-        """Positions of channels along the axis, one row an offset."""
+        """Positions of channels along the axis, one row per offset."""
         channels = channels % self.modulo if self.modulo else channels
         return torch.stack([channels + offset for offset in self.offsets])
 
 
 @dataclass(frozen=True)
-class Place:
+class ChannelPlace:
     """Channels of one side of a module, and the root channel that each belongs to.
 
     Args:
@@ -52,25 +52,10 @@ class Place:
     axis: int = 0
 
 
-def plain_name(name: str) -> str:
-    """A name free of ``torch.compile``'s prefix."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
 def entries(module: nn.Module, side: str) -> list[Entry]:
-    """The tensors of a module that one side's channels lie in."""
-    found: list[Entry]
+    """The tensors of a module in which the channels of one side lie."""
     if isinstance(module, nn.modules.conv._ConvNd):
-        groups, per_group = module.groups, (module.in_channels // module.groups, module.out_channels // module.groups)
-        first, second = ("in", "out") if module.transposed else ("out", "in")
-        if groups > 1 and groups == module.out_channels == module.in_channels:
-            found = [Entry("weight", 0), Entry("bias", 0)]
-        elif side == first:
-            found = [Entry("weight", 0)]
-        else:
-            found = [Entry("weight", 1, modulo=per_group[second == "out"] if groups > 1 else 0)]
-        if side == "out" and found[-1].key != "bias":
-            found.append(Entry("bias", 0))
+        found = _entries_of_convolution(module, side)
     elif isinstance(module, nn.Linear):
         found = [Entry("weight", 0), Entry("bias", 0)] if side == "out" else [Entry("weight", 1)]
     elif isinstance(module, nn.Embedding):
@@ -88,17 +73,30 @@ def entries(module: nn.Module, side: str) -> list[Entry]:
     return [entry for entry in found if tensor_of(module, entry.key) is not None]
 
 
+def _entries_of_convolution(module: nn.modules.conv._ConvNd, side: str) -> list[Entry]:
+    """Of a depthwise one both sides are the same; else axis 0 counts all channels, axis 1 those of one group."""
+    if 1 < module.groups == module.out_channels == module.in_channels:
+        return [Entry("weight", 0), Entry("bias", 0)]
+    first = "in" if module.transposed else "out"
+    if side == first:
+        found = [Entry("weight", 0)]
+    else:
+        num = module.out_channels if side == "out" else module.in_channels
+        found = [Entry("weight", 1, modulo=num // module.groups if module.groups > 1 else 0)]
+    return [*found, Entry("bias", 0)] if side == "out" else found
+
+
 def tensor_of(module: nn.Module, key: str) -> Tensor | None:
     """A stored parameter or buffer of a module, whatever the module shows under that name."""
     *path, last = key.split(".")
     for part in path:
         module = module._modules[part]  # type: ignore[assignment]
-    found = module._parameters.get(last)
-    return module._buffers.get(last) if found is None else found
+    parameter = module._parameters.get(last)
+    return module._buffers.get(last) if parameter is None else parameter
 
 
-def located(place: Place, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, int, Tensor, Tensor]]:
-    """Names of the tensors, axes, positions (offsets by channels) and root channels of a place."""
+def located(place: ChannelPlace, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, int, Tensor, Tensor]]:
+    """The tensors of a place: name, axis, positions of the channels (offsets by channels), root channels."""
     if place.side == "raw":
         yield place.module, place.axis, place.channels[None], place.roots
         return

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_compress.layers import matches
-from lightning_compress.structure.channels import plain_name
+from lightning_compress.layers import matches, plain_name
 
 __all__ = ["Attention", "find_attentions"]
 

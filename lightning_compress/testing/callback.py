@@ -131,14 +131,14 @@ class _Cuts(_Hook):
 
     def act(self, trainer: Any, pl_module: Any) -> None:
         """Let the model lose a channel of every block that it has."""
-        record: Record = {"kept": {}, "attributes": {}, "removed": []}
+        record = Record()
         for name, block in pl_module.named_modules():
             if isinstance(block, _Block):
                 left = torch.arange(block.a.out_features - 1)
-                record["kept"] |= {f"{name}.a.weight": {0: left}, f"{name}.a.bias": {0: left}}
-                record["kept"] |= {f"{name}.b.weight": {1: left}}
-                record["attributes"] |= {f"{name}.a": {"out_features": len(left)}}
-                record["attributes"] |= {f"{name}.b": {"in_features": len(left)}}
+                record.kept |= {f"{name}.a.weight": {0: left}, f"{name}.a.bias": {0: left}}
+                record.kept |= {f"{name}.b.weight": {1: left}}
+                record.attributes |= {f"{name}.a": {"out_features": len(left)}}
+                record.attributes |= {f"{name}.b": {"in_features": len(left)}}
         apply_record(pl_module, record, trainer.optimizers)
         # quantizers follow before the callbacks do, as in a run that tells of a change
         quantization = quantization_of(pl_module)

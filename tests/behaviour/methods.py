@@ -168,7 +168,7 @@ def reached_channels(trainer: pl.Trainer, module: pl.LightningModule, name: str)
     assert_smaller(trainer, module, name in NOTHING)
     assert all(reason in pruning.skipped[layer] for layer, reason in NOTHING.get(name, {}).items())
     if name not in NOTHING:
-        widths, left = pruning._facts["widths"], pruning._facts["left"]
+        widths, left = pruning.progress.widths, pruning.progress.left
         assert sum(left.values()) <= 0.5 * sum(widths.values())
         assert all(left[key] >= 0.1 * widths[key] for key in widths)
 
@@ -207,7 +207,7 @@ def reached_taught(trainer: pl.Trainer, module: pl.LightningModule, name: str) -
     distillation = callback_of(trainer, KnowledgeDistillation)
     assert 0 < trainer.callback_metrics["compress/distillation_loss"] < torch.inf
     assert distillation.state_dict()["teacher"]
-    assert not distillation._warned
+    assert not distillation._step.warned
     assert "training_step" not in module.__dict__
 
 

@@ -172,7 +172,7 @@ def test_a_block_that_is_gone_is_not_removed_again(tmp_path: Path) -> None:
 
 def test_where_no_block_is_left_that_is_said(tmp_path: Path) -> None:
     second = LayerPruning(2, phase=Phase(0.4, 0.6))
-    with pytest.warns(UserWarning, match="LayerPruning.num_layers=2: 1 are removed, for others shrank the model"):
+    with pytest.warns(UserWarning, match="LayerPruning.num_layers=2: 1 are removed, because other callbacks"):
         fit(tmp_path, make(), LayerPruning(2, phase=Phase(0.1, 0.3)), second)
     assert second.stands() == {"layers": 1}
 

@@ -552,9 +552,9 @@ CASES: dict[str, Case] = {
     "late rewind": (
         lambda _: GradualPruning(rewind=0.3),
         ValueError,
-        r"rewind=0.3: accepted is a place in 0..0.2",
+        r"rewind=0.3: accepted is a point in 0..0.2",
     ),
-    "rewind='start'": (lambda _: GradualPruning(rewind="start"), ValueError, "rewind='start': accepted is a place"),
+    "rewind='start'": (lambda _: GradualPruning(rewind="start"), ValueError, "rewind='start': accepted is a point"),
     "pattern='2:4'": (lambda _: GradualPruning(pattern="2:4"), TypeError, "pattern='2:4': accepted is a Pattern"),
     "pattern class": (lambda _: GradualPruning(pattern=NofM), TypeError, "accepted is a Pattern, an object"),
     "phase=0.5": (lambda _: GradualPruning(phase=0.5), TypeError, "phase=0.5: accepted is a Phase"),

@@ -135,7 +135,7 @@ def test_a_phase_that_ends_with_the_run_reaches_its_target(tmp_path: Path) -> No
     module = make_module("mlp")
     make_trainer(tmp_path, callbacks=[pruning]).fit(module)
     assert pruning.shrinks == 3
-    assert sum(pruning._facts["left"].values()) == 32
+    assert sum(pruning.progress.left.values()) == 32
 
 
 def test_the_best_checkpoint_is_a_small_one(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.callbacks import GradualPruning, KnowledgeDistillation
+from lightning_compress.callbacks.taught_step import TaughtStep
 from lightning_compress.distillation import Call, feature_loss, main_tensor, output_loss, record_calls, teach
 from lightning_compress.forward import Inputs
 from lightning_compress.phase import Phase
@@ -120,7 +121,7 @@ def test_the_only_part_that_is_called_is_taught(tmp_path: Path) -> None:
         return F.cross_entropy(module.accuracy(module.net(x)), y)
 
     _, found = train(tmp_path, distil := KnowledgeDistillation(), step)
-    assert distil._chosen == "net"
+    assert distil._step.chosen == "net"
     _, expected = train(tmp_path, KnowledgeDistillation(outputs="net"), step)
     _, by_forward = train(tmp_path, KnowledgeDistillation(), plain)
     for other in (expected, by_forward):
@@ -137,7 +138,7 @@ def test_several_parts_want_a_name(tmp_path: Path) -> None:
     assert "training_step" not in module.__dict__
 
 
-def test_several_calls_in_a_step_are_averaged(tmp_path: Path) -> None:
+def test_several_calls_in_a_step_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
 
     def step(module: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -145,13 +146,14 @@ def test_several_calls_in_a_step_are_averaged(tmp_path: Path) -> None:
             module(x)
         return F.cross_entropy(torch.cat([module(x[:4]), module(x[4:])]), y)
 
-    class Watch(KnowledgeDistillation):
-        def _share(self, call: Call) -> Tensor | None:
-            share = super()._share(call)
-            seen.extend([] if share is None else [share.detach()])
-            return share
+    def share(self: TaughtStep, call: Call) -> Tensor | None:
+        found = original(self, call)
+        seen.extend([] if found is None else [found.detach()])
+        return found
 
-    trainer, _ = train(tmp_path, Watch(), step)
+    original = TaughtStep.share
+    monkeypatch.setattr(TaughtStep, "share", share)
+    trainer, _ = train(tmp_path, KnowledgeDistillation(), step)
     assert len(seen) == 2 * (NUM_BATCHES - BEGIN)
     torch.testing.assert_close(trainer.callback_metrics["compress/distillation_loss"], torch.stack(seen[-2:]).mean())
 
@@ -184,7 +186,7 @@ def test_a_share_that_is_not_finite_leaves_the_loss_alone(value: float, tmp_path
         def forward(self, x: Tensor) -> Tensor:
             return torch.full((len(x), 4), value)
 
-    with pytest.warns(UserWarning, match="not finite; such steps take their own loss alone"):
+    with pytest.warns(UserWarning, match="NaN or infinite; such steps use the task loss only"):
         _, taught = train(tmp_path, KnowledgeDistillation(Broken()), plain)
     torch.manual_seed(0)
     alone = Step(plain)
@@ -286,7 +288,7 @@ CASES: dict[str, Case] = {
     "temperature=0": (lambda _: KD(temperature=0), ValueError, "temperature=0: accepted is a number above 0"),
     "temperature=nan": (lambda _: KD(temperature=math.nan), ValueError, "accepted is a number above 0"),
     "loss='ce'": (lambda _: KD(loss="ce"), ValueError, "loss='ce': accepted are 'kl'"),
-    "teacher=3": (lambda _: KD(3), TypeError, "teacher=3: accepted are 'self', the path"),
+    "teacher=3": (lambda _: KD(3), TypeError, "teacher=3: accepted is .self., the path"),
     "phase=0.2": (lambda _: KD(phase=0.2), TypeError, "phase=0.2: accepted is a Phase"),
     "phase of no length": (lambda _: KD(phase=Phase(0.5, 0.5)), ValueError, "that ends after it begins"),
     "weight below 0": (lambda _: KD(features={"net": -1}), ValueError, r"features\['net'\]=-1: accepted is a weight"),

@@ -105,6 +105,58 @@ def test_out_axis_is_the_axis_of_the_output_channels(module: nn.Module, axis: in
     assert layer.weight.shape[axis] == 3
 
 
+CHANNELS = {
+    "linear": (nn.Linear(6, 4, bias=False), (2, 6)),
+    "conv1d": (nn.Conv1d(6, 4, 3, bias=False), (2, 6, 5)),
+    "grouped": (nn.Conv2d(6, 4, 3, groups=2, bias=False), (2, 6, 5, 5)),
+    "depthwise": (nn.Conv2d(6, 12, 3, groups=6, bias=False), (2, 6, 5, 5)),
+    "transposed": (nn.ConvTranspose1d(6, 4, 3, bias=False), (2, 6, 5)),
+    "grouped transposed": (nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False), (2, 6, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_the_weight_of_channels_is_what_scales_their_outputs_and_inputs(kind: str) -> None:
+    module, shape = CHANNELS[kind]
+    layer = Layer(kind, module)
+    x = torch.randn(shape)
+    plain = module(x)
+    assert plain.shape[layer.channel_axis] == layer.num_outputs
+    trailing = (-1, *[1] * (x.dim() - 2))
+    outputs = torch.rand(layer.num_outputs) + 0.5
+    inputs = torch.rand(shape[1]) + 0.5
+    stored = module.weight.data
+    for factor, expected in (
+        (layer.spread_outputs(outputs), plain * outputs.view(trailing)),
+        (layer.spread_inputs(inputs), module(x * inputs.view(trailing))),
+    ):
+        module.weight.data = stored * factor
+        torch.testing.assert_close(module(x), expected)
+        module.weight.data = stored
+
+
+def test_neighbouring_inputs_behind_a_flatten_are_of_one_channel() -> None:
+    layer = Layer("head", nn.Linear(6, 2))
+    assert layer.spread_inputs(torch.tensor([3, 4])).tolist() == [[3, 3, 3, 4, 4, 4]] * 2
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_output_channels_come_first_and_go_back(kind: str) -> None:
+    module, (_, num_inputs, *_) = CHANNELS[kind]
+    layer = Layer(kind, module)
+    first = layer.out_first(module.weight)
+    assert first.shape[:2] == (layer.num_outputs, num_inputs // getattr(module, "groups", 1))
+    assert torch.equal(layer.out_first(first), module.weight)
+
+
+def test_the_name_of_a_module_is_the_layers_without_its_parameter() -> None:
+    parts = {"fc": nn.Linear(2, 2), "weight": nn.Linear(2, 2), "mha": nn.MultiheadAttention(2, 1)}
+    for model in (nn.ModuleDict({"inner": nn.ModuleDict(parts)}), nn.LSTM(2, 2)):
+        modules = modules_by_name(model)
+        for layer in find_layers(model)[0]:
+            assert modules[layer.module_name] is layer.module, layer.name
+
+
 def test_the_weight_of_a_layer_is_the_stored_one_whatever_the_module_shows() -> None:
     module = nn.Linear(3, 3)
     stored = module.weight

@@ -33,6 +33,7 @@ from lightning_compress.quantization.fake_quant import (
     weights,
 )
 from lightning_compress.quantization.model import ModelQuantization, quantize_layers
+from lightning_compress.structure.record import Record
 
 from .helpers import noise, quantize, randomized, run, trace
 from .test_placement import Residual
@@ -204,7 +205,7 @@ def test_a_prepared_model_hands_the_kept_indices_on() -> None:
     with torch.no_grad():
         first._parameters["weight"].data = first._parameters["weight"].data[kept]
         second._parameters["weight"].data = second._parameters["weight"].data[:, kept]
-    record = {"kept": {"0.weight": {0: kept}, "1.weight": {1: kept}}, "attributes": {}, "removed": []}
+    record = Record({"0.weight": {0: kept}, "1.weight": {1: kept}})
     prepared_.follow(model, record)
     assert torch.equal(prepared_.learned()["0:scale"], before["0:scale"][kept])
     assert torch.equal(prepared_.learned()["1:scale"], before["1:scale"])

@@ -25,7 +25,7 @@ from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.model import quantization_of, quantize_layers
 from lightning_compress.quantization.quantizers import Affine
 from lightning_compress.quantization.schemes import apot4, binary, codebook, exp4, fp8, int4, int8, log4, lsq, ternary
-from lightning_compress.structure.record import apply_record
+from lightning_compress.structure.record import Record, apply_record
 
 from .helpers import noise, quantize, randomized, run
 
@@ -267,11 +267,11 @@ def test_a_model_without_some_channels_and_a_block_loads_into_a_dense_one(tmp_pa
 
     small, dense = net(0), net(1)
     kept = torch.tensor([0, 2, 5])
-    record = {
-        "kept": {"0.weight": {0: kept}, "0.bias": {0: kept}, "1.weight": {1: kept}},
-        "attributes": {"0": {"out_features": 3}, "1": {"in_features": 3}},
-        "removed": ["2"],
-    }
+    record = Record(
+        kept={"0.weight": {0: kept}, "0.bias": {0: kept}, "1.weight": {1: kept}},
+        attributes={"0": {"out_features": 3}, "1": {"in_features": 3}},
+        removed=["2"],
+    )
     apply_record(small, record)
     save_packed(small, tmp_path / "small")
     save_packed(net(2), tmp_path / "dense")
@@ -432,11 +432,10 @@ def test_tied_quantized_weights_are_stored_once(tmp_path: Path) -> None:
 def test_a_quantized_model_without_some_channels_loads_into_a_dense_one(tmp_path: Path) -> None:
     small = randomized(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)))
     kept = torch.tensor([0, 2, 5])
-    record = {
-        "kept": {"0.weight": {0: kept}, "0.bias": {0: kept}, "2.weight": {1: kept}},
-        "attributes": {"0": {"out_features": 3}, "2": {"in_features": 3}},
-        "removed": [],
-    }
+    record = Record(
+        kept={"0.weight": {0: kept}, "0.bias": {0: kept}, "2.weight": {1: kept}},
+        attributes={"0": {"out_features": 3}, "2": {"in_features": 3}},
+    )
     apply_record(small, record)
     quantize(small, noise(9, 4))
     save_packed(small, tmp_path / "x")

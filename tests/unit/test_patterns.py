@@ -15,7 +15,6 @@ from torch.nn.utils import prune
 
 from lightning_compress.layers import Layer
 from lightning_compress.pruning import Block, Channel, Element, Head, Magnitude, Masks, NofM, Pattern, WholeLayer
-from lightning_compress.pruning.patterns import out_first
 from lightning_compress.testing import check_pattern
 
 from .helpers import noise
@@ -118,7 +117,7 @@ def test_groups_are_dropped_by_their_mean_as_in_a_loop(
 ) -> None:
     module = seeded(kind)
     layer = Layer("x", module)
-    assert pattern.refuses(out_first(layer, layer.weight).shape) is None
+    assert pattern.refuses(layer.out_first(layer.weight).shape) is None
     masks, dropped = Masks([layer]), set()
     for step, sparsity in enumerate((0.2, 0.5, 0.5, 0.8)):
         train(module, step)
@@ -142,7 +141,7 @@ def test_n_of_m_is_greedy_dropping_with_at_most_m_minus_n_of_each_m(
 ) -> None:
     module = seeded(kind)
     layer, pattern = Layer("x", module), NofM(n, m, axis)
-    shape = out_first(layer, layer.weight).shape
+    shape = layer.out_first(layer.weight).shape
     if pattern.refuses(shape):
         assert axis >= len(shape) or shape[axis] % m
         return
@@ -175,14 +174,6 @@ def test_n_of_m_is_greedy_dropping_with_at_most_m_minus_n_of_each_m(
 def test_n_of_m_of_equal_scores_protects_the_first() -> None:
     protected = NofM(2, 4).protects(torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 2.0, 2.0, 2.0]]))
     assert protected.tolist() == [[True, True, False, False, False, True, True, False]]
-
-
-def test_out_first_there_and_back_is_the_weight() -> None:
-    for kind, (module, _) in LAYERS.items():
-        layer = Layer(kind, module)
-        seen = out_first(layer, module.weight)
-        assert seen.shape[:2] == (12, 8)
-        assert torch.equal(out_first(layer, seen), module.weight)
 
 
 @pytest.mark.parametrize(

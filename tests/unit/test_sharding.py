@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_compress.pruning.sharding import ranks_of
-from lightning_compress.pruning.threshold import CHUNK, Ranks, keep_highest
+from lightning_compress.pruning.sharding import processes_of
+from lightning_compress.pruning.threshold import CHUNK, Processes, keep_highest
 
 from .helpers import noise
 
@@ -56,7 +56,7 @@ def on_threads(shards: list[list[Tensor]], sparsity: float) -> list[Any]:
             return arrays
 
         try:
-            return keep_highest(shards[rank], sparsity, Ranks(rank, gather))
+            return keep_highest(shards[rank], sparsity, Processes(rank, gather))
         except ValueError as error:
             return error
 
@@ -93,7 +93,7 @@ def work(rank: int, folder: str) -> None:
     for i, shares in enumerate(SPLITS):
         for digits in (0, 6):
             for sparsity in SPARSITIES:
-                kept = keep_highest(shard(tensors(digits), shares, rank), sparsity, ranks_of())
+                kept = keep_highest(shard(tensors(digits), shares, rank), sparsity, processes_of())
                 found[i, digits, sparsity] = [keep.numpy() for keep in kept]
     Path(folder, str(rank)).write_bytes(pickle.dumps(found))
     dist.destroy_process_group()

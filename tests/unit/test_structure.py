@@ -15,23 +15,21 @@ from torch import Tensor, nn
 from lightning_compress.layers import find_layers
 from lightning_compress.pruning import Element, Magnitude, Masks
 from lightning_compress.structure.blocks import choose_blocks, find_blocks, record_blocks, score_block
-from lightning_compress.structure.groups import Coupling, couple
-from lightning_compress.structure.plan import (
+from lightning_compress.structure.choose import (
     Limits,
-    choose,
+    drop_fewest,
+    drop_lowest,
     num_channels,
     num_parameters,
-    plan,
-    prove,
-    prove_groups,
     record_of,
     score_groups,
-    search,
 )
+from lightning_compress.structure.groups import Coupling, couple
+from lightning_compress.structure.optimizers import check_optimizer
+from lightning_compress.structure.proof import choose_channels, prove, prove_groups
 from lightning_compress.structure.record import (
     Record,
     apply_record,
-    check_optimizer,
     restore_structure,
     structure_of,
     tensors_by_name,
@@ -58,7 +56,7 @@ def groups_of(model: nn.Module, x: Tensor, **options: Any) -> Coupling:
 def planned(model: nn.Module, x: Tensor, share: float = 0.5, **options: Any) -> tuple[Record, Coupling]:
     coupling = groups_of(model, x, **options)
     total = sum(int(group.sizes.sum()) for group in coupling.groups)
-    record, _, enough = plan(
+    record, _, enough = choose_channels(
         model,
         lambda m: m(x),
         coupling,
@@ -73,7 +71,7 @@ def planned(model: nn.Module, x: Tensor, share: float = 0.5, **options: Any) -> 
 def mask(model: nn.Module, record: Record) -> dict[str, Tensor]:
     """Zeros where nothing will be, for a whole training."""
     masks = {}
-    for name, axes in record["kept"].items():
+    for name, axes in record.kept.items():
         keep = torch.ones_like(tensors_by_name(model)[name])
         for axis, kept in axes.items():
             gone = torch.ones(keep.shape[axis], dtype=torch.bool).index_fill_(0, kept, False)
@@ -138,7 +136,7 @@ def test_the_same_channels_removed_by_torch_pruning_itself_give_the_same_bits(na
     model, x = build(name)
     coupling = groups_of(model, x)
     for group in coupling.groups:
-        drops = choose([group], {group.name: torch.arange(len(group.sizes)).flip(0).float()}, 0.5, Limits())
+        drops = drop_lowest([group], {group.name: torch.arange(len(group.sizes)).flip(0).float()}, 0.5, Limits())
         record = record_of(model, [group], drops)
         ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
         apply_record(ours, record)
@@ -187,7 +185,7 @@ def test_optimizer_state_is_cut_like_the_weights(kind: str) -> None:
     apply_record(model, record, [optimizer])
     cut = 0
     for p, state in optimizer.state.items():
-        axes = record["kept"].get(names[id(p)], {})
+        axes = record.kept.get(names[id(p)], {})
         for key, value in [*state.items(), ("grad", p.grad)]:
             expected = gradients[names[id(p)]] if key == "grad" else before[names[id(p)]][key]
             if isinstance(value, Tensor) and value.dim():
@@ -321,9 +319,9 @@ def test_a_proof_fails_where_shapes_alone_would_not_tell() -> None:
     model, x = build("mobilenet")
     record, _ = planned(model, x)
     assert prove(model, lambda m: m(x), record) is None
-    name = next(n for n, axes in record["kept"].items() if 1 in axes)
-    kept = record["kept"][name][1]
-    record["kept"][name][1] = (kept + 1) % tensors_by_name(model)[name].shape[1]
+    name = next(n for n, axes in record.kept.items() if 1 in axes)
+    kept = record.kept[name][1]
+    record.kept[name][1] = (kept + 1) % tensors_by_name(model)[name].shape[1]
     assert "something else" in str(prove(model, lambda m: m(x), record))
 
 
@@ -332,12 +330,12 @@ def test_floor_rounding_and_scope() -> None:
     coupling = groups_of(model, x)
     scores = score_groups(coupling.groups, model, scores_of(model))
     for limits in (Limits(floor=0.5), Limits(round_to=4), Limits(scope="local")):
-        drops, _ = search(coupling.groups, scores, limits, lambda drops: False)
+        drops, _ = drop_fewest(coupling.groups, scores, limits, lambda drops: False)
         for group in coupling.groups:
             left = int(group.sizes[~drops[group.name]].sum())
             assert left >= max(1, limits.floor * int(group.sizes.sum()))
             assert left % limits.round_to == 0
-    drops = choose(coupling.groups, scores, 0.25, Limits(scope="local"))
+    drops = drop_lowest(coupling.groups, scores, 0.25, Limits(scope="local"))
     assert {float(drops[group.name].float().mean()) for group in coupling.groups} == {0.25}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_compress.pruning.threshold import CHUNK, find_cut, keep_highest, num_dropped
+from lightning_compress.pruning.threshold import CHUNK, find_threshold, keep_highest, num_dropped
 
 from .helpers import noise
 
@@ -108,6 +108,6 @@ def test_one_nan_among_many_is_an_error(position: int) -> None:
 @pytest.mark.parametrize("k", [1, 700, 4999, 5000])
 def test_a_sample_that_misleads_costs_time_and_not_exactness(k: int, value: float) -> None:
     scores = noise(5000).numpy()
-    cut = find_cut(lambda: iter([scores[:3000], scores[3000:]]), 5000, k, lambda: np.full(50, value, np.float32))
+    cut = find_threshold(lambda: iter([scores[:3000], scores[3000:]]), 5000, k, lambda: np.full(50, value, np.float32))
     assert cut.value == np.sort(scores)[k - 1]
     assert (cut.num_ties, cut.num_equal) == (1, 1)

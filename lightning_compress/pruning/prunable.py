@@ -1,0 +1,124 @@
+"""Which layers of a model are pruned, how far each, and whether a criterion can see them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_compress.layers import PRUNABLE, Layer, find_layers, matches
+from lightning_compress.pruning.criteria import Criterion
+from lightning_compress.pruning.patterns import Pattern
+from lightning_compress.pruning.sharding import whole
+
+__all__ = ["check_finite", "check_observable", "find_prunable", "targets_by_layer"]
+
+
+def find_prunable(
+    model: nn.Module,
+    criterion: Criterion,
+    pattern: Pattern,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    keep_first: bool = False,
+    keep_last: bool = False,
+) -> tuple[list[Layer], dict[str, str]]:
+    """The layers that a criterion can score and a pattern fits.
+
+    Args:
+        model: The model.
+        criterion: Scores the weights.
+        pattern: The shape in which they are dropped.
+        include: Name patterns; empty for all.
+        exclude: Name patterns of layers to leave dense.
+        keep_first: Leave the first layer dense.
+        keep_last: Leave the last layer dense.
+
+    Returns:
+        The layers, and a dict of name to reason for every weight left alone.
+
+    Raises:
+        ValueError: If a name pattern matches no layer.
+    """
+    found, skipped = find_layers(model, PRUNABLE, include, exclude, skip_frozen=True, skip_tied=True)
+    layers = []
+    for i, layer in enumerate(found):
+        reason = criterion.refuses(layer) or pattern.refuses(_shape(layer))
+        if keep_first and i == 0:
+            reason = "the first layer stays dense (keep_first)"
+        if keep_last and i == len(found) - 1:
+            reason = "the last layer stays dense (keep_last)"
+        if reason is None:
+            layers.append(layer)
+        else:
+            skipped[layer.name] = reason
+    return layers, skipped
+
+
+def _shape(layer: Layer) -> torch.Size:
+    """The weight's shape as patterns see it."""
+    return layer.out_first(torch.empty(layer.weight.shape, device="meta")).shape
+
+
+def targets_by_layer(name: str, targets: Mapping[str, float], layers: Sequence[Layer]) -> dict[str, float]:
+    """Sparsities of single layers by their names; of several patterns that match a layer, the last counts.
+
+    Args:
+        name: Who was given the targets, for the message.
+        targets: Sparsities by name pattern.
+        layers: The layers that are pruned.
+
+    Raises:
+        ValueError: If a pattern matches none of them.
+    """
+    found: dict[str, float] = {}
+    for pattern, target in targets.items():
+        named = [layer.name for layer in layers if matches(layer.name, [pattern])]
+        if not named:
+            raise ValueError(
+                f"{name}.targets[{pattern!r}] matches no layer that is pruned. They are: "
+                f"{', '.join(layer.name for layer in layers) or 'none'}."
+            )
+        found |= dict.fromkeys(named, target)
+    return found
+
+
+def check_finite(layers: Sequence[Layer]) -> None:
+    """Raise unless all weights are finite; of sharded ones, on all processes.
+
+    Raises:
+        ValueError: If a layer has weights that are not.
+    """
+    for layer in layers:
+        bad = layer.weight.numel() - int(whole(torch.isfinite(layer.weight.detach()).sum()))
+        if bad:
+            raise ValueError(
+                f"{layer.name} has {bad} weights that are NaN or infinite before training starts. Start from a "
+                "checkpoint that is finite."
+            )
+
+
+def check_observable(name: str, criterion: Criterion, model: nn.Module) -> None:
+    """Raise unless a model has what a criterion looks at.
+
+    Args:
+        name: Who was given the criterion, for the message.
+        criterion: The criterion.
+        model: The model.
+
+    Raises:
+        ValueError: If it has no batch norm to read, or is compiled and hides its activations.
+    """
+    if criterion.needs_norm and not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        raise ValueError(
+            f"{name}.criterion={criterion}: the model has no batch norm. Take another criterion, such as Magnitude()."
+        )
+    compiled = [key for key, m in model.named_modules() if isinstance(m, torch._dynamo.OptimizedModule)]
+    if compiled and not criterion.observes_gradients:
+        raise ValueError(
+            f"{name}.criterion={criterion}: it observes activations by hooks, which torch.compile overlooks in "
+            f"{', '.join(compiled)}. Prune uncompiled, or take a criterion that reads weights or gradients, such as "
+            "Magnitude() or Taylor()."
+        )
