@@ -275,6 +275,7 @@ def test_parameters_without_a_shape_are_seen() -> None:
     assert [event.name for event in watch.trace.events if isinstance(event, Began)] == ["", "0", "1"]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_have_axes_of_unknown_length() -> None:
     trace = watched(lambda model, x: torch.nested.nested_tensor([x, x[:2]]) + torch.nested.nested_tensor([x, x[:2]]))
     assert functions(trace)[-1].reads[0].shape == (-1, -1, -1)
