@@ -137,7 +137,7 @@ class Watch:
         self._open = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy gets: a watch that is closed and has seen nothing. The hooks on a copied model call it in vain."""
+        """What a copy gets: a closed watch that has seen nothing. The hooks on a copied model call it in vain."""
         return {**self.__dict__, **Watch(self.model, self._num_skipped).__dict__}
 
     def start(self) -> None:
