@@ -208,20 +208,28 @@ class Watch:
         self.trace.events.append(Ended(name, began.args, whole, outputs))
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # before the call: what it writes in place has another number afterwards
-        known_args, known_kwargs = tree_map_only(Tensor, self._value, (args, kwargs))
-        output = func(*args, **kwargs)
         name = getattr(func, "__name__", "").strip("_")
-        results = _tensors(output)
-        if not results and name in ATTRIBUTES:
-            return output
-        given = _tensors((args, kwargs))
-        for x in results:
-            if any(x is y for y in given):
-                self._numbers[x] = next(self._count)
+        if name in ATTRIBUTES:
+            output = func(*args, **kwargs)
+            results = _tensors(output)
+            if not results:
+                return output
+            known_args, known_kwargs = self._known(args, kwargs)
+        else:
+            # before the call: what it writes in place has another number afterwards
+            known_args, known_kwargs = self._known(args, kwargs)
+            output = func(*args, **kwargs)
+            results = _tensors(output)
+            given = _tensors((args, kwargs))
+            for x in results:
+                if any(x is y for y in given):
+                    self._numbers[x] = next(self._count)
         reads = tuple(x for x in tree_leaves((known_args, known_kwargs)) if isinstance(x, Value))
         self.trace.events.append(Ran(name, known_args, known_kwargs, reads, tuple(map(self._value, results))))
         return output
+
+    def _known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tree_map_only(Tensor, self._value, (args, kwargs))
 
 
 class _Functions(TorchFunctionMode):

@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress.layers import Layer, modules_by_name
 from lightning_compress.quantization.fake_quant import weights
@@ -71,7 +70,7 @@ def _balance(first: Layer, norm: _BatchNorm | None, second: Layer, second_norm: 
     weight = second.weight.detach()
     if second_norm is not None:
         # what the second layer's own norm multiplies its outputs by belongs to the weight
-        weight = weight * _spread(second, _factor(second_norm), outputs=True)
+        weight = weight * second.spread_outputs(_factor(second_norm)).to(weight.dtype)
     theirs = _ranges(second, len(ranges), outputs=False, weight=weight)
     both = (ranges > 0) & (theirs > 0)  # a pruned channel stays as it is
     scale = torch.where(both, (ranges / theirs.where(both, 1)).sqrt(), 1.0)
@@ -81,7 +80,7 @@ def _balance(first: Layer, norm: _BatchNorm | None, second: Layer, second_norm: 
         norm.weight.div_(scale)
         if norm.bias is not None:
             norm.bias.div_(scale)
-    second.weight.mul_(_spread(second, scale, outputs=False))
+    second.weight.mul_(second.spread_inputs(scale).to(weight.dtype))
     return scale
 
 
@@ -90,14 +89,14 @@ def _output_ranges(layer: Layer, norm: _BatchNorm | None) -> Tensor:
     if norm is not None:
         ranges = _DEVIATIONS * norm.weight.abs()
         return ranges if norm.bias is None else ranges + norm.bias.abs()
-    ranges = _ranges(layer, _num_outputs(layer), outputs=True)
+    ranges = _ranges(layer, layer.num_outputs, outputs=True)
     bias = layer.module._parameters.get("bias")
     return ranges if bias is None else torch.maximum(ranges, bias.abs())
 
 
 def _level(layer: Layer, norm: _BatchNorm) -> None:
     """Give all output channels the range of the largest one; the batch norm takes the scales back."""
-    ranges = _ranges(layer, _num_outputs(layer), outputs=True)
+    ranges = _ranges(layer, layer.num_outputs, outputs=True)
     scale = torch.where(ranges > 0, ranges.max() / ranges, 1.0)
     before = _factor(norm)
     _multiply(layer, scale)
@@ -111,7 +110,7 @@ def _level(layer: Layer, norm: _BatchNorm) -> None:
 
 def _multiply(layer: Layer, scale: Tensor) -> None:
     """Scale what a layer puts out."""
-    layer.weight.mul_(_spread(layer, scale, outputs=True))
+    layer.weight.mul_(layer.spread_outputs(scale).to(layer.weight.dtype))
     bias = layer.module._parameters.get("bias")
     if bias is not None:
         bias.mul_(scale)
@@ -124,43 +123,17 @@ def _factor(norm: _BatchNorm) -> Tensor:
     return factor if norm.weight is None else factor * norm.weight
 
 
-def _num_outputs(layer: Layer) -> int:
-    if isinstance(layer.module, nn.Linear):
-        return layer.module.out_features
-    return cast("_ConvNd", layer.module).out_channels
-
-
-def _channels(layer: Layer, num: int, outputs: bool) -> Tensor:
-    """Which output or input channel each of the weight's two first axes' entries belongs to."""
-    rows, columns = layer.weight.shape[:2]
-    groups = getattr(layer.module, "groups", 1)
-    along_rows = outputs != (layer.out_axis == 1)
-    each = torch.arange(num, device=layer.weight.device)
-    if along_rows:
-        return each.view(rows, 1).expand(rows, columns)
-    if isinstance(layer.module, nn.Linear):  # behind a flatten, neighbouring columns are of one channel
-        return each.repeat_interleave(columns // num).expand(rows, columns)
-    return each.view(groups, 1, columns).expand(groups, rows // groups, columns).reshape(rows, columns)
-
-
-def _spread(layer: Layer, values: Tensor, outputs: bool) -> Tensor:
-    """Values of the channels, one each, in a shape that broadcasts against the weight."""
-    chosen = values[_channels(layer, len(values), outputs)]
-    return chosen.view(*chosen.shape, *[1] * (layer.weight.dim() - 2)).to(layer.weight.dtype)
-
-
 def _ranges(layer: Layer, num: int, outputs: bool, weight: Tensor | None = None) -> Tensor:
     """The largest magnitude of each output or input channel's weights.
 
     Args:
         layer: The layer.
-        num: How many channels it has on that side.
+        num: How many channels it has on that side; behind a flatten, a linear layer has several inputs per channel.
         outputs: Whether output channels are asked for.
         weight: In the place of the layer's own.
     """
     magnitude = (layer.weight.detach() if weight is None else weight).abs()
-    if magnitude.dim() > 2:
-        magnitude = magnitude.flatten(2).amax(2)
-    index = _channels(layer, num, outputs)
+    numbers = torch.arange(num, device=magnitude.device)
+    channels = layer.spread_outputs(numbers) if outputs else layer.spread_inputs(numbers)
     ranges = torch.zeros(num, dtype=magnitude.dtype, device=magnitude.device)
-    return ranges.scatter_reduce_(0, index.reshape(-1), magnitude.reshape(-1), "amax")
+    return ranges.scatter_reduce_(0, channels.expand_as(magnitude).flatten(), magnitude.flatten(), "amax")
