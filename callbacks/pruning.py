@@ -65,6 +65,7 @@ class GradualPruning(pl.Callback):
     """
 
     compresses = True
+    lever = "sparsity"
 
     def __init__(  # noqa: PLR0913  # each a setting of its own, given by name
         self,
@@ -380,6 +381,15 @@ class GradualPruning(pl.Callback):
         self._last_step = state_dict["last_step"]
         self._done = state_dict["done"]
         self.goal, self._goal_met = state_dict.get("goal"), state_dict.get("goal_met")
+
+    def check_level(self, level: float) -> None:
+        """Refuse a sparsity above the schedule's."""
+        if level > self.schedule.final:
+            raise ValueError(f"{type(self).__name__}: accepted are sparsities up to {self.schedule.final:g}, its own.")
+
+    def steer(self, level: float | None) -> None:
+        """Prune to this sparsity in place of following the schedule; None: follow the schedule again."""
+        self.goal = level
 
     def keep(self) -> dict[str, Any] | None:
         """The masks, and how far the phase is."""

@@ -69,6 +69,7 @@ class QuantizationAwareTraining(pl.Callback):
     """
 
     compresses = True
+    lever = "bits"
 
     def __init__(  # noqa: PLR0913  # each a setting of its own, given by name
         self,
@@ -431,6 +432,25 @@ class QuantizationAwareTraining(pl.Callback):
         self._state = state_dict.get("quantization")
         self.lower(state_dict.get("bits", self._bits))
         self._optimizer, self._optimizer_state = None, state_dict.get("optimizer")
+
+    @property
+    def goal(self) -> float:
+        """Bits of the weights now, where no override says otherwise."""
+        return float(self.scheme.weight.bits)
+
+    def check_level(self, level: float) -> None:
+        """Refuse bits that the quantizer of the weights does not take, and a run that does not train with them."""
+        if self.phase is None:
+            raise ValueError(
+                "QuantizationAwareTraining(phase=None) quantizes after training, so no step can be judged. Accepted is "
+                "a phase, for instance Phase(0.5, 1.0)"
+            )
+        replace(self.scheme.weight, bits=int(level))  # type: ignore[type-var]
+
+    def steer(self, level: float | None) -> None:
+        """Use this number of bits for the weights from now on; None changes nothing."""
+        if level is not None:
+            self.lower(int(level))
 
     def lower(self, bits: int) -> None:
         """Write the weights with fewer bits, or with more again, from now on; overrides stay as they are."""
