@@ -21,7 +21,7 @@ from lightning_compress.quantization.model import quantization_of
 from lightning_compress.structure.record import Record, apply_record
 
 __all__ = ["Compressing", "Following", "Phased", "all_callbacks", "averages", "compressing", "compressing_phases"]
-__all__ += ["compression_progress", "phases_of", "tell"]
+__all__ += ["Steerable", "compression_progress", "phases_of", "steerable", "tell"]
 
 
 @runtime_checkable
@@ -107,6 +107,31 @@ class Compressing(Phased, Following, Protocol):
         ...
 
 
+@runtime_checkable
+class Steerable(Compressing, Protocol):
+    """A callback that another may steer, such as AccuracyGuard: it then decides how far to compress, step by step.
+
+    It is steered during the last of its ``phases``.
+
+    Args:
+        lever: What is steered; a key of ``asked``: ``"sparsity"``, up to the one asked for, or ``"bits"``.
+        goal: The level that it is steered to; None while it follows a schedule of its own.
+    """
+
+    lever: str
+
+    @property
+    def goal(self) -> float | None: ...  # noqa: D102
+
+    def check_level(self, level: float) -> None:
+        """Raise a ValueError or TypeError if it cannot compress to a level."""
+        ...
+
+    def steer(self, level: float | None) -> None:
+        """Compress to a level from the next batch on, and no further; None: nothing steers it any more."""
+        ...
+
+
 _MEMBERS = [name for kind in (Phased, Following, Compressing) for name in {**vars(kind), **kind.__annotations__}]
 _MEMBERS = [name for name in _MEMBERS if not name.startswith("_")]
 
@@ -134,6 +159,11 @@ def compressing(trainer: pl.Trainer) -> list[Compressing]:
                 )
             found.append(callback)
     return found
+
+
+def steerable(trainer: pl.Trainer, lever: str) -> list[Steerable]:
+    """The callbacks that can be steered by a lever, ``"sparsity"`` or ``"bits"``."""
+    return [c for c in all_callbacks(trainer) if isinstance(c, Steerable) and c.lever == lever]
 
 
 def phases_of(trainer: pl.Trainer) -> list[tuple[str, Phase]]:

@@ -67,6 +67,7 @@ class GradualPruning(pl.Callback):
     """
 
     compresses = True
+    lever = "sparsity"
 
     def __init__(  # noqa: PLR0913  # each a setting of its own, given by name
         self,
@@ -266,6 +267,15 @@ class GradualPruning(pl.Callback):
         self._done = state_dict["done"]
         self.goal = state_dict.get("goal")
         self._goal_met = state_dict.get("goal_met")
+
+    def check_level(self, level: float) -> None:
+        """Refuse a sparsity above the schedule's."""
+        if level > self.schedule.final:
+            raise ValueError(f"{type(self).__name__}: accepted are sparsities up to {self.schedule.final:g}, its own.")
+
+    def steer(self, level: float | None) -> None:
+        """Prune to this sparsity in place of following the schedule; None: follow the schedule again."""
+        self.goal = level
 
     def keep(self) -> dict[str, Any] | None:
         """The masks, and how far the phase is."""

@@ -63,6 +63,7 @@ class QuantizationAwareTraining(pl.Callback):
     """
 
     compresses = True
+    lever = "bits"
 
     def __init__(  # noqa: PLR0913  # each a setting of its own, given by name
         self,
@@ -230,6 +231,20 @@ class QuantizationAwareTraining(pl.Callback):
         state = foreign_state(self, checkpoint)
         if state is not None:
             self.load_state_dict(state)
+
+    @property
+    def goal(self) -> float:
+        """Bits of the weights now, where no override says otherwise."""
+        return float(self.scheme.weight.bits)
+
+    def check_level(self, level: float) -> None:
+        """Refuse bits that the quantizer of the weights does not take."""
+        replace(self.scheme.weight, bits=int(level))  # type: ignore[type-var]
+
+    def steer(self, level: float | None) -> None:
+        """Use this number of bits for the weights from now on; None changes nothing."""
+        if level is not None:
+            self.lower(int(level))
 
     def lower(self, bits: int) -> None:
         """Write the weights with fewer bits, or with more again, from now on; overrides stay as they are."""

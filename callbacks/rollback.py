@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypedDict
 
 import lightning.pytorch as pl
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .protocol import averages, compressing
 
-__all__ = ["go_back", "keep"]
+__all__ = ["RunState", "go_back", "keep"]
 
 
-def keep(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-    """Copies of weights and buffers, of what the optimizers know, of averages, and of what the callbacks keep."""
+class RunState(TypedDict):
+    """Copies of all that training changes."""
+
+    weights: dict[str, Any]
+    optimizers: list[dict[str, Any]]
+    averages: list[dict[str, Any]]
+    callbacks: list[Any]
+
+
+def keep(trainer: pl.Trainer, pl_module: pl.LightningModule) -> RunState:
+    """Copy weights and buffers, the optimizers' state, averages, and what the compressing callbacks keep."""
     return {
-        "weights": _copy(pl_module.state_dict()),
+        "weights": _copy(dict(pl_module.state_dict())),
         "optimizers": [_copy(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers],
-        "averages": [_copy(average.state_dict()) for average in averages(trainer)],
+        "averages": [_copy(dict(average.state_dict())) for average in averages(trainer)],
         "callbacks": [_copy(callback.keep()) for callback in compressing(trainer)],
     }
 
 
-def go_back(trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any]) -> None:
+def go_back(trainer: pl.Trainer, pl_module: pl.LightningModule, state: RunState) -> None:
     """Return to what was kept, bit for bit; learning rates and the Trainer's clock go on."""
+    # Weights come first: callbacks look at them as they go back.
     pl_module.load_state_dict(state["weights"])
     for optimizer, known in zip(trainer.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": _copy(known)})
@@ -34,12 +46,5 @@ def go_back(trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str,
 
 
 def _copy(values: Any) -> Any:
-    return copy.deepcopy(_detached(values))
-
-
-def _detached(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {key: _detached(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [_detached(value) for value in values]
-    return values.detach() if hasattr(values, "detach") else values
+    """The same structure with tensors of its own."""
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x), values)

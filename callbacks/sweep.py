@@ -12,16 +12,16 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from .evaluate import has_validation, more_is_better, pick_metric
 
-__all__ = ["Hopeless", "StopHopeless"]
+__all__ = ["RunStopped", "StopUnderperforming"]
 
 _FEW = 4  # runs that must have been where this one is, before it is judged
 
 
-class Hopeless(Exception):
+class RunStopped(Exception):
     """A run that was stopped."""
 
 
-class StopHopeless(pl.Callback):
+class StopUnderperforming(pl.Callback):
     """Ends a run of a sweep as soon as it validates far worse than the others did at the same step.
 
     The median rule of Vizier (Golovin 2017), with a margin, so that a small model which pays a little accuracy is left
@@ -35,10 +35,10 @@ class StopHopeless(pl.Callback):
 
     Raises:
         ValueError: If the margin is no number above 0, or the run has no validation data.
-        Hopeless: Out of ``Trainer.fit``, when the run is ended.
+        RunStopped: Out of ``Trainer.fit``, when the run is ended.
 
     Example:
-        >>> trainer = pl.Trainer(callbacks=[StopHopeless("sweep/3", margin=0.1)], logger=False,
+        >>> trainer = pl.Trainer(callbacks=[StopUnderperforming("sweep/3", margin=0.1)], logger=False,
         ...                      enable_checkpointing=False)
     """
 
@@ -80,7 +80,7 @@ class StopHopeless(pl.Callback):
         reason = trainer.strategy.broadcast(reason)
         if reason is not None:
             rank_zero_info(f"{type(self).__name__} ends the run: {reason}")
-            raise Hopeless(reason)
+            raise RunStopped(reason)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From now on others are compared with this run."""

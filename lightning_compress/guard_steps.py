@@ -1,30 +1,34 @@
-"""How far to go next, when each step is judged: fewer weights, or fewer bits; and what to do after a miss."""
+"""How far to go next when each step is judged, and how far a metric may fall for a step to hold."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Pace", "next_bits", "next_sparsity"]
+from lightning_compress.checks import check_number, check_one_of, check_whole_number, is_whole
+
+__all__ = ["StepPolicy", "allowed_drop", "check_settings", "metric_drop", "next_bits", "next_sparsity"]
 
 
 @dataclass
-class Pace:
+class StepPolicy:
     """How large the next step is, and for how many judgements to wait before it.
 
-    A miss halves the step, on the scale of ratios. At the smallest step it says nothing of the level, only of the
-    moment: weights train on, and the learning rate falls. So it is tried again, each time after a wait twice as long.
+    A miss halves the step, on the scale of ratios. A miss of the smallest step says that the level cannot be reached
+    now, not that it never can: the weights train on and the learning rate falls. So the smallest step is tried again,
+    each time after a wait twice as long.
 
     Args:
-        step: Share of what is left that a step takes, 0..1.
+        step: Fraction of what is left that a step removes, 0..1.
         least: The smallest step.
-        num_missed: Misses in a row at the smallest step.
+        num_missed: Consecutive misses of the smallest step.
         wait: Judgements still to wait.
 
     Example:
-        >>> pace = Pace(0.5, 0.2)
-        >>> pace.missed(), pace.step, pace.ready()
+        >>> policy = StepPolicy(0.5, 0.2)
+        >>> policy.missed(), policy.step, policy.ready()
         (None, 0.2928932188134524, True)
     """
 
@@ -34,18 +38,20 @@ class Pace:
     wait: int = 0
 
     def held(self) -> None:
-        """A step that was taken has held."""
-        self.num_missed = self.wait = 0
+        """The last step has held."""
+        self.num_missed = 0
+        self.wait = 0
 
     def missed(self) -> None:
-        """A step that was taken has been rolled back."""
+        """The last step has been rolled back."""
         if self.step <= self.least:
             self.num_missed += 1
             self.wait = 2**self.num_missed
+        # Two steps of the new size leave as much as one of the old: (1 - new)^2 = 1 - old.
         self.step = max(self.least, 1 - math.sqrt(1 - self.step))
 
     def ready(self) -> bool:
-        """Whether a step may be taken now; asked once a judgement."""
+        """Whether a step may be taken now; to be asked once per judgement."""
         self.wait = max(0, self.wait - 1)
         return self.wait == 0
 
@@ -55,8 +61,8 @@ def next_sparsity(good: float, step: float, most: float) -> float | None:
 
     Args:
         good: The highest sparsity that held, 0..1.
-        step: Share of the weights left that goes.
-        most: The highest that may be tried.
+        step: Fraction of the remaining weights that the step removes.
+        most: The highest sparsity that may be tried.
 
     Returns:
         None where nothing is left to try.
@@ -65,15 +71,17 @@ def next_sparsity(good: float, step: float, most: float) -> float | None:
         >>> next_sparsity(0.5, 0.5, 0.99), next_sparsity(0.98, 0.9, 0.99)
         (0.75, 0.99)
     """
-    return min(most, 1 - (1 - good) * (1 - step)) if good < most else None
+    if good >= most:
+        return None
+    return min(most, 1 - (1 - good) * (1 - step))
 
 
 def next_bits(good: int, bits: Sequence[int]) -> int | None:
-    """The bits to try after some that held.
+    """The bits to try after those that held.
 
     Args:
         good: The fewest bits that held.
-        bits: What may be tried, falling.
+        bits: The bits that may be tried, in falling order.
 
     Returns:
         None where nothing is left to try.
@@ -83,3 +91,66 @@ def next_bits(good: int, bits: Sequence[int]) -> int | None:
         (6, None)
     """
     return next((b for b in bits if b < good), None)
+
+
+def metric_drop(reference: float, value: float, more_is_better: bool) -> float:
+    """How much worse a metric is than its reference; negative if it is better, infinite for NaN.
+
+    Example:
+        >>> round(metric_drop(0.98, 0.97, more_is_better=True), 3), metric_drop(0.1, math.nan, more_is_better=False)
+        (0.01, inf)
+    """
+    drop = reference - value if more_is_better else value - reference
+    if math.isnan(drop):
+        return math.inf
+    # Metrics are float32: a drop of just what is allowed must not miss by rounding.
+    return drop - 1e-6
+
+
+def allowed_drop(max_drop: float, value: float, num: int) -> float:
+    """The drop to judge a metric by: smaller than what may be lost, by what may be chance.
+
+    Args:
+        max_drop: What may be lost.
+        value: The metric. The standard error of a share, such as an accuracy, is subtracted, up to half of
+            ``max_drop``; nothing of a metric outside 0..1.
+        num: Examples that it was measured on.
+
+    Example:
+        >>> round(allowed_drop(0.01, 0.9, 90_000), 6), round(allowed_drop(0.01, 0.9, 100), 6)
+        (0.009, 0.005)
+    """
+    if not num or not 0 <= value <= 1:
+        return max_drop
+    standard_error = math.sqrt(value * (1 - value) / num)
+    return max_drop - min(standard_error, max_drop / 2)
+
+
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings of a guard that are out of range.
+
+    Args:
+        name: The guard's name, for the message.
+        settings: The arguments of AccuracyGuard, by name.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    max_drop = settings["max_drop"]
+    unit = "a number from 0, in the metric's own unit (0.01 of an accuracy is one percentage point)"
+    check_number(f"{name}.max_drop", max_drop, unit, low=0)
+    if settings["margin"] is not None:
+        part = f"a part of max_drop={max_drop:g}, or None"
+        check_number(f"{name}.margin", settings["margin"], part, low=0, high=max_drop)
+    check_one_of(f"{name}.mode", settings["mode"], ("max", "min", None), "Take 'max' if higher is better.")
+    if settings["reference"] is not None:
+        check_number(f"{name}.reference", settings["reference"], "a number, or None to measure it")
+    for field in ("step", "resolution"):
+        check_number(f"{name}.{field}", settings[field], "a share between 0 and 1", above=0, below=1)
+    bits = settings["bits"]
+    whole = all(is_whole(b) and 2 <= b <= 8 for b in bits)
+    if not whole or list(bits) != sorted(set(bits), reverse=True):
+        raise ValueError(
+            f"{name}.bits={bits!r}: accepted are whole numbers in 2..8, in falling order, as (6, 4, 3, 2)."
+        )
+    check_whole_number(f"{name}.patience", settings["patience"], "a whole number of validations from 0", low=0)

@@ -28,7 +28,7 @@ from experiments.data import MNIST5k
 from experiments.jobs import quiet
 from experiments.models import ResNet
 from experiments.tasks import data_folder, mnist
-from lightning_compress.analysis.allocation import Plan
+from lightning_compress.analysis.allocation import Allocation
 from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.forward import Inputs
 from lightning_compress.tasks.search import Search
@@ -74,13 +74,13 @@ def accuracy(path: Path, x: torch.Tensor, y: torch.Tensor) -> float:
     return 100 * float((answers == y).float().mean())
 
 
-def uniform(search: Search, size: float, folder: Path, bits: int | None) -> Plan:
+def uniform(search: Search, size: float, folder: Path, bits: int | None) -> Allocation:
     """The same share of all channels, as small as the bytes allow."""
     whole = search.points[-1].plan
     low, high = 0.0, 0.95
 
-    def plan(share: float) -> Plan:
-        return Plan(dict.fromkeys(whole.shares, share), {} if bits is None else dict.fromkeys(whole.bits, bits))
+    def plan(share: float) -> Allocation:
+        return Allocation(dict.fromkeys(whole.shares, share), {} if bits is None else dict.fromkeys(whole.bits, bits))
 
     for _ in range(6):
         middle = (low + high) / 2

@@ -18,7 +18,7 @@ from lightning_compress.structure.groups import Group, couple
 from lightning_compress.structure.proof import prove_groups
 from lightning_compress.structure.record import apply_record
 
-__all__ = ["Plan", "Point", "allocate"]
+__all__ = ["Allocation", "Point", "allocate"]
 
 _FREE = 1e-3  # a drop below this is as good as none: what one image in a thousand makes
 
@@ -26,7 +26,7 @@ Kind = Literal["shares", "bits", "sparsities"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Allocation:
     """What each layer gives up; what is not named stays as it is.
 
     Args:
@@ -39,9 +39,9 @@ class Plan:
     bits: Mapping[str, int] = field(default_factory=dict)
     sparsities: Mapping[str, float] = field(default_factory=dict)
 
-    def after(self, kind: Kind, name: str, level: float) -> Plan:
+    def after(self, kind: Kind, name: str, level: float) -> Allocation:
         """With one layer at another level."""
-        return Plan(**{**vars(self), kind: {**getattr(self, kind), name: level}})
+        return Allocation(**{**vars(self), kind: {**getattr(self, kind), name: level}})
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Point:
         drop: Sum of what they lose of the metric, each alone and without retraining.
     """
 
-    plan: Plan
+    plan: Allocation
     cost: float
     drop: float
 
@@ -64,7 +64,7 @@ def allocate(  # noqa: PLR0913  # each a setting of its own, given by name
     model: nn.Module,
     inputs: Inputs,
     evaluate: Callable[[nn.Module], float],
-    cost: Callable[[nn.Module, Plan], float],
+    cost: Callable[[nn.Module, Allocation], float],
     *,
     shares: Sequence[float] = (0.25, 0.5, 0.625, 0.75, 0.8125, 0.875),
     bits: Mapping[str, Sequence[int]] | None = None,
@@ -122,7 +122,7 @@ def allocate(  # noqa: PLR0913  # each a setting of its own, given by name
         for level in levels["shares", group.name]
     }
     lost |= _lost_in_values(model, inputs, evaluate, bits, sparsities, more_is_better)
-    points, narrowed = [Point(Plan(), cost(model, Plan()), 0.0)], model
+    points, narrowed = [Point(Allocation(), cost(model, Allocation()), 0.0)], model
     while True:
         now, best = points[-1], None
         for (kind, name), steps in levels.items():

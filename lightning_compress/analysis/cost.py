@@ -7,13 +7,15 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lightning_compress.analysis.allocation import Plan
+from lightning_compress.analysis.allocation import Allocation
 from lightning_compress.layers import QUANTIZABLE, find_layers
 
 __all__ = ["file_bytes"]
 
 
-def file_bytes(model: nn.Module, plan: Plan, bits: int, stored: Sequence[int] = (), compressed: bool = False) -> float:
+def file_bytes(
+    model: nn.Module, plan: Allocation, bits: int, stored: Sequence[int] = (), compressed: bool = False
+) -> float:
     """Bytes of a model's file, without its graph.
 
     Args:
@@ -25,9 +27,9 @@ def file_bytes(model: nn.Module, plan: Plan, bits: int, stored: Sequence[int] = 
 
     Example:
         >>> net = nn.Sequential(nn.Linear(100, 10, bias=False))
-        >>> file_bytes(net, Plan(bits={"0": 3}), 8, stored=(8, 4))
+        >>> file_bytes(net, Allocation(bits={"0": 3}), 8, stored=(8, 4))
         500.0
-        >>> round(file_bytes(net, Plan(sparsities={"0": 0.9}), 8, compressed=True))
+        >>> round(file_bytes(net, Allocation(sparsities={"0": 0.9}), 8, compressed=True))
         159
     """
     layers, _ = find_layers(model, QUANTIZABLE, skip_tied=True)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_compress.forward import ForwardOnly, Inputs
 
-__all__ = ["capture", "is_quantized", "quantize_inputs_at_run_time", "quantize_outputs", "tensors_of"]
+__all__ = ["capture", "has_quantized_values", "quantize_inputs_at_run_time", "quantize_outputs", "tensors_of"]
 
 _ATEN, _QDQ = torch.ops.aten, torch.ops.quantized_decomposed
 _QUANTIZE, _DEQUANTIZE = _QDQ.quantize_per_tensor.default, _QDQ.dequantize_per_tensor.default
@@ -167,7 +167,7 @@ def quantize_inputs_at_run_time(graph: GraphModule) -> None:
     graph.recompile()
 
 
-def is_quantized(graph: GraphModule) -> bool:
+def has_quantized_values(graph: GraphModule) -> bool:
     """Whether the graph is that of a converted model."""
     return any("quantized_decomposed" in str(node.target) for node in graph.graph.nodes)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_unflatten
 
-from lightning_compress.deploy.graph import capture, is_quantized, quantize_outputs, tensors_of
+from lightning_compress.deploy.graph import capture, has_quantized_values, quantize_outputs, tensors_of
 from lightning_compress.deploy.runner import Kernels, in_batches, pieces_of
 from lightning_compress.forward import Inputs, with_batch
 
@@ -45,7 +45,7 @@ def export(model: nn.Module, inputs: Inputs, path: Path, batch_size: int = 1) ->
 
         example = with_batch(inputs, batch_size)
         graph, config = capture(model, example), None
-        if is_quantized(graph):
+        if has_quantized_values(graph):
             quantize_outputs(graph, [tensors_of(piece) for piece in pieces_of(inputs, batch_size)])
             symmetric = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=False)
             config = QuantConfig(pt2e_quantizer=PT2EQuantizer().set_global(symmetric))

@@ -16,7 +16,7 @@ from lightning_compress.tasks.trial import Candidate, trial
 from lightning_compress.tasks.validation import validator
 
 if TYPE_CHECKING:
-    from lightning_compress.analysis.allocation import Plan, Point
+    from lightning_compress.analysis.allocation import Allocation, Point
 
 __all__ = ["Search", "search"]
 
@@ -186,7 +186,7 @@ class Search:
             self.tried.append(self._trained[i])
         return self._trained[i]
 
-    def fit(self, plan: Plan, folder: Path, trained: bool, **options: Any) -> Candidate:
+    def fit(self, plan: Allocation, folder: Path, trained: bool, **options: Any) -> Candidate:
         """A plan, tried."""
         found = trial(self.cfg, plan, folder, self.metric, trained, **options)
         drop = self.dense - found.metric if self.more_is_better else found.metric - self.dense
@@ -231,15 +231,15 @@ class Search:
 
 def _cost(wanted: Iterable[str], dense: Any, inputs: Any, bits: int, stored: tuple[int, ...]) -> Any:
     """What a narrowed model and a plan cost of what is budgeted, each in units of the dense model's."""
-    from lightning_compress.analysis.allocation import Plan
+    from lightning_compress.analysis.allocation import Allocation
     from lightning_compress.analysis.cost import file_bytes
     from lightning_compress.analysis.inspect import count_macs
 
-    def amount(name: str, model: Any, plan: Plan) -> float:
+    def amount(name: str, model: Any, plan: Allocation) -> float:
         if name in ("bytes", "bytes_zstd"):
             return file_bytes(model, plan, bits, stored, compressed=name == "bytes_zstd")
         return float(count_macs(model, inputs)[""])  # which latency follows
 
     kinds = {"macs" if name == "latency_ms" else name for name in wanted}
-    whole = {name: amount(name, dense, Plan()) for name in kinds}
+    whole = {name: amount(name, dense, Allocation()) for name in kinds}
     return lambda model, plan: sum(amount(name, model, plan) / whole[name] for name in kinds)

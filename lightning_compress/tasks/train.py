@@ -28,7 +28,7 @@ def train(cfg: DictConfig) -> Any:
         FileNotFoundError: If a checkpoint does not exist.
     """
     from lightning_compress.callbacks import CompressionReport
-    from lightning_compress.callbacks.sweep import Hopeless, StopHopeless
+    from lightning_compress.callbacks.sweep import RunStopped, StopUnderperforming
 
     check(cfg)
     control = _train_control(cfg) if cfg.control else None
@@ -37,14 +37,14 @@ def train(cfg: DictConfig) -> Any:
     for report in reports:
         report.control = control
     if cfg.hopeless is not None:
-        callbacks.append(StopHopeless(cfg.dir, cfg.hopeless))
+        callbacks.append(StopUnderperforming(cfg.dir, cfg.hopeless))
     loggers = build_all(cfg.logger)
     trainer, model, data = start(cfg, callbacks, loggers)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     try:
         trainer.fit(model, data, ckpt_path=cfg.ckpt_path)
-    except Hopeless:
+    except RunStopped:
         return [math.nan for _ in cfg.objective] if OmegaConf.is_list(cfg.objective) else math.nan
     finally:
         if "wandb" in sys.modules:  # else the next job of a sweep goes on in this job's run

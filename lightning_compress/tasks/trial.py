@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from lightning_compress.tasks.compose import build_all, start
 
 if TYPE_CHECKING:
-    from lightning_compress.analysis.allocation import Plan
+    from lightning_compress.analysis.allocation import Allocation
     from lightning_compress.quantization import Scheme
 
 __all__ = ["Candidate", "mixed", "trial"]
@@ -36,7 +36,7 @@ class Candidate:
         metric_drop: How much worse than the dense model in float.
     """
 
-    plan: Plan
+    plan: Allocation
     bytes: int
     bytes_zstd: int
     latency_ms: float
@@ -59,7 +59,9 @@ def mixed(scheme: Scheme, bits: Mapping[str, int]) -> Scheme:
     return replace(scheme, overrides={**{name: with_bits(b) for name, b in bits.items()}, **scheme.overrides})
 
 
-def trial(cfg: DictConfig, plan: Plan, folder: Path, monitor: str, trained: bool = True, **options: Any) -> Candidate:
+def trial(
+    cfg: DictConfig, plan: Allocation, folder: Path, monitor: str, trained: bool = True, **options: Any
+) -> Candidate:
     """Try a plan on the model of a configuration.
 
     Args:

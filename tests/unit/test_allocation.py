@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.analysis.allocation import Plan, allocate
+from lightning_compress.analysis.allocation import Allocation, allocate
 from lightning_compress.analysis.cost import file_bytes
 from lightning_compress.forward import Inputs
 from lightning_compress.quantization import int8
@@ -46,8 +46,8 @@ def test_costs_fall_and_every_layer_ends_as_small_as_it_can_be() -> None:
     costs = [point.cost for point in points]
     assert costs == sorted(costs, reverse=True)
     assert len(set(costs)) == len(costs)
-    assert points[0].plan == Plan()
-    assert points[-1].plan == Plan({"0": 0.5, "2": 0.5}, {"0": 4, "2": 2}, {"0": 0.9, "2": 0.9, "4": 0.9})
+    assert points[0].plan == Allocation()
+    assert points[-1].plan == Allocation({"0": 0.5, "2": 0.5}, {"0": 4, "2": 2}, {"0": 0.9, "2": 0.9, "4": 0.9})
     for a, b in pairwise(points):  # one step of one layer at a time
         steps = [
             name
@@ -84,14 +84,16 @@ def test_a_model_without_channels_or_levels_is_refused() -> None:
 @pytest.mark.parametrize(("stored", "held"), [((), 3), ((8,), 8), ((8, 4), 4)])
 def test_a_weight_takes_the_fewest_bits_that_its_format_stores(stored: tuple[int, ...], held: int) -> None:
     model = nn.Sequential(nn.Linear(64, 8))
-    assert file_bytes(model, Plan(bits={"0": 3}), 8, stored) == 64 * 8 * held / 8 + 4 * 8
+    assert file_bytes(model, Allocation(bits={"0": 3}), 8, stored) == 64 * 8 * held / 8 + 4 * 8
 
 
 def test_zeros_and_few_bits_count_in_what_is_compressed_only() -> None:
     model = nn.Sequential(nn.Linear(64, 8))
-    sparse = Plan(sparsities={"0": 0.9})
-    assert file_bytes(model, sparse, 8, (8,)) == file_bytes(model, Plan(), 8, (8,))
-    sizes = [file_bytes(model, plan, 8, (8,), compressed=True) for plan in (Plan(), Plan(bits={"0": 4}), sparse)]
+    sparse = Allocation(sparsities={"0": 0.9})
+    assert file_bytes(model, sparse, 8, (8,)) == file_bytes(model, Allocation(), 8, (8,))
+    sizes = [
+        file_bytes(model, plan, 8, (8,), compressed=True) for plan in (Allocation(), Allocation(bits={"0": 4}), sparse)
+    ]
     assert sizes == sorted(sizes, reverse=True)
 
 

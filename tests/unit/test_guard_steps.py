@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_compress.guard_steps import Pace, next_bits, next_sparsity
+from lightning_compress.guard_steps import StepPolicy, next_bits, next_sparsity
 
 
 def play(edges: list[float]) -> list[tuple[float, bool]]:
     """What is asked for, and whether it held, where the edge moves from judgement to judgement."""
-    pace, good, tried = Pace(0.5, 0.1), 0.0, []
+    policy, good, tried = StepPolicy(0.5, 0.1), 0.0, []
     for edge in edges:
-        asked = next_sparsity(good, pace.step, 0.99) if pace.ready() else None
+        asked = next_sparsity(good, policy.step, 0.99) if policy.ready() else None
         if asked is None:
             continue
         assert good < asked <= 0.99
         tried.append((asked, asked <= edge))
         if asked <= edge:
             good = asked
-            pace.held()
+            policy.held()
         else:
-            pace.missed()
+            policy.missed()
     return tried
 
 
@@ -39,15 +39,15 @@ def test_an_edge_that_moves_is_followed() -> None:
 
 
 def test_the_waits_double_at_the_smallest_step() -> None:
-    pace, waits = Pace(0.1, 0.1), []
+    policy, waits = StepPolicy(0.1, 0.1), []
     for _ in range(4):
-        pace.missed()
+        policy.missed()
         waits.append(1)
-        while not pace.ready():
+        while not policy.ready():
             waits[-1] += 1
     assert waits == [2, 4, 8, 16]
-    pace.held()
-    assert pace.ready()
+    policy.held()
+    assert policy.ready()
 
 
 def test_the_most_is_never_passed() -> None:
