@@ -43,7 +43,7 @@ def replaced_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[
             model.__dict__["forward"] = before
 
 
-# No lightning_compress.trace.Watch: that one holds no values, and lets the batch run to its end.
+# No lightning_compress.watch.Watch: that one holds no values, and lets the batch run to its end.
 def record_inputs(model: nn.Module, run: Callable[[], Any]) -> Inputs | None:
     """The arguments of the model's first call inside ``run``, which ends there; None if it makes no call.
 

@@ -37,7 +37,7 @@ from lightning_compress.quantization import (
 from lightning_compress.quantization.convert import convert
 from lightning_compress.quantization.model import quantize_layers
 from lightning_compress.quantization.placement import find_placement
-from lightning_compress.trace import Watch
+from lightning_compress.watch import Watch
 
 __all__ = ["CASES", "message", "run"]
 

@@ -24,7 +24,7 @@ from experiments.nets import ResNet20, vit
 from lightning_compress.quantization.model import quantization_of, quantize_layers
 from lightning_compress.quantization.placement import find_placement
 from lightning_compress.quantization.schemes import Scheme, int8, w8
-from lightning_compress.trace import Watch
+from lightning_compress.watch import Watch
 
 NETS: dict[str, Callable[[], nn.Module]] = {"resnet20": ResNet20, "vit": vit}
 BATCH_SIZE = 32

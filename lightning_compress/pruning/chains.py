@@ -40,7 +40,7 @@ def find_chains(trace: Trace, layers: Mapping[str, str], norms: Collection[str])
     """What follows each layer: a batch norm, an activation function, both, or nothing that is known here.
 
     Args:
-        trace: Of one batch, from :class:`lightning_compress.trace.Watch`.
+        trace: Of one batch, from :class:`lightning_compress.watch.Watch`.
         layers: Names of the layers by the names of their modules.
         norms: Names of the batch norms.
     """

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.layers import Layer, modules_by_name
 from lightning_compress.pruning.chains import Chain, find_chains
 from lightning_compress.pruning.criteria import Criterion
-from lightning_compress.trace import Trace, Watch
+from lightning_compress.trace import Trace
+from lightning_compress.watch import Watch
 
 __all__ = ["Observation", "ObservationState"]
 

@@ -25,7 +25,8 @@ from lightning_compress.quantization.processes import Processes
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.quantization.state import QuantizationState, placement_in, schemes_differ
 from lightning_compress.structure.record import Record, is_removed, kept_by_id
-from lightning_compress.trace import Trace, Watch
+from lightning_compress.trace import Trace
+from lightning_compress.watch import Watch
 
 __all__ = ["ModelQuantization", "Stage", "quantization_of", "quantize_layers"]
 

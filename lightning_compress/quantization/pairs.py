@@ -36,7 +36,7 @@ def find_pairs(trace: Trace, model: nn.Module, layers: Sequence[Layer]) -> Chain
     """What scales can be moved between.
 
     Args:
-        trace: Of one batch of the model, from :class:`lightning_compress.trace.Watch`.
+        trace: Of one batch of the model, from :class:`lightning_compress.watch.Watch`.
         model: The root.
         layers: The layers that may be scaled; convolutions and linear layers are taken.
     """

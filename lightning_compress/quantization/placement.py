@@ -50,7 +50,7 @@ def find_placement(trace: Trace, model: nn.Module, quantized: Collection[str]) -
     """Where the activations of a model are quantized.
 
     Args:
-        trace: Of one batch of the model, from :class:`lightning_compress.trace.Watch`.
+        trace: Of one batch of the model, from :class:`lightning_compress.watch.Watch`.
         model: The root; its own call is watched, but it never quantizes.
         quantized: Names of the modules with quantized weights.
     """

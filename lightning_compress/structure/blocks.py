@@ -13,7 +13,8 @@ from lightning_compress.checks import first_line
 from lightning_compress.layers import matches, plain_name
 from lightning_compress.structure.groups import Forward, tracing
 from lightning_compress.structure.record import Record, apply_record
-from lightning_compress.trace import Began, Ended, Trace, Watch
+from lightning_compress.trace import Began, Ended, Trace
+from lightning_compress.watch import Watch
 
 __all__ = ["choose_blocks", "find_blocks", "record_blocks", "score_block"]
 

@@ -16,7 +16,7 @@ from lightning_compress.phase import Phase
 from lightning_compress.quantization import MSE, Affine, Observer, Percentile, Scheme, int8
 from lightning_compress.quantization.model import quantization_of, quantize_layers
 from lightning_compress.quantization.placement import find_placement
-from lightning_compress.trace import Watch
+from lightning_compress.watch import Watch
 
 from ..harness import (
     SaveAfter,

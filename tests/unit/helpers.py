@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_compress.quantization.model import ModelQuantization, quantize_layers
 from lightning_compress.quantization.placement import Placement, find_placement
 from lightning_compress.quantization.schemes import Scheme, int8
-from lightning_compress.trace import Watch
+from lightning_compress.watch import Watch
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

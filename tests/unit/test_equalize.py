@@ -15,7 +15,7 @@ from lightning_compress.quantization import Affine, Scheme
 from lightning_compress.quantization.equalize import equalize
 from lightning_compress.quantization.model import ModelQuantization, quantize_layers
 from lightning_compress.quantization.pairs import Chains, find_pairs
-from lightning_compress.trace import Watch
+from lightning_compress.watch import Watch
 
 from .helpers import largest_difference, noise, randomized, run
 from .nets import resnet

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_compress.quantization import Affine, Scheme
 from lightning_compress.quantization.model import quantization_of, quantize_layers
 from lightning_compress.quantization.placement import find_placement
-from lightning_compress.trace import Watch
+from lightning_compress.watch import Watch
 
 from .helpers import noise, quantize, quantized_names, randomized, run, trace
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_compress.trace import Began, Ended, Event, Ran, Trace, Watch, find_norms
+from lightning_compress.trace import Began, Ended, Event, Ran, Trace, find_norms
+from lightning_compress.watch import Watch
 
 from .helpers import noise
 
