@@ -1,6 +1,6 @@
 """What happened in one watched batch, as plain data: calls of modules, torch functions, the values between them.
 
-:class:`lightning_compress.watch.Watch` records a :class:`Trace` without capturing a graph. Whatever can be concluded is a
+:class:`lightning_compress.watch.Watch` records a :class:`Trace` without capturing a graph. Whatever is concluded is a
 function of it: where activations are quantized, which norm follows a layer, between which layers scales can be moved.
 """
 
