@@ -329,6 +329,7 @@ METHODS: dict[str, Method] = {
         6,
         (2, 3, 9, 15, 21),
         inert=2,
+        zeros=False,  # the last channels go in the last step, and masks make up for the zeros that go with them
     ),
     "layers": Method(
         lambda name: [LayerPruning(1, phase=CUT)],
