@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 from zlib import crc32
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_compress.checks import check_number
 from lightning_compress.layers import Layer
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import Constant, Criterion
 from lightning_compress.pruning.scopes import Scope
 from lightning_compress.pruning.sharding import whole
 
-from .protocol import all_callbacks
+from .protocol import State, all_callbacks
 from .pruning import GradualPruning
 from .run import read_clock
 
@@ -25,19 +25,19 @@ __all__ = ["SET", "RigL"]
 
 
 class RigL(GradualPruning):
-    """Sparse from the beginning of its phase; every now and then small weights make way for others.
+    """Sparse from the beginning of its phase; at regular exchanges small weights make way for others.
 
-    At an exchange each layer drops its smallest kept weights, and as many others grow from zero, where the gradient is
-    largest (Evci 2020, arXiv:1911.11134). Their state in the optimizer is zeroed. The gradient that is looked at is the
-    one of the step that follows; nothing is computed at the steps between.
+    At an exchange each layer drops its smallest kept weights, and as many others grow from zero where the gradient is
+    largest (Evci 2020, arXiv:1911.11134). Their optimizer state is zeroed. The gradient is that of the optimizer step
+    about to be taken; steps between exchanges cost nothing.
 
     Args:
-        sparsity: Share of the weights that is zero all the time, 0..1.
-        criterion: Which weights are dropped at the beginning; by default the smallest.
-        scope: How the sparsity is shared among the layers: ``"erk"``, ``"layer"`` or ``"global"``.
-        phase: From the first drop to the last exchange.
+        sparsity: Share of the weights that is zero throughout the phase, 0..1.
+        criterion: Scores the weights at the beginning; the lowest are dropped. By default the smallest.
+        scope: How the sparsity is distributed over the layers: ``"erk"``, ``"layer"`` or ``"global"``.
+        phase: Begins with the first drop and ends with the last exchange.
         every: Optimizer steps between two exchanges.
-        share: Share of the kept weights that the first exchange takes; it falls to 0 along a cosine.
+        share: Share of the kept weights that the first exchange replaces; it falls to 0 along a cosine.
         include: Name patterns of the layers to prune; empty for all.
         exclude: Name patterns of layers to leave dense.
         keep_first: Leave the first layer dense.
@@ -65,11 +65,8 @@ class RigL(GradualPruning):
         keep_last: bool = False,
         gate_checkpoints: bool = True,
     ) -> None:
-        if not isinstance(sparsity, int | float) or isinstance(sparsity, bool) or not 0 <= sparsity < 1:
-            raise ValueError(
-                f"{type(self).__name__}.sparsity={sparsity!r}: accepted is a share in 0..1, below 1; it does not "
-                "change while training goes on."
-            )
+        accepted = "a share in 0..1, below 1; it stays the same during training"
+        check_number(f"{type(self).__name__}.sparsity", sparsity, accepted, low=0, below=1)
         super().__init__(
             Constant(sparsity),
             criterion,
@@ -82,8 +79,7 @@ class RigL(GradualPruning):
             keep_last=keep_last,
             gate_checkpoints=gate_checkpoints,
         )
-        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
-            raise ValueError(f"{type(self).__name__}.share={share!r}: accepted is a share above 0 and up to 1.")
+        check_number(f"{type(self).__name__}.share", share, "a share above 0 and up to 1", above=0, high=1)
         self.share = share
         self._exchanged: dict[int, int] = {}
 
@@ -93,7 +89,7 @@ class RigL(GradualPruning):
         return self._last_step >= 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse phases that cannot be; the steps of an earlier fit do not count in this one."""
+        """Raise if a phase does not fit the run; the steps of an earlier fit do not count in this one."""
         super().on_train_start(trainer, pl_module)
         self._check_others(trainer)
         begun = self._last_step >= 0
@@ -104,8 +100,9 @@ class RigL(GradualPruning):
         assert self.masks is not None
         ours = {id(layer.weight) for layer in self.masks.layers}
         for other in all_callbacks(trainer):
-            masks = other.masks if isinstance(other, GradualPruning) and other is not self else None
-            shared = [layer.name for layer in masks.layers if id(layer.weight) in ours] if masks is not None else []
+            if other is self or not isinstance(other, GradualPruning) or other.masks is None:
+                continue
+            shared = [layer.name for layer in other.masks.layers if id(layer.weight) in ours]
             if shared:
                 raise ValueError(
                     f"{type(self).__name__} prunes the same layers as {type(other).__name__}: {', '.join(shared)}. "
@@ -114,7 +111,7 @@ class RigL(GradualPruning):
                 )
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Become sparse when the phase begins."""
         if self._last_step < 0:
@@ -127,7 +124,8 @@ class RigL(GradualPruning):
         assert self.masks is not None
         clock = read_clock(trainer, trainer.fit_loop.epoch_loop.batch_idx)
         index = [id(o) for o in trainer.optimizers].index(id(getattr(optimizer, "optimizer", optimizer)))
-        progress, last = self.phase.progress(clock), self._exchanged.get(index, self._last_step)
+        progress = self.phase.progress(clock)
+        last = self._exchanged.get(index, self._last_step)
         if self._last_step >= 0 and progress < 1 and clock.step - last >= self.every:
             self._exchange(optimizer, clock.step, self.share / 2 * (1 + math.cos(math.pi * progress)))
             self._exchanged[index] = clock.step
@@ -141,12 +139,12 @@ class RigL(GradualPruning):
     def keep(self) -> None:
         """Nothing: an exchange follows from the steps before, and no guard could ask for less."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Also when weights were exchanged last, by optimizer."""
         return {**super().state_dict(), "exchanged": dict(self._exchanged)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up where a checkpoint was written."""
+    def load_state_dict(self, state_dict: State) -> None:
+        """Restore from a checkpoint."""
         super().load_state_dict(state_dict)
         self._exchanged = dict(state_dict["exchanged"])
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.checks import check_instance, check_number
 from lightning_compress.layers import matches, modules_by_name
 from lightning_compress.phase import Clock, Phase
 
-from .protocol import compressing_phases
+from .protocol import State, compressing_phases
 from .run import check_run, read_clock
 
 __all__ = ["FineTuning"]
@@ -24,15 +25,15 @@ __all__ = ["FineTuning"]
 class FineTuning(pl.Callback):
     """A phase of training between or after the others, with its own learning rate and frozen parts.
 
-    The optimizer sees the phase's learning rate during its step only: the user's scheduler goes on undisturbed. A
-    frozen parameter keeps its gradient-free value during the phase, and a frozen batch norm its statistics.
+    The optimizer sees the phase's learning rate only during its step: the user's scheduler goes on undisturbed. Frozen
+    parameters keep their values during the phase, and frozen batch norms their statistics.
 
     Args:
         phase: When.
         learning_rate: ``"rewind"`` replays the rates of the stretch of equal length before compression began
-            (learning-rate rewinding, Renda 2020, arXiv:2003.02389); ``"constant"`` holds the rate at which the phase
+            (learning-rate rewinding, Renda 2020, arXiv:2003.02389); ``"constant"`` keeps the rate with which the phase
             begins; a number multiplies the scheduler's rate.
-        freeze: Name patterns of modules or parameters that do not train during the phase.
+        freeze: Name patterns of modules or parameters that are not trained during the phase.
 
     Raises:
         ValueError: If learning_rate is none of these, or a pattern matches nothing.
@@ -53,16 +54,12 @@ class FineTuning(pl.Callback):
         self.phase = Phase(0.6, 0.7) if phase is None else phase
         self.learning_rate = learning_rate
         self.freeze = tuple(freeze)
-        if not isinstance(self.phase, Phase):
-            raise TypeError(f"FineTuning.phase={phase!r}: accepted is a Phase, for instance Phase(0.6, 0.7).")
-        is_factor = isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool) and learning_rate > 0
-        if learning_rate not in ("rewind", "constant") and not is_factor:
-            raise ValueError(
-                f"FineTuning.learning_rate={learning_rate!r}: accepted are 'rewind', 'constant' and a factor above 0."
-            )
+        check_instance("FineTuning.phase", self.phase, Phase, "a Phase, for instance Phase(0.6, 0.7)")
+        if learning_rate not in ("rewind", "constant"):
+            check_number("FineTuning.learning_rate", learning_rate, "'rewind', 'constant' or a factor above 0", above=0)
         self._history: list[list[float]] = []
         self._clock: Clock | None = None
-        self._scheduled: dict[int, list[Any]] = {}
+        self._scheduled: dict[int, list[float | Tensor]] = {}  # what the scheduler asks for, while a step is taken
         self._handles: list[RemovableHandle] = []
         self._frozen: list[nn.Parameter] = []
         self._frozen_norms: list[nn.Module] = []
@@ -102,7 +99,7 @@ class FineTuning(pl.Callback):
             self._handles.append(optimizer.register_step_post_hook(self._restore_rate))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse phases that cannot be."""
+        """Raise if a phase does not fit the run."""
         check_run(trainer)
         if trainer.global_step == 0:
             self._history.clear()
@@ -113,10 +110,11 @@ class FineTuning(pl.Callback):
             )
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Record the rates that will be replayed; enter and leave the phase."""
-        was_active, self._clock = self.active, read_clock(trainer, batch_idx)
+        was_active = self.active
+        self._clock = read_clock(trainer, batch_idx)
         rates = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if self.learning_rate == "rewind" and self._records(trainer, self._clock):
             self._history.append(rates)
@@ -136,18 +134,19 @@ class FineTuning(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the optimizers, and of norms that a phase up to the end of the run has frozen."""
-        for norm in self._frozen_norms if self.active else ():
-            norm.train()
+        if self.active:
+            for norm in self._frozen_norms:
+                norm.train()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The recorded rates."""
         return {"history": [list(rates) for rates in self._history]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up where a checkpoint was written."""
+    def load_state_dict(self, state_dict: State) -> None:
+        """Restore from a checkpoint."""
         self._history = [list(rates) for rates in state_dict["history"]]
 
     def _records(self, trainer: pl.Trainer, clock: Clock) -> bool:
@@ -169,7 +168,7 @@ class FineTuning(pl.Callback):
         rates = self._history[min(int(progress * len(self._history)), len(self._history) - 1)]
         return rates[offset : offset + len(scheduled)]
 
-    def _set_rate(self, offset: int, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _set_rate(self, offset: int, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self.active:
             scheduled = [group["lr"] for group in optimizer.param_groups]
             self._scheduled[id(optimizer)] = scheduled
@@ -177,6 +176,6 @@ class FineTuning(pl.Callback):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], torch.Tensor) else rate
 
-    def _restore_rate(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _restore_rate(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         for group, rate in zip(optimizer.param_groups, self._scheduled.pop(id(optimizer), []), strict=False):
             group["lr"] = rate

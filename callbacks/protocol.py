@@ -15,13 +15,31 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
 from lightning_compress.phase import Clock, Phase
 from lightning_compress.quantization.model import quantization_of
 from lightning_compress.structure.record import Record, apply_record
 
-__all__ = ["Compressing", "Following", "Phased", "all_callbacks", "averages", "compressing", "compressing_phases"]
-__all__ += ["Steerable", "compression_progress", "phases_of", "steerable", "tell"]
+__all__ = [
+    "Compressing",
+    "Following",
+    "Phased",
+    "State",
+    "Steerable",
+    "all_callbacks",
+    "averages",
+    "compressing",
+    "compressing_phases",
+    "compression_progress",
+    "phases_of",
+    "steerable",
+    "tell",
+]
+
+
+State = dict[str, Any]
+"""What a callback keeps or saves: plain values and tensors, so that ``weights_only=True`` loads it."""
 
 
 @runtime_checkable
@@ -98,11 +116,11 @@ class Compressing(Phased, Following, Protocol):
         """Whether all is done that will be."""
         ...
 
-    def keep(self) -> dict[str, Any] | None:
+    def keep(self) -> State | None:
         """What it takes to come back to now, besides the weights; None where nothing comes back."""
         ...
 
-    def go_back(self, pl_module: pl.LightningModule, kept: dict[str, Any]) -> None:
+    def go_back(self, pl_module: pl.LightningModule, kept: State) -> None:
         """Return to what was kept earlier in this very run; the weights are as they were then."""
         ...
 
@@ -181,7 +199,7 @@ def compression_progress(trainer: pl.Trainer, clock: Clock) -> float:
     return max((phase.progress(clock) for phase in compressing_phases(trainer)), default=-math.inf)
 
 
-def averages(trainer: pl.Trainer) -> list[Any]:
+def averages(trainer: pl.Trainer) -> list[nn.Module]:
     """The averaged copies of the module that callbacks of Lightning keep."""
     # Lightning has no public name for the averaged copy
     found = [c._average_model for c in all_callbacks(trainer) if isinstance(c, WeightAveraging)]  # noqa: SLF001

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.layers import Layer
 from lightning_compress.phase import Clock, Phase
-from lightning_compress.pruning import Criterion, Element, Magnitude, Masks, Observation, Pattern, Schedule
-from lightning_compress.pruning.arguments import check_arguments, check_sharded, schedule_for
-from lightning_compress.pruning.prunable import check_finite, check_observable, find_prunable, targets_by_layer
+from lightning_compress.pruning import Criterion, Element, Magnitude, Pattern, Schedule
+from lightning_compress.pruning.arguments import check_arguments, schedule_for
+from lightning_compress.pruning.prunable import unseen
 from lightning_compress.pruning.scopes import Scope
 from lightning_compress.pruning.sharding import mean_over_processes
-from lightning_compress.structure.record import Record, cut_state
+from lightning_compress.structure.record import Record
 
-from .best_checkpoint import gate_checkpoints, open_checkpoints
-from .live_shape import check_strategy, check_structure_on_load, is_model_parallel
-from .protocol import averages
+from .masking import Masking
+from .protocol import State, averages
 from .run import check_run, read_clock, tell_left_alone
 
 __all__ = ["GradualPruning"]
 
 
-class GradualPruning(pl.Callback):
+class GradualPruning(Masking):
     """Drops more and more weights during a phase, and keeps them zero from then on.
 
     The masks live in the callback's state, never in the model: names and order of parameters stay, and a run resumes
@@ -66,7 +60,6 @@ class GradualPruning(pl.Callback):
         ...                      enable_checkpointing=False)
     """
 
-    compresses = True
     lever = "sparsity"
 
     def __init__(  # noqa: PLR0913  # each a setting of its own, given by name
@@ -86,6 +79,7 @@ class GradualPruning(pl.Callback):
         rewind: float | None = None,
         gate_checkpoints: bool = True,
     ) -> None:
+        super().__init__()
         self.criterion = Magnitude() if criterion is None else criterion
         self.pattern = Element() if pattern is None else pattern
         self.scope = scope
@@ -104,28 +98,7 @@ class GradualPruning(pl.Callback):
         self.targets = dict(self.targets)
         self.schedule = schedule_for(type(self).__name__, sparsity, self.pattern)
         self.goal: float | None = None  # a sparsity that AccuracyGuard asks for, in the schedule's place
-        self.masks: Masks | None = None
-        self.skipped: dict[str, str] = {}
         self._goal_met: float | None = None
-        self._observation: Observation | None = None
-        self._targets: dict[str, float] = {}  # by the layers' names
-        self._state: dict[str, Any] | None = None  # of a checkpoint, until there are masks to take it
-        self._rewound: dict[str, Tensor] | None = None  # the weights to return to
-        self._last_step = -1  # of the last update; -1 before the first
-        self._done = False
-        self._handles: list[RemovableHandle] = []
-
-    @property
-    def state_key(self) -> str:
-        """Tells this callback's state from another's with other layers or another phase."""
-        return self._generate_state_key(
-            include=list(self.include), exclude=list(self.exclude), phase=[self.phase.begin, self.phase.end]
-        )
-
-    @property
-    def reached(self) -> bool:
-        """Whether the final sparsity is reached."""
-        return self._done
 
     def phases(self) -> list[tuple[str, Phase]]:
         """Its phases with their names."""
@@ -135,52 +108,6 @@ class GradualPruning(pl.Callback):
         """The final sparsity."""
         return {"sparsity": self.schedule.final}
 
-    def stands(self) -> dict[str, float]:
-        """The sparsity of the masks."""
-        return {"sparsity": 0.0 if self.masks is None else self.masks.sparsity}
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what sharded weights cannot take, and let a checkpoint of another structure be refused in words."""
-        check_strategy(trainer, self, model_parallel=True)
-        if is_model_parallel(trainer):
-            check_sharded(type(self).__name__, self.criterion, self.rewind)
-        check_structure_on_load(pl_module)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the layers, take the masks of a checkpoint, and watch the optimizers.
-
-        A ModelParallelStrategy loads its checkpoint after this, before ``on_train_start``.
-        """
-        layers, self.skipped = find_prunable(
-            pl_module,
-            self.criterion,
-            self.pattern,
-            self.include,
-            self.exclude,
-            keep_first=self.keep_first,
-            keep_last=self.keep_last,
-        )
-        self._targets = targets_by_layer(type(self).__name__, self.targets, layers)
-        check_finite(layers)
-        tell_left_alone(self, self.skipped)
-        if self._state is not None:
-            self.masks = Masks(layers)
-            self._observe(layers, pl_module)
-        elif self.masks is None or not self.masks.are_of(layers):  # else a second fit goes on where the first ended
-            self.masks = Masks(layers)
-            self._last_step = -1
-            self._done = False
-            self._rewound = None
-            self._observe(layers, pl_module)
-        self._take_state(self.masks)
-        self.masks.bind(pl_module)
-        for optimizer in trainer.optimizers:
-            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            theirs = [layer for layer in layers if id(layer.weight) in ids]
-            self._handles.append(optimizer.register_step_post_hook(partial(_enforce, self.masks, theirs)))
-        if self.gate_checkpoints:
-            gate_checkpoints(trainer)
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise if a phase does not fit the run; the steps of an earlier fit do not count in this one."""
         assert self.masks is not None
@@ -189,7 +116,7 @@ class GradualPruning(pl.Callback):
         self._last_step = min(self._last_step, trainer.global_step)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Update the masks when it is time, and observe the batch."""
         clock = read_clock(trainer, batch_idx)
@@ -205,7 +132,7 @@ class GradualPruning(pl.Callback):
             self._observation.begin_batch()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Reach the final sparsity at the very end of the phase."""
         if self._observation is not None and not self.reached:
@@ -216,15 +143,6 @@ class GradualPruning(pl.Callback):
         if begun and self.phase.progress(clock) >= 1 and not self._done:
             self._update(trainer, pl_module, clock)
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Observe gradients; keep dropped weights out of a clipped gradient norm."""
-        if self._observation is not None and not self.reached:
-            self._observation.observe_gradients(optimizer)
-        if trainer.gradient_clip_val and self.masks is not None and self._last_step >= 0:
-            self.masks.apply_to_gradients()
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn if a criterion has waited in vain."""
         if self._observation is not None and not self._observation.ready and self._last_step < 0:
@@ -233,23 +151,7 @@ class GradualPruning(pl.Callback):
                 "ended. Let the phase begin some steps after the run, and let an optimizer train the layers."
             )
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop observing, and let checkpoints go."""
-        if self._observation is not None:
-            self._observation.cancel()
-        open_checkpoints(trainer)
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave exact zeros behind and let go of the optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        open_checkpoints(trainer)
-        if self.masks is not None:
-            self.masks.bind(pl_module)
-            self.masks.apply()
-
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The masks, bit-packed, what was observed, and how far the phase is."""
         state = self._state or {"masks": None, "observed": None}
         if self.masks is not None:
@@ -258,7 +160,7 @@ class GradualPruning(pl.Callback):
         goal = {} if self.goal is None else {"goal": self.goal, "goal_met": self._goal_met}
         return {**state, "rewound": self._rewound, "last_step": self._last_step, "done": self._done, **goal}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore from a checkpoint."""
         has_masks = state_dict["masks"] is not None
         self._state = {key: state_dict.get(key) for key in ("masks", "observed")} if has_masks else None
@@ -277,11 +179,11 @@ class GradualPruning(pl.Callback):
         """Prune to this sparsity in place of following the schedule; None: follow the schedule again."""
         self.goal = level
 
-    def keep(self) -> dict[str, Any] | None:
+    def keep(self) -> State | None:
         """The masks, and how far the phase is."""
         return self.state_dict()
 
-    def go_back(self, pl_module: pl.LightningModule, kept: dict[str, Any]) -> None:
+    def go_back(self, pl_module: pl.LightningModule, kept: State) -> None:
         """Return to an earlier state of this very run; the weights are the caller's."""
         assert self.masks is not None
         done = self._done
@@ -296,40 +198,21 @@ class GradualPruning(pl.Callback):
         """Cut masks and remembered weights, forget what was seen of other shapes, and make up for what went."""
         if self.masks is None:
             return
-        self.masks.follow(pl_module, record)
-        left = {layer.name for layer in self.masks.layers}
-        self._targets = {name: target for name, target in self._targets.items() if name in left}
-        if self._rewound is not None:
-            self._rewound = cut_state(self._rewound, record)
-        if self._observation is not None:
-            self._observation.follow(pl_module)
+        super().follow(pl_module, record)
         # What is left may be less sparse than what went: the target is one of the model as it stands.
         if self._done and self._observation is None:
             self._drop(pl_module.trainer, 1.0)
         elif self._done:
             self._done = False  # until a batch was observed
 
-    def _take_state(self, masks: Masks) -> None:
-        """Take the masks of a checkpoint."""
-        if self._state is not None:
-            masks.load_state_dict(self._state["masks"])
-            self._state = None
-
-    def _observe(self, layers: Sequence[Layer], pl_module: pl.LightningModule) -> None:
-        """Watch what the criterion wants to see."""
-        self._observation = None
-        if self.criterion.needs_data:
-            check_observable(type(self).__name__, self.criterion, pl_module)
-            self._observation = Observation(self.criterion, layers, pl_module)
-            if self._state is not None and self._state["observed"] is not None:
-                self._observation.load_state_dict(self._state["observed"])
-
     def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, clock: Clock) -> None:
         assert self.masks is not None
         if self._observation is not None and not self._observation.ready:
             return  # at the next batch
         if self._observation is not None and self._last_step < 0:
-            self._skip_unseen(self._observation, self.masks.layers)
+            refused = unseen(self._observation, self.masks.layers)
+            tell_left_alone(self, refused, warn=True)
+            self.skipped |= refused
         progress = min(self.phase.progress(clock), 1.0)
         before = self.masks.sparsity
         self._drop(trainer, progress)
@@ -359,15 +242,3 @@ class GradualPruning(pl.Callback):
         )
         for average in averages(trainer):
             self.masks.apply_to_copy(average)
-
-    def _skip_unseen(self, observation: Observation, layers: Sequence[Layer]) -> None:
-        """Name the layers that turned out not to be scored."""
-        refused = {layer.name: reason for layer in layers if (reason := observation.refuses(layer))}
-        self.skipped |= refused
-        if refused:
-            left = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-            rank_zero_warn(f"{type(self).__name__} leaves alone {left}")
-
-
-def _enforce(masks: Masks, layers: Sequence[Layer], *_: object) -> None:
-    masks.enforce(layers)

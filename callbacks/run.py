@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_compress.phase import Clock, check_phases
 
@@ -21,8 +21,9 @@ T = TypeVar("T")
 def read_clock(trainer: pl.Trainer, num_batches: int) -> Clock:
     """The clock, after a number of batches of the current epoch."""
     per_epoch = trainer.num_training_batches
-    max_epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
-    max_steps = trainer.max_steps if trainer.max_steps not in (None, -1) else math.inf
+    # Lightning's words for no end.
+    max_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    max_steps = math.inf if trainer.max_steps in (None, -1) else trainer.max_steps
     total_batches = per_epoch * max_epochs if per_epoch else 0
     epoch = trainer.current_epoch + (num_batches / per_epoch if math.isfinite(per_epoch) and per_epoch else 0)
     shares = []
@@ -49,14 +50,16 @@ def check_run(trainer: pl.Trainer) -> None:
 
 def current_phase(trainer: pl.Trainer, clock: Clock) -> tuple[int, str]:
     """Number and name of the phase the run is in: 0, "dense" before the first; the last one begun stays current."""
-    index, name = 0, "dense"
+    index = 0
+    name = "dense"
     phases = sorted(phases_of(trainer), key=lambda item: item[1].fractions(clock))
     for i, (label, phase) in enumerate(phases, start=1):
         progress = phase.progress(clock)
         if 0 <= progress < 1:
             return i, label
         if progress >= 1:
-            index, name = i, f"after {label}"
+            index = i
+            name = f"after {label}"
     return index, name
 
 
@@ -76,8 +79,9 @@ def on_rank_zero(trainer: pl.Trainer, call: Callable[[], T]) -> T:
     return cast("T", result)
 
 
-def tell_left_alone(callback: pl.Callback, skipped: Mapping[str, str]) -> None:
-    """Print which layers a callback leaves alone, with the reasons."""
+def tell_left_alone(callback: pl.Callback, skipped: Mapping[str, str], warn: bool = False) -> None:
+    """Print, or warn, which layers a callback leaves alone, with the reasons."""
     if skipped:
         left = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-        rank_zero_info(f"{type(callback).__name__} leaves alone {left}")
+        tell = rank_zero_warn if warn else rank_zero_info
+        tell(f"{type(callback).__name__} leaves alone {left}")

@@ -27,7 +27,7 @@ from lightning_compress.structure.record import Record, apply_record, structure_
 from .best_checkpoint import gate_checkpoints, open_checkpoints
 from .evaluate import example_inputs
 from .live_shape import check_strategy, check_structure_on_load
-from .protocol import tell
+from .protocol import State, tell
 from .run import check_run, on_rank_zero, read_clock, tell_left_alone
 
 __all__ = ["Shrinking"]
@@ -74,7 +74,7 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
         self._inside = False
         self._inputs: Inputs | None = None
         self._module: pl.LightningModule | None = None
-        self._state: dict[str, Any] | None = None
+        self._state: State | None = None
         self._observation: Observation | None = None
 
     @abstractmethod
@@ -119,7 +119,7 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
     def keep(self) -> None:
         """Nothing: what was removed does not come back."""
 
-    def go_back(self, pl_module: pl.LightningModule, kept: dict[str, Any]) -> NoReturn:
+    def go_back(self, pl_module: pl.LightningModule, kept: State) -> NoReturn:
         """Refuse."""
         raise NotImplementedError(f"{type(self).__name__} keeps nothing: what was removed does not come back.")
 
@@ -205,7 +205,7 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
         """Let checkpoints go."""
         open_checkpoints(trainer)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """How often it shrank, what of, and how the module differs from its dense self."""
         if self._state is not None:
             return self._state
@@ -217,11 +217,11 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
             "structure": {} if self._module is None else structure_of(self._module),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restore from a checkpoint."""
         self._state = dict(state_dict)
 
-    def _restore(self, state: dict[str, Any]) -> dict[str, Any] | None:
+    def _restore(self, state: State) -> State | None:
         """Take a checkpoint's progress; gives what was observed."""
         self.shrinks = state["shrinks"]
         self.skipped = dict(state["skipped"])
@@ -246,7 +246,7 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
         assert self._inputs is not None
         return model(*self._inputs.args, **self._inputs.kwargs)
 
-    def _observe(self, pl_module: pl.LightningModule, state: dict[str, Any] | None) -> None:
+    def _observe(self, pl_module: pl.LightningModule, state: State | None) -> None:
         """Watch what the criterion wants to see."""
         self._observation = None
         if self.criterion.needs_data:

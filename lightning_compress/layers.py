@@ -201,7 +201,8 @@ def find_layers(  # noqa: C901  # one branch per reason to leave a weight alone
     skipped: dict[str, str] = {}
     owners: dict[int, str] = {}
     for layer in _weights(model):
-        name, kind = layer.name, type(layer.module).__name__
+        name = layer.name
+        kind = type(layer.module).__name__
         known = isinstance(layer.module, QUANTIZABLE)
         weight = layer.module._parameters.get(layer.parameter)
         named = bool(include) and matches(name, include)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 from zlib import crc32
@@ -10,6 +11,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.checks import check_number
 from lightning_compress.layers import Layer
 
 __all__ = [
@@ -35,13 +37,13 @@ class Criterion(ABC):
     """
 
     memory: ClassVar[float] = 0.99
-    """How much of the average survives a batch; 1 sums instead."""
+    """Weight of the previous average when a batch is added; 1 sums instead."""
     needs_norm: ClassVar[bool] = False
     """Whether ``score`` reads ``layer.norm``."""
 
     @abstractmethod
     def score(self, layer: Layer) -> Tensor:
-        """One finite score a weight, in the weight's shape; higher = keep."""
+        """One finite score per weight, in the weight's shape; higher = keep."""
 
     def score_values(self, weights: Tensor, out: Tensor) -> Tensor:
         """Scores of any stretch of weights, written into ``out``; only for a criterion that needs no more than values.
@@ -109,7 +111,7 @@ class Magnitude(Criterion):
 class SparedMagnitude(Criterion):
     """Magnitude that keeps as many weights of each layer as it has outputs: ranked globally, it empties none.
 
-    The global magnitude drops thin layers whole at extreme sparsities; here the largest weights of every layer, one an
+    Global magnitude drops thin layers whole at extreme sparsities; here the largest weights of every layer, one per
     output, rank above all others.
 
     Example:
@@ -168,8 +170,7 @@ class LAMP(Criterion):
 
     def __post_init__(self) -> None:
         """Refuse other powers."""
-        if not 0 <= self.power <= 1:
-            raise ValueError(f"LAMP.power={self.power!r}: accepted is a number in 0..1; 1 is the paper's score.")
+        check_number("LAMP.power", self.power, "a number in 0..1; 1 is the paper's score", low=0, high=1)
 
     def score(self, layer: Layer) -> Tensor:
         """At least 0, rising with |w|."""
@@ -193,12 +194,12 @@ class MeanActivation(Criterion):
     """
 
     def observe(self, layer: Layer, inputs: Tensor, activations: Tensor) -> Tensor:
-        """Mean absolute activation, one an output channel."""
+        """Mean absolute activation, one per output channel."""
         return _by_channel(layer, activations.abs())
 
     def score(self, layer: Layer) -> Tensor:
         """The mean of its neuron, for every weight."""
-        return _of_outputs(layer, layer.seen)
+        return _for_weights(layer, layer.seen, layer.spread_outputs)
 
 
 @dataclass(frozen=True)
@@ -210,28 +211,28 @@ class APoZ(Criterion):
     """
 
     def observe(self, layer: Layer, inputs: Tensor, activations: Tensor) -> Tensor:
-        """Share of positive activations, one an output channel."""
+        """Share of positive activations, one per output channel."""
         return _by_channel(layer, (activations > 0).to(activations.dtype))
 
     def score(self, layer: Layer) -> Tensor:
         """The share of its neuron, for every weight."""
-        return _of_outputs(layer, layer.seen)
+        return _for_weights(layer, layer.seen, layer.spread_outputs)
 
 
 @dataclass(frozen=True)
 class Wanda(Criterion):
     """|w| times the root mean square of the input it multiplies (Sun 2023, arXiv:2306.11695).
 
-    The paper ranks the weights of each output for itself; here ``scope`` says what is ranked together.
+    The paper ranks the weights of each output by itself; here ``scope`` says what is ranked together.
     """
 
     def observe(self, layer: Layer, inputs: Tensor, activations: Tensor) -> Tensor:
-        """Mean square, one an input channel."""
+        """Mean square, one per input channel."""
         return _by_channel(layer, inputs.float().square())
 
     def score(self, layer: Layer) -> Tensor:
         """|w| * rms(x)."""
-        return layer.weight.detach().abs() * _of_inputs(layer, layer.seen).sqrt()
+        return layer.weight.detach().abs() * _for_weights(layer, layer.seen, layer.spread_inputs).sqrt()
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ class BatchNormScale(Criterion):
     def score(self, layer: Layer) -> Tensor:
         """|gamma| of its channel, for every weight."""
         gamma = None if layer.norm is None else layer.norm._parameters["weight"]
-        return _of_outputs(layer, None if gamma is None else gamma.detach().abs())
+        return _for_weights(layer, None if gamma is None else gamma.detach().abs(), layer.spread_outputs)
 
 
 def _by_channel(layer: Layer, values: Tensor) -> Tensor:
@@ -289,15 +290,8 @@ def _by_channel(layer: Layer, values: Tensor) -> Tensor:
     return rows.reshape(-1, rows.shape[-1]).float().mean(0)
 
 
-def _of_outputs(layer: Layer, values: Tensor | None) -> Tensor:
-    """One value per output channel, for every weight; zeros where nothing was seen."""
+def _for_weights(layer: Layer, values: Tensor | None, spread: Callable[[Tensor], Tensor]) -> Tensor:
+    """One value per channel, spread over the weight; zeros where nothing was seen."""
     if values is None:
         return torch.zeros_like(layer.weight)
-    return layer.spread_outputs(values.to(layer.weight)).expand_as(layer.weight).contiguous()
-
-
-def _of_inputs(layer: Layer, values: Tensor | None) -> Tensor:
-    """One value per input channel, for every weight; zeros where nothing was seen."""
-    if values is None:
-        return torch.zeros_like(layer.weight)
-    return layer.spread_inputs(values.to(layer.weight)).expand_as(layer.weight).contiguous()
+    return spread(values.to(layer.weight)).expand_as(layer.weight).contiguous()

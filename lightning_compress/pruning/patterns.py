@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_compress.checks import check_one_of
+
 __all__ = ["Block", "Channel", "Element", "Head", "NofM", "Pattern", "WholeLayer"]
 
 
@@ -20,18 +22,18 @@ class Pattern(ABC):
 
     @abstractmethod
     def reduce(self, scores: Tensor) -> Tensor:
-        """One score a group."""
+        """One score per group."""
 
     @abstractmethod
     def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
-        """A bool a group to a bool a weight, in the weight's shape."""
+        """One bool per group to one bool per weight, in the weight's shape."""
 
     def refuses(self, shape: torch.Size) -> str | None:
         """Why a weight of this shape has no such groups; None where it has."""
         return None
 
     def protects(self, groups: Tensor) -> Tensor | None:
-        """Which groups must stay whatever their score, a bool each; None for none. ``groups`` are their scores."""
+        """Which groups must stay whatever their score, one bool each; None for none. ``groups`` holds their scores."""
         return None
 
     @property
@@ -42,7 +44,7 @@ class Pattern(ABC):
 
 @dataclass(frozen=True)
 class Element(Pattern):
-    """Every weight for itself: unstructured.
+    """Every weight by itself: unstructured.
 
     Example:
         >>> Element().reduce(torch.ones(2, 3)).shape
@@ -65,9 +67,9 @@ class NofM(Pattern):
     While the sparsity rises, weights go one by one, and never more than m - n of any m.
 
     Args:
-        n: How many stay.
-        m: Of how many neighbours.
-        axis: Along which axis they are neighbours; 1 is the input, as sparse tensor cores read it.
+        n: Number of weights that stay.
+        m: Number of neighbours among which they stay.
+        axis: Axis along which weights are neighbours; 1 is the input, as sparse tensor cores read it.
 
     Raises:
         ValueError: If not 0 < n < m, or the axis is none.
@@ -122,11 +124,11 @@ class NofM(Pattern):
 
 @dataclass(frozen=True)
 class Block(Pattern):
-    """Rectangles of output by input channels, at every place of the kernel (Narang 2017, arXiv:1711.02782).
+    """Rectangles of output by input channels, at every position of the kernel (Narang 2017, arXiv:1711.02782).
 
     Args:
-        rows: Output channels in a block.
-        columns: Input channels in a block.
+        rows: Output channels per block.
+        columns: Input channels per block.
 
     Raises:
         ValueError: If a side is no whole number above 0.
@@ -179,8 +181,7 @@ class Channel(Pattern):
 
     def __post_init__(self) -> None:
         """Refuse other axes."""
-        if self.axis not in (0, 1):
-            raise ValueError(f"Channel.axis={self.axis!r}: accepted are 0 (output channels) and 1 (input channels).")
+        check_one_of("Channel.axis", self.axis, (0, 1), "0 is the output channels, 1 the input channels.")
 
     def reduce(self, scores: Tensor) -> Tensor:
         """Mean of each channel."""
@@ -196,9 +197,9 @@ class Head(Pattern):
     """Whole attention heads (Michel 2019, arXiv:1905.10650).
 
     Args:
-        num_heads: Heads of the layer.
+        num_heads: Number of heads of the layer.
         axis: 0 for layers that make queries, keys or values; 1 for the layer that mixes the heads' outputs.
-        fused: How many of queries, keys and values the layer makes, one after the other: 3 for ``in_proj_weight``.
+        fused: Number of queries, keys and values that the layer makes side by side: 3 for ``in_proj_weight``.
 
     Example:
         >>> Head(4, fused=3).reduce(torch.ones(48, 16)).shape

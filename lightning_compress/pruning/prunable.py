@@ -10,10 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.layers import PRUNABLE, Layer, find_layers, matches
 from lightning_compress.pruning.criteria import Criterion
+from lightning_compress.pruning.observation import Observation
 from lightning_compress.pruning.patterns import Pattern
 from lightning_compress.pruning.sharding import whole
 
-__all__ = ["check_finite", "check_observable", "find_prunable", "targets_by_layer"]
+__all__ = ["check_finite", "find_prunable", "observe", "targets_by_layer", "unseen"]
 
 
 def find_prunable(
@@ -100,17 +101,20 @@ def check_finite(layers: Sequence[Layer]) -> None:
             )
 
 
-def check_observable(name: str, criterion: Criterion, model: nn.Module) -> None:
-    """Raise unless a model has what a criterion looks at.
+def observe(name: str, criterion: Criterion, layers: Sequence[Layer], model: nn.Module) -> Observation | None:
+    """What observes a model for a criterion; None for one that reads weights alone.
 
     Args:
         name: Who was given the criterion, for the message.
         criterion: The criterion.
+        layers: The layers that it scores.
         model: The model.
 
     Raises:
-        ValueError: If it has no batch norm to read, or is compiled and hides its activations.
+        ValueError: If the model has no batch norm to read, or is compiled and hides its activations.
     """
+    if not criterion.needs_data:
+        return None
     if criterion.needs_norm and not any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise ValueError(
             f"{name}.criterion={criterion}: the model has no batch norm. Take another criterion, such as Magnitude()."
@@ -122,3 +126,10 @@ def check_observable(name: str, criterion: Criterion, model: nn.Module) -> None:
             f"{', '.join(compiled)}. Prune uncompiled, or take a criterion that reads weights or gradients, such as "
             "Magnitude() or Taylor()."
         )
+    return Observation(criterion, layers, model)
+
+
+def unseen(observation: Observation, layers: Sequence[Layer]) -> dict[str, str]:
+    """The layers that turned out not to be scored, each with its reason."""
+    reasons = {layer.name: observation.refuses(layer) for layer in layers}
+    return {name: reason for name, reason in reasons.items() if reason is not None}

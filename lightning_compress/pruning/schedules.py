@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import expm1, floor, inf
+from math import expm1, floor
+
+from lightning_compress.checks import check_number, check_whole_number
 
 __all__ = ["Constant", "Cubic", "Exponential", "Linear", "Rounds", "Schedule"]
 
@@ -26,13 +28,9 @@ class Schedule(ABC):
 
     def __post_init__(self) -> None:
         """Refuse percentages and negative shares."""
-        for field in ("final", "initial"):
-            value = getattr(self, field)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-                raise ValueError(
-                    f"{type(self).__name__}.{field}={value!r}: a sparsity is a share in 0..1, for instance 0.9 for "
-                    "nine weights in ten dropped."
-                )
+        accepted = "a share in 0..1, for instance 0.9 to drop nine weights in ten"
+        check_number(f"{type(self).__name__}.final", self.final, accepted, low=0, high=1)
+        check_number(f"{type(self).__name__}.initial", self.initial, accepted, low=0, high=1)
 
     def __call__(self, progress: float) -> float:
         """Sparsity at a progress; progress beyond 0..1 is clipped."""
@@ -105,8 +103,7 @@ class Exponential(Schedule):
     def __post_init__(self) -> None:
         """Refuse a rate that is no decay."""
         super().__post_init__()
-        if not isinstance(self.rate, int | float) or not 0 < self.rate < inf:
-            raise ValueError(f"Exponential.rate={self.rate!r}: accepted is a number above 0, such as 3.0.")
+        check_number("Exponential.rate", self.rate, "a number above 0, such as 3.0", above=0)
 
     def shape(self, progress: float) -> float:
         """(1 - exp(-rate p)) / (1 - exp(-rate))."""
@@ -137,8 +134,7 @@ class Rounds(Schedule):
     def __post_init__(self) -> None:
         """Refuse no rounds."""
         super().__post_init__()
-        if not isinstance(self.num, int) or self.num < 1:
-            raise ValueError(f"Rounds.num={self.num!r}: accepted is a whole number of rounds from 1.")
+        check_whole_number("Rounds.num", self.num, "a whole number of rounds from 1", low=1)
 
     def shape(self, progress: float) -> float:
         """1 at the last round; before, what equal shares of the rest leave."""

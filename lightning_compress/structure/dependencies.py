@@ -22,6 +22,11 @@ from lightning_compress.structure.heads import Attention
 
 __all__ = ["ROOTS", "Group", "find_groups", "grouped"]
 
+# torch-pruning's nodes, functions that cut a side of one, and indices, none of which it has types for.
+Node = Any
+Handler = Any
+Index = Any
+
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
 """Layers whose output channels can be removed."""
 
@@ -87,7 +92,9 @@ def find_groups(
         yield _atomize(name, num, layers, [_of_module(place, modules) for place in places], modules, attentions)
 
 
-def _reach(graph: Any, root: nn.Module, function: Any, num: int, names: Mapping[int, str]) -> Iterator[ChannelPlace]:
+def _reach(
+    graph: tp.DependencyGraph, root: nn.Module, function: Handler, num: int, names: Mapping[int, str]
+) -> Iterator[ChannelPlace]:
     """All channels that follow when channels of the root go, each with every root channel that it follows."""
     for (node, handler), found in _followed(graph, root, function, num).items():
         if not found:
@@ -103,13 +110,15 @@ def _reach(graph: Any, root: nn.Module, function: Any, num: int, names: Mapping[
             yield ChannelPlace(names[id(node.module)], side, channels, roots)
 
 
-def _followed(graph: Any, root: nn.Module, function: Any, num: int) -> dict[tuple[Any, Any], dict[Any, None]]:
+def _followed(
+    graph: tp.DependencyGraph, root: nn.Module, function: Handler, num: int
+) -> dict[tuple[Node, Handler], dict[Index, None]]:
     """By node and side of the graph, the indices that are reached, in order: a walk until nothing new is found."""
     # torch-pruning's indices have no public name
     start = [tp._helpers._HybridIndex(idx=i, root_idx=i) for i in range(num)]  # noqa: SLF001
     if isinstance(root, nn.modules.conv._ConvNd) and ops.module2type(root) == ops.OPTYPE.DEPTHWISE_CONV:
         function = tp.pruner.function.PrunerBox[ops.OPTYPE.DEPTHWISE_CONV].prune_out_channels
-    pairs: dict[tuple[Any, Any], dict[Any, None]] = defaultdict(dict)
+    pairs: dict[tuple[Node, Handler], dict[Index, None]] = defaultdict(dict)
     pairs[graph.module2node[root], function] = dict.fromkeys(start)
     stack = [(graph.module2node[root], function, start)]
     while stack:
@@ -156,8 +165,8 @@ def _atomize(
     def join(keys: Tensor, roots: Tensor) -> None:
         first: dict[int, int] = {}
         for key, root in zip(keys.tolist(), roots.tolist(), strict=True):
-            a, b = find(first.setdefault(key, root)), find(root)
-            parent[max(a, b)] = min(a, b)
+            low, high = sorted((find(first.setdefault(key, root)), find(root)))
+            parent[high] = low
 
     involved: dict[str, Attention] = {}
     for place in places:

@@ -25,7 +25,7 @@ class Attention:
         name: The module that knows the number of heads.
         layers: Its linear layers that make queries, keys and values, with how many of these each makes.
         num_heads: How many heads there are.
-        head_dim: Channels a head.
+        head_dim: Channels per head.
         attributes: Its attributes that hold the number of heads.
         sizes: Its attributes that hold the channels of all heads together.
     """
