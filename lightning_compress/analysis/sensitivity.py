@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lightning_compress.analysis.replay import Replay
 from lightning_compress.forward import Inputs
 from lightning_compress.layers import PRUNABLE, Layer, find_layers
-from lightning_compress.quantization.fake_quant import WeightFakeQuantize
+from lightning_compress.quantization.affine import Affine
+from lightning_compress.quantization.fake_quantizers import WeightFakeQuantize
 from lightning_compress.quantization.overflow import portable
-from lightning_compress.quantization.quantizers import Affine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,17 +1,13 @@
 """Quantization: what was seen (observers), how numbers are written (quantizers), what is quantized how (schemes)."""
 
-from lightning_compress.quantization.levels import (
-    AdditivePowerOfTwo,
-    Binary,
-    Codebook,
-    Exponential,
-    Levels,
-    PowerOfTwo,
-    Ternary,
-)
+from lightning_compress.quantization.affine import Affine
+from lightning_compress.quantization.clusters import Binary, Codebook, Ternary
+from lightning_compress.quantization.float8 import Float8
+from lightning_compress.quantization.learned import LearnedClip, LearnedStep
+from lightning_compress.quantization.levels import AdditivePowerOfTwo, Exponential, Levels, PowerOfTwo
 from lightning_compress.quantization.model import quantization_of
 from lightning_compress.quantization.observers import MSE, Entropy, MinMax, MovingAverage, Observer, Percentile
-from lightning_compress.quantization.quantizers import Affine, Float8, LearnedClip, LearnedStep, QParams, Quantizer
+from lightning_compress.quantization.quantizer import QParams, Quantizer
 from lightning_compress.quantization.schemes import (
     Scheme,
     apot4,

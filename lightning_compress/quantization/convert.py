@@ -10,11 +10,12 @@ import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 
 from lightning_compress.layers import Layer, modules_by_name
-from lightning_compress.quantization.fake_quant import ActivationFakeQuantize, weights
+from lightning_compress.quantization.fake_quant import weights
+from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize
 from lightning_compress.quantization.model import quantization_of
 from lightning_compress.quantization.overflow import fits_pairs
 from lightning_compress.quantization.placement import Placement
-from lightning_compress.quantization.quantizers import QParams, Quantizer, along
+from lightning_compress.quantization.quantizer import QParams, Quantizer, along
 
 __all__ = ["Activations", "check_convertible", "convert", "overflowing", "to_float"]
 

@@ -1,4 +1,7 @@
-"""Numbers written without equal steps: an ascending table of levels, times a scale."""
+"""Numbers written without equal steps: an ascending table of levels, times a scale.
+
+The levels of these follow from a formula; those of :mod:`~lightning_compress.quantization.clusters` from the values.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_compress.quantization.quantizers import (
-    SHARES,
-    QParams,
-    Quantizer,
-    along,
-    extent,
-    least_squares,
-    mean,
-    narrow,
-    rows,
-)
+from lightning_compress.quantization.fitting import SHARES, least_squares, narrow
+from lightning_compress.quantization.quantizer import QParams, Quantizer, along, extent, rows
 
-__all__ = ["AdditivePowerOfTwo", "Binary", "Codebook", "Exponential", "Levels", "PowerOfTwo", "Ternary"]
+__all__ = ["AdditivePowerOfTwo", "Exponential", "Levels", "LevelsOfBits", "PowerOfTwo"]
 
 
 class Levels(Quantizer):
@@ -46,10 +40,12 @@ class Levels(Quantizer):
     def quantize(self, x: Tensor, qparams: QParams) -> Tensor:
         """Codes as whole numbers in a float tensor."""
         levels = self.levels(qparams)
-        share, boundaries = x / along(qparams.scale, qparams.axis, x), self.boundaries(levels)
+        share = x / along(qparams.scale, qparams.axis, x)
+        boundaries = self.boundaries(levels)
         if len(boundaries) > 16:
             index = torch.bucketize(share, boundaries, out_int32=True)
-        else:  # a third of the time of a search
+        else:
+            # for few boundaries, comparing with each takes a third of the time of a search
             index = torch.zeros(x.shape, dtype=torch.int8, device=x.device)
             for boundary in boundaries:
                 index += share > boundary
@@ -63,7 +59,16 @@ class Levels(Quantizer):
 
 
 @dataclass(frozen=True)
-class _Bits(Levels):
+class LevelsOfBits(Levels):
+    """Levels whose number is given by the bits of a code.
+
+    Args:
+        bits: Bits per code.
+
+    Raises:
+        ValueError: If bits lies outside of ``fewest`` .. 8.
+    """
+
     bits: int = 4
 
     fewest: ClassVar[int] = 2
@@ -71,21 +76,22 @@ class _Bits(Levels):
     def __post_init__(self) -> None:
         """Refuse widths that no code has."""
         if not isinstance(self.bits, int) or not self.fewest <= self.bits <= 8:
-            name, accepted = type(self).__name__, f"{self.fewest}..8"
+            name = type(self).__name__
+            accepted = f"{self.fewest}..8"
             raise ValueError(
                 f"{name}.bits={self.bits!r}: accepted are the whole numbers {accepted}, for instance {name}(4)."
             )
 
 
 @dataclass(frozen=True)
-class PowerOfTwo(_Bits):
+class PowerOfTwo(LevelsOfBits):
     """Logarithmic quantization: 0 and +- scale * 2^-k, rounded in the logarithm (Miyashita 2016, arXiv:1603.01025).
 
     Multiplying by a level is a shift. There are 2^(n-1) - 1 levels on either side of 0; what is nearer to 0 than to the
     smallest one becomes 0.
 
     Args:
-        bits: Bits a code, 2..8.
+        bits: Bits per code, 2..8.
 
     Raises:
         ValueError: If bits lies outside 2..8.
@@ -120,7 +126,7 @@ class Exponential(PowerOfTwo):
     the least squared error.
 
     Args:
-        bits: Bits a code, 3..8; 2 have one level on either side, whatever the base.
+        bits: Bits per code, 3..8; 2 have one level on either side, whatever the base.
 
     Raises:
         ValueError: If bits lies outside 3..8.
@@ -162,14 +168,14 @@ class Exponential(PowerOfTwo):
 
 
 @dataclass(frozen=True)
-class AdditivePowerOfTwo(_Bits):
-    """Sums of powers of two: levels that crowd around 0 without thinning out at the ends (APoT, Li 2020).
+class AdditivePowerOfTwo(LevelsOfBits):
+    """Sums of powers of two: dense around 0 without thinning out at the ends (APoT, Li 2020).
 
     arXiv:1909.13144. A magnitude of n - 1 bits is a sum of one term for every two bits, each 0 or one of three powers
     of two, and one more of 0 or a single power where a bit is left. The scale, the paper's clip, is learned.
 
     Args:
-        bits: Bits a code, 2..8.
+        bits: Bits per code, 2..8.
 
     Raises:
         ValueError: If bits lies outside 2..8.
@@ -183,7 +189,7 @@ class AdditivePowerOfTwo(_Bits):
     learned: ClassVar[tuple[str, ...]] = ("scale",)
 
     def levels(self, qparams: QParams) -> Tensor:
-        """Every sum of one number a term, over the largest."""
+        """Every sum of one number per term, divided by the largest."""
         num_terms, single = divmod(self.bits - 1, 2)
         terms: list[list[float]] = [[0.0] for _ in range(num_terms + single)]
         order = [term for _ in range(3) for term in range(num_terms)]
@@ -201,128 +207,3 @@ class AdditivePowerOfTwo(_Bits):
     def fit(self, x: Tensor, axis: int | None = None) -> QParams:
         """The scale with the least squared error."""
         return least_squares(self, x, axis)
-
-
-@dataclass(frozen=True)
-class Codebook(_Bits):
-    """A table of shared values, one a cluster of the weights (Deep Compression, Han 2016, arXiv:1510.00149).
-
-    :meth:`fit` finds the clusters by k-means, exact and without chance: it starts from equally spaced values, the
-    paper's best, and 0 stays a value, so that pruned weights stay 0. Where channels have a scale each, they share the
-    table of the weights over their scales. Training moves the scale; the table stays as fitted.
-
-    Args:
-        bits: Bits a code, 2..8.
-
-    Raises:
-        ValueError: If bits lies outside 2..8.
-
-    Example:
-        >>> q = Codebook(bits=2)
-        >>> x = torch.tensor([-2.0, -1.6, 0.0, 0.1, 1.1, 0.9])
-        >>> q.fake_quantize(x, q.fit(x))
-        tensor([-1.8000, -1.8000,  0.0000,  0.0000,  1.0000,  1.0000])
-    """
-
-    learned: ClassVar[tuple[str, ...]] = ("scale",)
-
-    def qparams(self, low: Tensor, high: Tensor, axis: int | None = None) -> QParams:
-        """The scale of the range's end; equally spaced levels."""
-        qparams, half = super().qparams(low, high, axis), 2 ** (self.bits - 1)
-        below, above = (torch.linspace(0, 1, n, device=low.device, dtype=low.dtype) for n in (half + 1, half))
-        return qparams._replace(levels=torch.cat([-below.flip(0), above[1:]]))
-
-    def levels(self, qparams: QParams) -> Tensor:
-        """The table."""
-        assert qparams.levels is not None
-        return qparams.levels
-
-    @torch.no_grad()
-    def fit(self, x: Tensor, axis: int | None = None) -> QParams:
-        """The centers of the clusters."""
-        qparams = super().fit(x, axis)
-        levels, zero = self.levels(qparams).double(), 2 ** (self.bits - 1)
-        ordered = (rows(x, axis) / qparams.scale.view(-1, 1)).flatten().double().sort().values
-        sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
-        for _ in range(300):
-            ends = torch.searchsorted(ordered, self.boundaries(levels), right=True)
-            ends = torch.cat([ends.new_zeros(1), ends, ends.new_tensor([len(ordered)])])
-            centers = torch.where(ends.diff() > 0, sums[ends].diff() / ends.diff(), levels)
-            centers[zero] = 0
-            if torch.equal(centers, levels):
-                break
-            levels = centers
-        return qparams._replace(levels=levels.to(qparams.scale.dtype))
-
-
-@dataclass(frozen=True)
-class Ternary(Levels):
-    """-scale, 0 and scale (TWN, Li 2016, arXiv:1605.04711).
-
-    :meth:`fit` takes for the scale the mean magnitude of the values above 0.7 times the mean magnitude; a value then
-    takes the nearest of the three. Zeros, the pruned weights, count in neither mean. The gradient passes everywhere.
-
-    Example:
-        >>> q = Ternary()
-        >>> x = torch.tensor([-1.1, 0.1, 0.0, 0.9])
-        >>> q.fake_quantize(x, q.fit(x))
-        tensor([-1.,  0.,  0.,  1.])
-    """
-
-    bits = 2
-
-    @property
-    def num_codes(self) -> int:
-        """-1, 0 and 1."""
-        return 3
-
-    def levels(self, qparams: QParams) -> Tensor:
-        """-1, 0 and 1."""
-        return torch.arange(-1.0, 2.0, device=qparams.scale.device)
-
-    @torch.no_grad()
-    def fit(self, x: Tensor, axis: int | None = None) -> QParams:
-        """The mean magnitude of what is large."""
-        magnitude = rows(x, axis).abs()
-        threshold = 0.7 * mean(magnitude, magnitude > 0)
-        scale = mean(magnitude, magnitude > threshold[:, None])
-        scale = scale if axis is not None else scale[0]
-        return self.qparams(-scale, scale, axis)
-
-
-@dataclass(frozen=True)
-class Binary(Levels):
-    """The sign times a scale, the mean magnitude (XNOR-Net, Rastegari 2016, arXiv:1603.05279).
-
-    A zero, a pruned weight, stays 0 and does not count in the mean: so there are three codes, one bit for a weight that
-    a mask keeps and the mask's 0 for what it drops. The gradient passes everywhere.
-
-    Example:
-        >>> q = Binary()
-        >>> x = torch.tensor([-1.5, 0.0, 0.5])
-        >>> q.fake_quantize(x, q.fit(x))
-        tensor([-1.,  0.,  1.])
-    """
-
-    bits = 1
-
-    @property
-    def num_codes(self) -> int:
-        """-1, 1, and the 0 of pruned weights."""
-        return 3
-
-    def levels(self, qparams: QParams) -> Tensor:
-        """-1, 0 and 1."""
-        return torch.arange(-1.0, 2.0, device=qparams.scale.device)
-
-    def quantize(self, x: Tensor, qparams: QParams) -> Tensor:
-        """The sign."""
-        return x.sign()
-
-    @torch.no_grad()
-    def fit(self, x: Tensor, axis: int | None = None) -> QParams:
-        """The mean magnitude."""
-        magnitude = rows(x, axis).abs()
-        scale = mean(magnitude, magnitude > 0)
-        scale = scale if axis is not None else scale[0]
-        return self.qparams(-scale, scale, axis)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
@@ -10,20 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_compress.layers import QUANTIZABLE, find_layers, matches, modules_by_name
-from lightning_compress.quantization.fake_quant import (
-    ActivationFakeQuantize,
-    WeightFakeQuantize,
-    attach,
-    detach,
-    downgrade,
-    upgrade,
-    weights,
-)
+from lightning_compress.layers import QUANTIZABLE, find_layers, modules_by_name
+from lightning_compress.quantization.fake_quant import attach, detach, downgrade, upgrade, weights
+from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize, WeightFakeQuantize
 from lightning_compress.quantization.placement import Placement, find_placement
 from lightning_compress.quantization.processes import Processes
 from lightning_compress.quantization.schemes import Scheme
-from lightning_compress.quantization.state import QuantizationState, placement_in, schemes_differ
+from lightning_compress.quantization.state import QuantizationState, check_overrides, placement_in, schemes_differ
 from lightning_compress.structure.record import Record, is_removed, kept_by_id
 from lightning_compress.trace import Trace
 from lightning_compress.watch import Watch
@@ -38,7 +30,11 @@ _ATTRIBUTE = "_compress_quantization"
 class ModelQuantization:
     """The fake-quantized layers of a model; made by :func:`quantize_layers`.
 
-    ``stage`` says how far the model is:
+    ``stage`` says how far the model is::
+
+        plain --start_tracing--> tracing --end_batch--> observing --enable(True)--> quantized --freeze--> frozen
+              <--stop_tracing--                                   <--enable(False)--          <--thaw---
+              --------------- place, where known --------------->
 
     =============  ================  =====================================================================
     stage          layers compute    what happens in a batch
@@ -49,14 +45,6 @@ class ModelQuantization:
     ``quantized``  quantized values  the same, and what is learned is trained
     ``frozen``     quantized values  neither ranges nor the statistics of folded batch norms move
     =============  ================  =====================================================================
-
-    ::
-
-              start_tracing           end_batch             enable(True)             freeze
-        plain ------------->  tracing ---------> observing <------------> quantized <------> frozen
-          ^                      |               ^            enable(False)            thaw
-          +----------------------+               |
-               stop_tracing                    place: from plain at once, where the placement is known
 
     :meth:`load_state_dict` leads to ``plain``, ``observing`` or ``quantized``; :meth:`remove` ends it.
 
@@ -73,10 +61,9 @@ class ModelQuantization:
         self.activations: dict[str, ActivationFakeQuantize] = {}
         self.watch: Watch | None = None  # of the batch that is traced
         self._frozen: list[nn.Module] = []
-        _check_overrides(scheme, [layer.name for layer in self.layers])
+        check_overrides(scheme, [layer.name for layer in self.layers])
         for layer in self.layers:
-            granularity = scheme.for_layer(layer.name).weight_granularity
-            upgrade([layer], scheme.weight_of(layer.name), granularity)
+            upgrade([layer], scheme.weight_of(layer.name), scheme.for_layer(layer.name).weight_granularity)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets. A copy is not traced: the watch's hooks are on the modules of the original."""
@@ -238,9 +225,9 @@ class ModelQuantization:
             weights(layer.module)[layer.parameter].keep(layer.weight, kept.get(id(layer.weight), {}))
         if self.placement is not None:
             self.placement = self.placement.without(partial(is_removed, record=record))
-            gone = [place for place in self.activations if is_removed(place.rpartition(":")[0], record)]
-            for place in gone:
-                del self.activations[place]
+            for place in list(self.activations):
+                if is_removed(place.rpartition(":")[0], record):
+                    del self.activations[place]
 
     def remove(self, model: nn.Module) -> None:
         """Leave the model as it was before: plain layers, no hooks."""
@@ -250,10 +237,9 @@ class ModelQuantization:
 
     def folded(self, model: nn.Module) -> dict[str, nn.Module]:
         """The batch norm that is folded into a layer, by the layer's name."""
-        if self.placement is None:
-            return {}
         modules = modules_by_name(model)
-        return {layer: modules[norm] for layer, norm in self.placement.folds.items()}
+        folds = {} if self.placement is None else self.placement.folds
+        return {layer: modules[norm] for layer, norm in folds.items()}
 
     def state_dict(self) -> QuantizationState:
         """Scheme, places and ranges as plain values."""
@@ -313,13 +299,3 @@ def quantize_layers(model: nn.Module, scheme: Scheme) -> ModelQuantization:
 def quantization_of(model: nn.Module) -> ModelQuantization | None:
     """The quantization of a model, or None if its layers are plain."""
     return model.__dict__.get(_ATTRIBUTE)
-
-
-def _check_overrides(scheme: Scheme, names: Sequence[str]) -> None:
-    """Raise if an override is for no layer."""
-    for pattern in scheme.overrides:
-        if not any(matches(name, [pattern]) for name in names):
-            raise ValueError(
-                f"overrides={pattern!r} matches no layer. The layers are: {', '.join(names) or 'none'}. Give a name, a "
-                "prefix of a name, or a glob such as 'encoder.*'."
-            )

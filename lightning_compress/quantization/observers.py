@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_compress.quantization.quantizers import SHARES, QParams, Quantizer, narrow
+from lightning_compress.quantization.fitting import SHARES, narrow
+from lightning_compress.quantization.quantizer import QParams, Quantizer
 
 __all__ = ["MSE", "Entropy", "Histogram", "MinMax", "MovingAverage", "Observer", "Percentile"]
 

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lightning_compress.quantization.quantizers import Affine, Quantizer, rows
+from lightning_compress.quantization.affine import Affine
+from lightning_compress.quantization.quantizer import Quantizer, rows
 
 __all__ = ["fits_pairs", "portable"]
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_compress.quantization.fake_quant import ActivationFakeQuantize
+from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize
 
 __all__ = ["Processes"]
 

@@ -8,10 +8,11 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
+from lightning_compress.layers import matches
 from lightning_compress.quantization.placement import Placement
 from lightning_compress.quantization.schemes import Scheme
 
-__all__ = ["QuantizationState", "placement_in", "schemes_differ"]
+__all__ = ["QuantizationState", "check_overrides", "placement_in", "schemes_differ"]
 
 # What is compared by its value. Anything else is an object of a user's own class, of which a checkpoint that loads
 # without pickle holds the fields alone: there the class decides.
@@ -92,3 +93,17 @@ def _check_codes(exact_kernels: bool, scheme: Scheme, layers: Sequence[str]) -> 
             f"exact_kernels={scheme.exact_kernels}: the weights of {differing[0]} would be written with other codes. "
             f"Give Scheme(..., exact_kernels={exact_kernels}) to go on as it was trained."
         )
+
+
+def check_overrides(scheme: Scheme, names: Sequence[str]) -> None:
+    """Raise if an override is for no layer.
+
+    Raises:
+        ValueError: If a pattern matches none of the names.
+    """
+    for pattern in scheme.overrides:
+        if not any(matches(name, [pattern]) for name in names):
+            raise ValueError(
+                f"overrides={pattern!r} matches no layer. The layers are: {', '.join(names) or 'none'}. Give a name, a "
+                "prefix of a name, or a glob such as 'encoder.*'."
+            )

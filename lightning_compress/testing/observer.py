@@ -7,8 +7,9 @@ import itertools
 import torch
 from torch import Tensor
 
+from lightning_compress.quantization.affine import Affine
 from lightning_compress.quantization.observers import Observer
-from lightning_compress.quantization.quantizers import Affine, Quantizer, extent
+from lightning_compress.quantization.quantizer import Quantizer, extent
 from lightning_compress.testing.attempt import attempt, noise, require
 
 __all__ = ["check_observer"]

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_compress.quantization.quantizers import Affine, QParams, Quantizer
+from lightning_compress.quantization.affine import Affine
+from lightning_compress.quantization.quantizer import QParams, Quantizer
 from lightning_compress.testing.attempt import attempt, noise, require, same
 
 __all__ = ["check_quantizer"]

@@ -20,8 +20,8 @@ from lightning_compress.pruning import (
     Taylor,
     Wanda,
 )
+from lightning_compress.quantization.affine import Affine
 from lightning_compress.quantization.fake_quant import upgrade, weights
-from lightning_compress.quantization.quantizers import Affine
 from lightning_compress.testing import check_criterion
 
 from .helpers import noise, randomized

@@ -16,7 +16,8 @@ from torch.ao.quantization.observer import MovingAverageMinMaxObserver
 
 from lightning_compress.layers import QUANTIZABLE, Layer, find_layers
 from lightning_compress.quantization import Affine, MinMax, MovingAverage, Observer
-from lightning_compress.quantization.fake_quant import ActivationFakeQuantize, activations, attach, upgrade, weights
+from lightning_compress.quantization.fake_quant import activations, attach, upgrade, weights
+from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize
 
 from .helpers import noise, randomized, run
 

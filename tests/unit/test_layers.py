@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lightning_compress.layers import PRUNABLE, QUANTIZABLE, Layer, find_layers, matches, modules_by_name
+from lightning_compress.quantization.affine import Affine
 from lightning_compress.quantization.fake_quant import upgrade, weights
-from lightning_compress.quantization.quantizers import Affine
 
 
 class Net(nn.Module):

@@ -25,13 +25,8 @@ from lightning_compress.quantization import (
     Quantizer,
     Scheme,
 )
-from lightning_compress.quantization.fake_quant import (
-    ActivationFakeQuantize,
-    WeightFakeQuantize,
-    activations,
-    upgrade,
-    weights,
-)
+from lightning_compress.quantization.fake_quant import activations, upgrade, weights
+from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize, WeightFakeQuantize
 from lightning_compress.quantization.model import ModelQuantization, quantize_layers
 from lightning_compress.structure.record import Record
 

@@ -109,7 +109,7 @@ def test_a_scheme_writes_portable_codes_unless_kernels_are_promised_to_be_exact(
 
 
 def test_a_promise_that_is_no_bool_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"exact_kernels='no': accepted are True and False"):
+    with pytest.raises(TypeError, match=r"exact_kernels='no': accepted is True or False"):
         Scheme(exact_kernels="no")  # type: ignore[arg-type]
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
@@ -18,12 +16,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import lightning_compress
-from lightning_compress.deploy import packed
-from lightning_compress.deploy.packed import load_packed, save_packed
+from lightning_compress.deploy.packed import file, load_packed, save_packed
 from lightning_compress.quantization import Codebook, Float8, LearnedStep, Scheme
+from lightning_compress.quantization.affine import Affine
 from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.model import quantization_of, quantize_layers
-from lightning_compress.quantization.quantizers import Affine
 from lightning_compress.quantization.schemes import apot4, binary, codebook, exp4, fp8, int4, int8, log4, lsq, ternary
 from lightning_compress.structure.record import Record, apply_record
 
@@ -216,12 +213,12 @@ def test_foreign_files_are_refused_and_not_unpickled(tmp_path: Path) -> None:
 
 
 def test_a_later_encoding_or_version_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = packed._encode
-    monkeypatch.setattr(packed, "_encode", lambda v: ({**encode(v)[0], "encoding": "runs"}, encode(v)[1]))
+    encode = file.encode
+    monkeypatch.setattr(file, "encode", lambda v: ({**encode(v)[0], "encoding": "runs"}, encode(v)[1]))
     save_packed({"a": noise(3)}, tmp_path / "x")
     with pytest.raises(ValueError, match="encoding 'runs' is not known"):
         load_packed(tmp_path / "x")
-    monkeypatch.setattr(packed, "_VERSION", 3)
+    monkeypatch.setattr(file, "_VERSION", 3)
     save_packed({"a": noise(3)}, tmp_path / "x")
     monkeypatch.undo()
     with pytest.raises(ValueError, match="version 3, and this package reads the versions up to 2"):
@@ -281,26 +278,6 @@ def test_a_model_without_some_channels_and_a_block_loads_into_a_dense_one(tmp_pa
     assert torch.equal(dense(noise(2, 4)), small(noise(2, 4)))
     load_packed(tmp_path / "dense", dense)
     assert torch.equal(dense(noise(2, 4)), net(2)(noise(2, 4)))
-
-
-# A file of version 1: a has 1.5, -2.25 and a -0.0, b is tied to it, c is 0, 1, 2.
-VERSION_1 = (
-    "c-oaw%}T^D5YBqi+a5j2;6boxO>wvO4ZI3^v886yv>UcfN|P=~DZ58s$h*FbZy`8IPa+})!Z0)6&oJ{gBmNDL=Z&zeV3y@MBm>m4T3aPmm2=&+"
-    "oiOI2WqczFNMJ~TcRZpgBv&*F;{}c5Fi64JuIIMz1U7~d3sxwjJLA$6*c1x;+&VxCWv!WYDu@({>jK?;V<m0F%;wz4N*Ui)eUool-3zBhoz<Fom"
-    "B%=UGiSA$)W7LiDGE=w+UGcdgYy3l^2Z2KHagj@=#13LEoDR>U~Y}x1Xp$+LohKMVVMQsSFOv^2y3tw23SQF|CL4QPgb-Hu5Zx(?Dg{V^!ObwIV"
-    "a?Bx+yupzuWImFwE}Q{KbQgZV7qX?I#30d@Q~I=yRSi"
-)
-
-
-def test_a_file_of_the_first_version_loads(tmp_path: Path) -> None:
-    whole = zlib.decompress(base64.b85decode(VERSION_1))
-    (tmp_path / "x").write_bytes(whole)
-    value = torch.zeros(8, 8)
-    value[1, 3], value[4, 4], value[5, 0] = 1.5, -2.25, -0.0
-    assert_same(load_packed(tmp_path / "x"), {"a": value, "b": value, "c": torch.arange(3.0)})
-    (tmp_path / "x").write_bytes(whole.replace(b"bitmask", b"bitmusk"))
-    with pytest.raises(ValueError, match="checksum of its index"):
-        load_packed(tmp_path / "x")
 
 
 def test_few_values_are_a_table(tmp_path: Path) -> None:

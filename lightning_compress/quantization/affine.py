@@ -1,0 +1,148 @@
+"""Equal steps: linear quantization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.quantization.quantizer import QParams, Quantizer, along
+
+__all__ = ["Affine"]
+
+
+@dataclass(frozen=True)
+class Affine(Quantizer):
+    """Linear quantization: x_int = round((x - x_min) / (x_max - x_min) * (2^n - 1)) (Jacob 2018, arXiv:1712.05877).
+
+    The range is widened to hold 0 and shifted so that 0 falls on a code. The symmetric form uses the codes
+    -top .. top around the zero point 0.
+
+    Args:
+        bits: Bits per code, 2..8.
+        symmetric: Codes around zero, for weights; otherwise 0 .. 2^n - 1, for activations.
+        top: Largest code of the symmetric form; None for 2^(n-1) - 1. A :class:`Scheme` sets it where kernels need
+            smaller codes.
+
+    Raises:
+        ValueError: If bits lies outside 2..8, or top outside 1 .. 2^(n-1) - 1, or codes with a top are not symmetric.
+
+    Example:
+        >>> q = Affine(bits=8)
+        >>> p = q.qparams(torch.tensor(-1.0), torch.tensor(1.55))
+        >>> q.quantize(torch.tensor([-1.0, 0.0, 1.55]), p)
+        tensor([  0., 100., 255.])
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    top: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse widths that no code has, and a top beyond them."""
+        name = type(self).__name__
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"{name}.bits={self.bits!r}: accepted are the whole numbers 2..8, for instance {name}(8).")
+        highest = 2 ** (self.bits - 1) - 1
+        if self.top is not None and not (self.symmetric and type(self.top) is int and 1 <= self.top <= highest):
+            raise ValueError(
+                f"{name}.top={self.top!r}: accepted are None and, for symmetric codes, the whole numbers 1..{highest}, "
+                f"for instance {name}({self.bits}, symmetric=True, top={highest})."
+            )
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Lowest and highest code."""
+        if not self.symmetric:
+            return 0, 2**self.bits - 1
+        if self.top is not None:
+            return -self.top, self.top
+        highest = 2 ** (self.bits - 1) - 1
+        return -highest, highest
+
+    def qparams(self, low: Tensor, high: Tensor, axis: int | None = None) -> QParams:
+        """Scale and zero point for a range."""
+        lowest, highest = self.limits
+        low = low.clamp(max=0)
+        high = high.clamp(min=0)
+        if self.symmetric:
+            scale = torch.maximum(-low, high) / highest
+            zero_point = torch.zeros_like(scale)
+        else:
+            scale = (high - low) / (highest - lowest)
+            zero_point = (-low / scale.clamp(min=1e-12)).round()
+        # a channel of zeros has no range: any scale gives its values back, one of 0 would divide by 0
+        return QParams(scale.clamp(min=1e-12), zero_point.to(torch.int32), axis)
+
+    def quantize(self, x: Tensor, qparams: QParams) -> Tensor:
+        """Codes as whole numbers in a float tensor."""
+        scale = along(qparams.scale, qparams.axis, x)
+        zero_point = along(qparams.zero_point, qparams.axis, x)
+        # times the inverse, as torch's own operations have it: a division would round some values another way
+        return ((x * (1 / scale)).round() + zero_point).clamp(*self.limits)
+
+    def dequantize(self, codes: Tensor, qparams: QParams) -> Tensor:
+        """(codes - zero_point) * scale."""
+        scale = along(qparams.scale, qparams.axis, codes)
+        zero_point = along(qparams.zero_point, qparams.axis, codes)
+        return (codes - zero_point) * scale
+
+    def fake_quantize(self, x: Tensor, qparams: QParams) -> Tensor:
+        """The round trip, whose gradient is 0 outside the range."""
+        scale, zero_point, axis, *_ = qparams
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            # a whole number where it is known: the ends of the codes are then numbers, too, which clamp in one pass
+            code_of_zero = 0 if self.symmetric else along(zero_point, axis, x)
+            return _RoundTrip.apply(x, along(scale, axis, x), code_of_zero, *self.limits)
+        if axis is None:
+            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *self.limits)
+        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *self.limits)
+
+    def fake_quantize_fitted(self, x: Tensor, axis: int | None = None) -> Tensor:
+        """The round trip with the parameters of these very values; if symmetric, none of them is clipped."""
+        fused = self.symmetric and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not fused or self.learned:
+            return super().fake_quantize_fitted(x, axis)
+        return _Round.apply(x, along(self.fit(x.detach(), axis).scale, axis, x))
+
+
+class _RoundTrip(torch.autograd.Function):
+    """torch's fused operation bit for bit, in vectorized steps: on a CPU a tenth of its time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | int, lowest: int, highest: int) -> Tensor:
+        low: Any = lowest - zero_point
+        high: Any = highest - zero_point
+        if not (isinstance(low, Tensor) and low.dim()):
+            low = int(low)
+            high = int(high)
+        y = (x * (1 / scale)).round_().clamp_(low, high)
+        ctx.save_for_backward(x, scale)
+        ctx.ends = low, high
+        return y.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        # half a step beyond the outermost codes: so far values round to them, and are not clipped
+        low = (ctx.ends[0] - 0.5) * scale
+        high = (ctx.ends[1] + 0.5) * scale
+        if low.dim() == 0:
+            straight = torch.ops.aten.hardtanh_backward(gradient, x, float(low), float(high))
+        else:
+            straight = gradient * ((x > low) & (x < high))
+        return straight, None, None, None, None
+
+
+class _Round(torch.autograd.Function):
+    """The same where nothing is clipped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        return (x * (1 / scale)).round_().mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
