@@ -221,7 +221,7 @@ def test_a_later_encoding_or_version_is_refused_in_words(tmp_path: Path, monkeyp
     monkeypatch.setattr(file, "_VERSION", 3)
     save_packed({"a": noise(3)}, tmp_path / "x")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="version 3, and this package reads the versions up to 2"):
+    with pytest.raises(ValueError, match="version 3, and this package reads version 2"):
         load_packed(tmp_path / "x")
 
 
