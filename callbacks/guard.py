@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -24,7 +24,7 @@ from lightning_compress.guard_steps import (
 
 from .evaluate import choose_metric, copied, evaluate, more_is_better
 from .protocol import compression_progress
-from .rollback import RunState, go_back, keep
+from .rollback import HeldState, go_back, keep
 from .run import read_clock
 from .steering import check_guarded, progress_of, prune_if_alone, release, steered
 
@@ -32,15 +32,6 @@ __all__ = ["AccuracyGuard"]
 
 _FIELDS = ("reference", "_kind", "_asked", "_good", "_num_missed", "_last_step", "_name")
 _RECOVER = 0.25  # fraction of the run, its last, in which no further step is taken
-
-
-class _Good(TypedDict):
-    """The last state that held."""
-
-    value: float
-    level: float
-    step: int
-    state: RunState
 
 
 class AccuracyGuard(pl.Callback):
@@ -101,7 +92,7 @@ class AccuracyGuard(pl.Callback):
         check_settings(type(self).__name__, vars(self))
         self._kind: str | None = None  # the lever of the phase that the run is in
         self._asked = 0.0  # the level that is judged next
-        self._good: _Good | None = None
+        self._good: HeldState | None = None
         self._policy = StepPolicy(step, resolution)
         self._num_missed = 0
         self._num_samples = 0  # of the last validation
@@ -148,7 +139,9 @@ class AccuracyGuard(pl.Callback):
             self._ask(trainer, 0.0)
             self._go_on(trainer)
         if pruner is not None and self._kind == "sparsity" and progress_of(pruner, clock) >= 1:
-            self._settle(trainer, pl_module)
+            # the phase of pruning is over: a level that has not held until now is given up
+            if self._good is not None and self._asked != self._good["level"]:
+                self._back(trainer, pl_module)
         quantizer = steered(trainer, "bits")
         if quantizer is not None and self._kind != "bits" and progress_of(quantizer, clock) >= 0:
             assert quantizer.goal is not None
@@ -270,7 +263,7 @@ class AccuracyGuard(pl.Callback):
             return self.max_drop
         return allowed_drop(self.max_drop, value, self._num_samples * num_processes)
 
-    def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule, value: float, level: float) -> _Good:
+    def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule, value: float, level: float) -> HeldState:
         return {"value": value, "level": level, "step": trainer.global_step, "state": keep(trainer, pl_module)}
 
     def _back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -299,8 +292,3 @@ class AccuracyGuard(pl.Callback):
         callback = None if self._kind is None else steered(trainer, self._kind)
         if callback is not None:
             callback.steer(level)
-
-    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The phase of pruning is over: a level that has not held until now is given up."""
-        if self._good is not None and self._asked != self._good["level"]:
-            self._back(trainer, pl_module)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from .protocol import averages, compressing
 
-__all__ = ["RunState", "go_back", "keep"]
+__all__ = ["HeldState", "RunState", "go_back", "keep"]
 
 
 class RunState(TypedDict):
@@ -21,6 +21,15 @@ class RunState(TypedDict):
     optimizers: list[dict[str, Any]]
     averages: list[dict[str, Any]]
     callbacks: list[Any]
+
+
+class HeldState(TypedDict):
+    """A state that was judged and held: the metric, the level that was asked for, and the step."""
+
+    value: float
+    level: float
+    step: int
+    state: RunState
 
 
 def keep(trainer: pl.Trainer, pl_module: pl.LightningModule) -> RunState:

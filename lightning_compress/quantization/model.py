@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,14 +15,18 @@ from lightning_compress.quantization.fake_quantizers import ActivationFakeQuanti
 from lightning_compress.quantization.placement import Placement, find_placement
 from lightning_compress.quantization.processes import Processes
 from lightning_compress.quantization.schemes import Scheme
-from lightning_compress.quantization.state import QuantizationState, check_overrides, placement_in, schemes_differ
+from lightning_compress.quantization.state import (
+    QuantizationState,
+    Stage,
+    check_overrides,
+    placement_in,
+    schemes_differ,
+)
 from lightning_compress.structure.record import Record, is_removed, kept_by_id
 from lightning_compress.trace import Trace
 from lightning_compress.watch import Watch
 
-__all__ = ["ModelQuantization", "Stage", "quantization_of", "quantize_layers"]
-
-Stage = Literal["plain", "tracing", "observing", "quantized", "frozen"]
+__all__ = ["ModelQuantization", "quantization_of", "quantize_layers"]
 
 _ATTRIBUTE = "_compress_quantization"
 
@@ -45,8 +49,6 @@ class ModelQuantization:
     ``quantized``  quantized values  the same, and what is learned is trained
     ``frozen``     quantized values  neither ranges nor the statistics of folded batch norms move
     =============  ================  =====================================================================
-
-    :meth:`load_state_dict` leads to ``plain``, ``observing`` or ``quantized``; :meth:`remove` ends it.
 
     Args:
         model: The model, whose layers are upgraded in place.
@@ -285,11 +287,8 @@ def quantize_layers(model: nn.Module, scheme: Scheme) -> ModelQuantization:
         >>> from lightning_compress.quantization import int8
         >>> model = nn.Linear(3, 2)
         >>> quantization = quantize_layers(model, int8())
-        >>> quantization.stage, quantization.enabled
-        ('plain', False)
-        >>> quantization.enable(True)
-        >>> quantization.stage, quantization_of(model) is quantization
-        ('quantized', True)
+        >>> quantization.stage, quantization.enabled, quantization_of(model) is quantization
+        ('plain', False, True)
     """
     if quantization_of(model) is None:
         model.__dict__[_ATTRIBUTE] = ModelQuantization(model, scheme)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
@@ -12,7 +12,10 @@ from lightning_compress.layers import matches
 from lightning_compress.quantization.placement import Placement
 from lightning_compress.quantization.schemes import Scheme
 
-__all__ = ["QuantizationState", "check_overrides", "placement_in", "schemes_differ"]
+__all__ = ["QuantizationState", "Stage", "check_overrides", "placement_in", "schemes_differ"]
+
+# How far the quantization of a model is; what each one means is said at ModelQuantization.
+Stage = Literal["plain", "tracing", "observing", "quantized", "frozen"]
 
 # What is compared by its value. Anything else is an object of a user's own class, of which a checkpoint that loads
 # without pickle holds the fields alone: there the class decides.
