@@ -138,10 +138,10 @@ class AccuracyGuard(pl.Callback):
             self._good = self._keep(trainer, pl_module, self.reference, 0.0)  # the dense model holds
             self._ask(trainer, 0.0)
             self._go_on(trainer)
-        if pruner is not None and self._kind == "sparsity" and progress_of(pruner, clock) >= 1:
-            # the phase of pruning is over: a level that has not held until now is given up
-            if self._good is not None and self._asked != self._good["level"]:
-                self._back(trainer, pl_module)
+        pruned = pruner is not None and self._kind == "sparsity" and progress_of(pruner, clock) >= 1
+        if pruned and self._good is not None and self._asked != self._good["level"]:
+            # a level that has not held until the phase of pruning ends is given up
+            self._back(trainer, pl_module)
         quantizer = steered(trainer, "bits")
         if quantizer is not None and self._kind != "bits" and progress_of(quantizer, clock) >= 0:
             assert quantizer.goal is not None
