@@ -15,6 +15,7 @@ import zstandard
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_compress.analysis.inspect import count_macs, describe
+from lightning_compress.analysis.report import Totals
 from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.deploy.size import weigh
 from lightning_compress.deploy.verify import time_together
@@ -77,9 +78,14 @@ def _float_bytes(formats: Sequence[str], plain: pl.LightningModule, inputs: Any)
     return {"bytes": size, "bytes_zstd": packed}
 
 
-def totals(measured: dict[str, Any] | None, metric: str | None) -> dict[str, Any] | None:
+def totals(measured: dict[str, Any], metric: str | None) -> Totals:
     """What of a measurement stands in report.json."""
-    if measured is None:
-        return None
-    keys = ("num_params", "num_nonzero", "sparsity", "macs", "bytes", "bytes_zstd")
-    return {"metric": measured["metrics"].get(metric), **{key: measured.get(key) for key in keys}}
+    return {
+        "metric": measured["metrics"].get(metric),
+        "num_params": measured.get("num_params"),
+        "num_nonzero": measured.get("num_nonzero"),
+        "sparsity": measured.get("sparsity"),
+        "macs": measured.get("macs"),
+        "bytes": measured.get("bytes"),
+        "bytes_zstd": measured.get("bytes_zstd"),
+    }

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
-from lightning_compress.analysis.history import History, figures
+from lightning_compress.analysis.history import History, figures, histogram
 from lightning_compress.analysis.inspect import (
     estimate_bytes,
     layer_table,
@@ -26,9 +25,9 @@ from lightning_compress.analysis.inspect import (
     weight_bits,
     weight_layers,
 )
-from lightning_compress.analysis.report import terminal_table, write_html, write_json
+from lightning_compress.analysis.report import Packed, Report, write_json
+from lightning_compress.analysis.show import terminal_table, write_html
 from lightning_compress.deploy.packed import save_packed
-from lightning_compress.layers import Layer
 from lightning_compress.phase import Clock
 from lightning_compress.structure.record import Record
 from lightning_compress.tracking import define_metric
@@ -36,10 +35,9 @@ from lightning_compress.tracking import define_metric
 from .evaluate import check_validation_data, copied, more_is_better, pick_metric
 from .export import Export
 from .live_shape import check_strategy
-from .loggers import send
 from .measure import measure, totals
-from .progress import say, show_in_progress_bar
 from .protocol import all_callbacks, compression_progress
+from .report_sinks import say, send, show_in_progress_bar
 from .run import current_phase, read_clock
 
 __all__ = ["CompressionReport"]
@@ -65,7 +63,7 @@ class CompressionReport(pl.Callback):
         self.dirpath = dirpath
         self.monitor = monitor
         self.show = show
-        self.report: dict[str, Any] | None = None
+        self.report: Report | None = None
         self.control: dict[str, Any] | None = None
         self._dense: dict[str, Any] | None = None
         self._history = History()
@@ -97,7 +95,7 @@ class CompressionReport(pl.Callback):
             self._watch(trainer, pl_module, read_clock(trainer, 0))
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Log; measure the dense model when compression is about to begin."""
         clock = read_clock(trainer, batch_idx + 1)
@@ -214,7 +212,7 @@ class CompressionReport(pl.Callback):
         if begins and self._was_before and self._dense is None and trainer.is_global_zero:
             with self._overhead():
                 self._dense = measure(trainer, pl_module, _formats(trainer))
-                self._history.bins, self._history.before = _histogram(weight_layers(pl_module), self._history.bins)
+                self._history.bins, self._history.before = histogram(weight_layers(pl_module), self._history.bins)
         self._was_before = not begins
 
     def follow(self, pl_module: pl.LightningModule, record: Record) -> None:
@@ -236,7 +234,7 @@ class CompressionReport(pl.Callback):
         }
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1, rank_zero_only=True)
 
-    def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Report:
         export = next((c for c in all_callbacks(trainer) if isinstance(c, Export)), None)
         compressed = measure(trainer, pl_module, _formats(trainer), timed=True)
         metric = self.monitor or pick_metric(list(compressed["metrics"]))
@@ -246,7 +244,7 @@ class CompressionReport(pl.Callback):
             artifacts.append(artifact.to_dict())
         if artifacts:
             compressed.update({key: artifacts[0][key] for key in ("bytes", "bytes_zstd")})
-        self._history.bins, self._history.after = _histogram(weight_layers(pl_module), self._history.bins)
+        self._history.bins, self._history.after = histogram(weight_layers(pl_module), self._history.bins)
         warnings = [f"Export to {name} failed: {why}" for name, why in (export.failures if export else {}).items()]
         packed = self._pack(trainer, pl_module, warnings)
         cautions = [text for artifact in artifacts for text in artifact["warnings"]]  # Export has said them
@@ -256,8 +254,8 @@ class CompressionReport(pl.Callback):
             rank_zero_warn(text)
         return {
             "metric": metric,
-            "dense": totals(self._dense, metric),
-            "control": totals(self.control, metric),
+            "dense": None if self._dense is None else totals(self._dense, metric),
+            "control": None if self.control is None else totals(self.control, metric),
             "compressed": totals(compressed, metric),
             "layers": layer_table(pl_module, compressed["macs_by_layer"]),
             "artifacts": artifacts,
@@ -267,7 +265,7 @@ class CompressionReport(pl.Callback):
             "warnings": warnings + cautions,
         }
 
-    def _pack(self, trainer: pl.Trainer, pl_module: pl.LightningModule, warnings: list[str]) -> dict[str, Any] | None:
+    def _pack(self, trainer: pl.Trainer, pl_module: pl.LightningModule, warnings: list[str]) -> Packed | None:
         """The packed checkpoint beside the report."""
         path = self._folder(trainer) / "packed.safetensors"
         try:
@@ -284,14 +282,3 @@ class CompressionReport(pl.Callback):
 
 def _formats(trainer: pl.Trainer) -> list[str]:
     return next((callback.formats for callback in all_callbacks(trainer) if isinstance(callback, Export)), [])
-
-
-def _histogram(layers: list[Layer], bins: list[float]) -> tuple[list[float], list[float]]:
-    """Edges and counts of the non-zero weights; the edges are kept where there are some."""
-    values = np.concatenate([layer.weight.detach().float().cpu().numpy().ravel() for layer in layers] or [np.zeros(1)])
-    values = values[np.isfinite(values) & (values != 0)]
-    if not bins:
-        limit = float(np.abs(values).max(initial=1e-6))
-        bins = np.linspace(-limit, limit, 102).tolist()
-    counts, _ = np.histogram(np.clip(values, bins[0], bins[-1]), bins)
-    return bins, counts.tolist()

@@ -7,7 +7,7 @@ import netrc
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -128,7 +128,7 @@ def log_histograms(run: Any, edges: list[float], counts: dict[str, list[float]])
             run.log({f"compress/weights_{name}": found})
 
 
-def log_files(run: Any, artifacts: list[dict[str, Any]], packed: dict[str, Any] | None = None) -> None:
+def log_files(run: Any, artifacts: list[dict[str, Any]], packed: Mapping[str, Any] | None = None) -> None:
     """Give a run its files, each an artifact with what was measured of it as metadata.
 
     The packed checkpoint is of type ``checkpoint``; the exported files are of type ``model``, and name the checkpoint

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_compress.layers import Layer
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["History", "figures"]
+__all__ = ["History", "figures", "histogram"]
 
 _BITS = [1, 2, 3, 4, 6, 8, 16, 32]
 
@@ -68,6 +70,17 @@ def _append(columns: dict[str, list[Any]], now: Mapping[str, Any], num: int) -> 
     for name in {**columns, **now}:
         values = columns.setdefault(name, [])[: num - 1]
         columns[name] = [*values, *[None] * (num - 1 - len(values)), now.get(name)]
+
+
+def histogram(layers: Sequence[Layer], bins: list[float]) -> tuple[list[float], list[float]]:
+    """Edges and counts of the non-zero weights; the edges are kept where there are some."""
+    values = np.concatenate([layer.weight.detach().float().cpu().numpy().ravel() for layer in layers] or [np.zeros(1)])
+    values = values[np.isfinite(values) & (values != 0)]
+    if not bins:
+        limit = float(np.abs(values).max(initial=1e-6))
+        bins = np.linspace(-limit, limit, 102).tolist()
+    counts, _ = np.histogram(np.clip(values, bins[0], bins[-1]), bins)
+    return bins, counts.tolist()
 
 
 def figures(history: History, metric: str | None) -> dict[str, Figure]:

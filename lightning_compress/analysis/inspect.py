@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_compress.analysis.report import LayerRow
 from lightning_compress.forward import Inputs, run_model, with_batch
 from lightning_compress.layers import EMBEDDING, QUANTIZABLE, Layer, find_layers
 from lightning_compress.quantization.fake_quant import weights
@@ -101,12 +102,12 @@ def _recurrent_counter(name: str, found: dict[str, int]) -> Any:
     return hook
 
 
-def layer_table(model: nn.Module, macs: dict[str, int] | None = None) -> list[dict[str, Any]]:
-    """One row a weight: name, type, num_params, sparsity, weight_bits, input_bits, macs, bytes."""
+def layer_table(model: nn.Module, macs: dict[str, int] | None = None) -> list[LayerRow]:
+    """One row per weight."""
     quantization = quantization_of(model)
     on = quantization is not None and quantization.enabled
     inputs = next((a.quantizer.bits for a in quantization.activations.values()), 32) if on and quantization else 32
-    rows = []
+    rows: list[LayerRow] = []
     for layer in find_layers(model, QUANTIZABLE, skip_tied=True)[0]:
         weight = layer.weight.detach()
         bits = weight_bits(layer)

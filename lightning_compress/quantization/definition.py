@@ -51,6 +51,7 @@ class Scheme:
     ======================  ===========================  ====================================================
 
     Example:
+        >>> from lightning_compress import int8
         >>> mixed = Scheme(weight=Affine(4, symmetric=True), overrides={"head": int8()})
         >>> mixed.for_layer("body.0").weight.bits, mixed.for_layer("head").weight.bits
         (4, 8)

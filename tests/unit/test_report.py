@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from lightning_compress.analysis.history import History, figures
-from lightning_compress.analysis.report import headers, summary_rows, terminal_table, write_html, write_json
+from lightning_compress.analysis.report import headers, summary_rows, write_json
+from lightning_compress.analysis.show import terminal_table, write_html
 
 
 def make_report(**changes: Any) -> dict[str, Any]:

@@ -1,26 +1,27 @@
-"""The report in every logger: the same numbers to all, and what pictures, tables and files each takes."""
+"""Where numbers and reports go: loggers of any kind, and whatever progress bar the Trainer has."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_compress.analysis.history import History
-from lightning_compress.analysis.report import headers, summary_rows
+from lightning_compress.analysis.report import Report, headers, summary_rows
 from lightning_compress.tracking import log_files, log_histograms
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["send"]
+__all__ = ["say", "send", "show_in_progress_bar"]
 
 
 # one branch per kind of logger
-def send(logger: Any, report: dict[str, Any], history: History, pictures: Mapping[str, Figure], step: int) -> None:  # noqa: C901
+def send(logger: Any, report: Report, history: History, pictures: Mapping[str, Figure], step: int) -> None:  # noqa: C901
     """Give a logger the report; one that refuses a part of it costs a warning, not the run.
 
     Args:
@@ -55,7 +56,7 @@ def send(logger: Any, report: dict[str, Any], history: History, pictures: Mappin
         rank_zero_warn(f"{type(logger).__name__} did not take the report: {type(error).__name__}: {error}")
 
 
-def _tables(report: dict[str, Any], history: History) -> dict[str, tuple[list[str], list[list[Any]]]]:
+def _tables(report: Report, history: History) -> dict[str, tuple[list[str], list[list[Any]]]]:
     """Columns and rows by name."""
     tables = {
         "report": (headers(report), summary_rows(report)),
@@ -72,3 +73,27 @@ def _pixels(figure: Figure) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())
+
+
+def say(trainer: pl.Trainer, text: str) -> None:
+    """A line above the bar where one is live, else in Lightning's log."""
+    bar = trainer.progress_bar_callback
+    if bar is not None and getattr(bar, "is_enabled", True) and trainer.training:
+        bar.print(text)
+    else:
+        rank_zero_info(text)
+
+
+def show_in_progress_bar(trainer: pl.Trainer, items: Callable[[], dict[str, Any]]) -> None:
+    """Let the bar show more items: by ``get_metrics``, the method that Lightning has for it."""
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        return
+    original = getattr(bar, "_compress_get_metrics", None) or bar.get_metrics
+
+    def get_metrics(trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, Any]:
+        metrics = {k: v for k, v in original(trainer, model).items() if not k.startswith("compress/")}
+        return items() | metrics
+
+    bar._compress_get_metrics = original  # type: ignore[attr-defined]  # noqa: SLF001  # ours, on a bar that is not
+    bar.get_metrics = get_metrics  # type: ignore[method-assign, assignment]
