@@ -83,7 +83,8 @@ def evaluate(trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, float]
 
 def example_inputs(trainer: pl.Trainer, model: pl.LightningModule) -> Inputs | None:
     """The arguments with which validation calls the model; its example_input_array where there is no such call."""
-    watched, recorded = copied(model), None
+    watched = copied(model)
+    recorded = None
     if has_validation(trainer, model):
         recorded = record_inputs(watched, lambda: evaluate(trainer, watched))
     if recorded is None and model.example_input_array is not None:

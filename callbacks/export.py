@@ -138,7 +138,9 @@ class Export(pl.Callback):
         """Write, run and compare."""
         if not trainer.is_global_zero:
             return
-        self.artifacts, self.metrics, self.failures = [], {}, {}
+        self.artifacts = []
+        self.metrics = {}
+        self.failures = {}
         for name in self.formats:
             try:
                 self.artifacts.append(self._export(trainer, pl_module, name))
@@ -166,9 +168,11 @@ class Export(pl.Callback):
             comparison(*inputs.args, **inputs.kwargs)
             metrics = {}
         self.metrics[name] = metrics
-        artifact.max_abs_diff, artifact.agreement = comparison.max_abs_diff, comparison.agreement
+        artifact.max_abs_diff = comparison.max_abs_diff
+        artifact.agreement = comparison.agreement
         artifact.max_rel_diff = comparison.max_rel_diff
-        artifact.overflowing, artifact.cpu = files.overflowing, cpu_features()
+        artifact.overflowing = files.overflowing
+        artifact.cpu = cpu_features()
         artifact.latency_ms, artifact.latency_ms_float = pair.latency()
         artifact.bytes_zstd_float = weigh(files.twin[_BATCH_SIZES[0]])[1]
         artifact.integer_kernels, artifact.num_kernels = pair.integer_kernels()

@@ -74,7 +74,8 @@ def _float_bytes(formats: Sequence[str], plain: pl.LightningModule, inputs: Any)
             buffer = io.BytesIO()
             torch.save(plain.state_dict(), buffer)
             data = buffer.getvalue()
-            size, packed = len(data), len(zstandard.ZstdCompressor(level=10).compress(data))
+            size = len(data)
+            packed = len(zstandard.ZstdCompressor(level=10).compress(data))
     return {"bytes": size, "bytes_zstd": packed}
 
 

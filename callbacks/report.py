@@ -69,7 +69,8 @@ class CompressionReport(pl.Callback):
         self._history = History()
         self._seconds = {"fit": 0.0, "overhead": 0.0}
         self._began: float | None = None
-        self._sparsity, self._bits = 0.0, 32.0
+        self._sparsity = 0.0
+        self._bits = 32.0
         self._share = math.nan  # of the run that is over
         self._resumed_at: tuple[float, float] | None = None  # when this process began, and at which share
         self._phase = (0, "dense")
@@ -200,7 +201,8 @@ class CompressionReport(pl.Callback):
 
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, clock: Clock) -> None:
         """Follow the phase; measure once, when compression is about to begin."""
-        self._phase, self._share = current_phase(trainer, clock), clock.run
+        self._phase = current_phase(trainer, clock)
+        self._share = clock.run
         if self._resumed_at is None:
             self._resumed_at = time.perf_counter(), clock.run
         if not self._history.phases or self._history.phases[-1][1] != self._phase[1]:
@@ -221,9 +223,11 @@ class CompressionReport(pl.Callback):
 
     def _look(self, pl_module: pl.LightningModule) -> None:
         layers = weight_layers(pl_module)
-        shares, bits = {x.name: sparsity([x]) for x in layers}, {x.name: weight_bits(x) for x in layers}
+        shares = {x.name: sparsity([x]) for x in layers}
+        bits = {x.name: weight_bits(x) for x in layers}
         self._history.look(pl_module.trainer.global_step, shares, bits)
-        self._sparsity, self._bits = sparsity(layers), mean_bits(layers)
+        self._sparsity = sparsity(layers)
+        self._bits = mean_bits(layers)
 
     def _log(self, pl_module: pl.LightningModule) -> None:
         self._look(pl_module)

@@ -43,7 +43,9 @@ class StopUnderperforming(pl.Callback):
     """
 
     def __init__(self, dirpath: str | Path, margin: float = 0.1, monitor: str | None = None) -> None:
-        self.path, self.margin, self.monitor = Path(dirpath) / "curve.json", margin, monitor
+        self.path = Path(dirpath) / "curve.json"
+        self.margin = margin
+        self.monitor = monitor
         self.curve: dict[str, float] = {}
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < math.inf:
             raise ValueError(
@@ -66,7 +68,8 @@ class StopUnderperforming(pl.Callback):
         name = self.monitor or pick_metric(list(trainer.callback_metrics))
         if name not in trainer.callback_metrics:
             return
-        value, step = float(trainer.callback_metrics[name]), str(trainer.global_step)
+        value = float(trainer.callback_metrics[name])
+        step = str(trainer.global_step)
         self.curve[step] = value
         reason = None
         if trainer.is_global_zero:

@@ -150,7 +150,7 @@ def log_files(run: Any, artifacts: list[dict[str, Any]], packed: Mapping[str, An
     made_from: dict[str, Any] = {}
     if packed is not None:
         made_from = {"made_from": f"checkpoint-{run.id}"}
-        log(made_from["made_from"], "checkpoint", packed)
+        log(made_from["made_from"], "checkpoint", dict(packed))
     for found in artifacts:
         log(f"model-{run.id}-{found['format']}", "model", found | made_from)
 
@@ -196,7 +196,9 @@ def read_offline_run(path: str | Path) -> OfflineRun:
     for record in _whole(path):
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            run.run_id, run.name, run.group = record.run.run_id, record.run.display_name, record.run.run_group
+            run.run_id = record.run.run_id
+            run.name = record.run.display_name
+            run.group = record.run.run_group
             run.config.update(_items(record.run.config.update))
         elif kind == "config":
             run.config.update(_items(record.config.update))
@@ -236,13 +238,17 @@ def _records(path: Path) -> Iterator[Any]:
 
     new_record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
 
-    data, position, parts = path.read_bytes(), 7, b""  # W&B's own header is 7 bytes
+    # W&B's own header is 7 bytes
+    data = path.read_bytes()
+    position = 7
+    parts = b""
     while position + 7 <= len(data):
         left = 32768 - position % 32768
         if left < 7:
             position += left
             continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        kind = data[position + 6]
         if position + 7 + length > len(data):
             return  # the run was killed while it wrote
         parts += data[position + 7 : position + 7 + length]

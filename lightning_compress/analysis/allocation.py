@@ -115,16 +115,19 @@ def allocate(  # noqa: PLR0913  # each a setting of its own, given by name
     levels |= {("sparsities", name): sparsities for name in names}
     if not any(levels.values()):
         raise ValueError(f"The model has no channels that can be removed: {coupling.skipped}.")
-    dense, sign = evaluate(model), 1 if more_is_better else -1
+    dense = evaluate(model)
+    sign = 1 if more_is_better else -1
     lost: dict[tuple[Kind, str, float], float] = {
         ("shares", group.name, level): sign * (dense - evaluate(narrow({group.name: level})))
         for group in coupling.groups
         for level in levels["shares", group.name]
     }
     lost |= _lost_in_values(model, inputs, evaluate, bits, sparsities, more_is_better)
-    points, narrowed = [Point(Allocation(), cost(model, Allocation()), 0.0)], model
+    points = [Point(Allocation(), cost(model, Allocation()), 0.0)]
+    narrowed = model
     while True:
-        now, best = points[-1], None
+        now = points[-1]
+        best = None
         for (kind, name), steps in levels.items():
             at = getattr(now.plan, kind).get(name)
             level = next(iter(steps if at is None else steps[steps.index(at) + 1 :]), None)

@@ -35,7 +35,8 @@ def file_bytes(
     layers, _ = find_layers(model, QUANTIZABLE, skip_tied=True)
     total = 4.0 * sum(p.numel() for p in model.parameters())
     for layer in layers:
-        num, width = layer.weight.numel(), plan.bits.get(layer.name, bits)
+        num = layer.weight.numel()
+        width = plan.bits.get(layer.name, bits)
         held = min((b for b in stored if b >= width), default=width)
         each = _entropy(plan.sparsities.get(layer.name, 0.0), width) if compressed else held
         total += num * each / 8 - 4.0 * num

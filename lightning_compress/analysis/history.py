@@ -133,7 +133,8 @@ def _heat_map(axes: Axes, steps: list[int], layers: Any, label: str, low: float,
     """A value of each layer over the steps; bits on a scale of ratios."""
     from matplotlib.colors import LogNorm, Normalize
 
-    names, ratios = list(layers), low > 0
+    names = list(layers)
+    ratios = low > 0
     values = np.array([layers[name] for name in names], dtype=float)
     edges = np.array([*steps, steps[-1] + 1], dtype=float)
     norm = LogNorm(low, high) if ratios else Normalize(low, high)

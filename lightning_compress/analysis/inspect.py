@@ -136,7 +136,8 @@ def estimate_bytes(model: nn.Module) -> int:
 
 
 def _bytes(num: int, zeros: int, bits: int) -> int:
-    dense, packed = num * bits, num + (num - zeros) * bits
+    dense = num * bits
+    packed = num + (num - zeros) * bits
     return math.ceil(min(dense, packed) / 8)
 
 

@@ -144,10 +144,13 @@ def read_runs(folder: str | Path) -> tuple[str, list[Run]]:
     Raises:
         ValueError: If there is none, or they report different metrics.
     """
-    folder, found, metrics = Path(folder), [], set()
+    folder = Path(folder)
+    found = []
+    metrics = set()
     for path in sorted(folder.rglob("report.json")):
         report = json.loads(path.read_text())
-        first, totals = next(iter(report["artifacts"]), None), report["compressed"] or {}
+        first = next(iter(report["artifacts"]), None)
+        totals = report["compressed"] or {}
         metric = totals.get("metric") if first is None or first["metric"] is None else first["metric"]
         if metric is None:
             continue

@@ -60,13 +60,17 @@ class Replay:
         if node is None:
             yield False
             return
-        self._of, self._weight = node, weight
+        self._of = node
+        self._weight = weight
         self._idle, self._border = _sides(self.graph, node)
         try:
             with replaced_forward(self.model, self):
                 yield True
         finally:
-            self._of, self._weight, self._kept, self._num_bytes = None, None, [], 0
+            self._of = None
+            self._weight = None
+            self._kept = []
+            self._num_bytes = 0
 
     def begin(self) -> None:
         """A pass over the batches begins."""
@@ -76,7 +80,8 @@ class Replay:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs."""
         assert self._of is not None
-        tensors, turn = tensors_of(Inputs(args, kwargs)), self._num_calls
+        tensors = tensors_of(Inputs(args, kwargs))
+        turn = self._num_calls
         self._num_calls += 1
         known: dict[Node, Any] = {}
         if turn < len(self._kept) and _same(self._kept[turn][0], tensors):
@@ -94,7 +99,8 @@ class _Keeping(Interpreter):
 
     def __init__(self, graph: GraphModule, nodes: Sequence[Node]) -> None:
         super().__init__(graph)
-        self._wanted, self.kept = set(nodes), {}  # type: ignore[var-annotated]
+        self._wanted = set(nodes)
+        self.kept: dict[Node, Any] = {}
 
     def run_node(self, n: Node) -> Any:
         """The node's value."""

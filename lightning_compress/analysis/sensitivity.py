@@ -136,9 +136,11 @@ def sensitivity(  # noqa: PLR0913  # each a setting of its own, given by name
         for level in levels:
             if not low <= level <= high:
                 raise ValueError(f"sensitivity.{name}={list(levels)}: accepted are values in {low}..{high}.")
-    begin, sign = time.perf_counter(), 1 if more_is_better else -1
+    begin = time.perf_counter()
+    sign = 1 if more_is_better else -1
     layers, _ = find_layers(model, PRUNABLE, include, exclude, skip_tied=True)
-    found, replay = Sensitivity(evaluate(model)), None
+    found = Sensitivity(evaluate(model))
+    replay = None
     if inputs is not None:
         try:
             replay = Replay(model, inputs, max_bytes)

@@ -41,7 +41,8 @@ def export(model: nn.Module, inputs: Inputs, path: Path, batch_size: int = 1) ->
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
         inputs = with_batch(inputs, batch_size)
-        graph, tensors = capture(model, inputs), tensors_of(inputs)
+        graph = capture(model, inputs)
+        tensors = tensors_of(inputs)
         quantize_inputs_at_run_time(graph)
         with torch.no_grad():
             program = to_edge_transform_and_lower(
@@ -127,7 +128,8 @@ def _xnnpack_graph(data: bytes) -> dict[str, Any]:
     from executorch.exir._serialize._flatbuffer import _flatc_decompile
 
     header = xnnpack_graph_serialize.XNNHeader.from_bytes(data[: xnnpack_graph_serialize.XNNHeader.EXPECTED_LENGTH])
-    begin, size = header.flatbuffer_offset, header.flatbuffer_size
+    begin = header.flatbuffer_offset
+    size = header.flatbuffer_size
     schema = Path(xnnpack_graph_serialize.__file__).with_name("schema.fbs")
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "schema.bin")

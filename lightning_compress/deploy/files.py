@@ -57,7 +57,8 @@ def write_files(kind: Format, model: nn.Module, inputs: Inputs, path: Path, size
     files = Files({}, {}, [] if exact or shipped is plain else overflowing(shipped))
     for size in sizes:
         if kind.dynamic_batch and files.shipped:
-            files.shipped[size], files.twin[size] = files.shipped[sizes[0]], files.twin[sizes[0]]
+            files.shipped[size] = files.shipped[sizes[0]]
+            files.twin[size] = files.twin[sizes[0]]
             continue
         ending = "" if size == sizes[0] else f"_batch{size}"
         options = {} if kind.dynamic_batch else {"batch_size": size}
@@ -73,7 +74,8 @@ def try_format(kind: Format, model: nn.Module, inputs: Inputs, folder: Path) -> 
     Raises:
         Exception: Whatever the converter or the runtime says of a model that it does not take.
     """
-    one, path = with_batch(inputs, 1), folder / f"rehearsal{kind.suffix}"
+    one = with_batch(inputs, 1)
+    path = folder / f"rehearsal{kind.suffix}"
     kind.export(model, inputs, path, **({} if kind.dynamic_batch else {"batch_size": 1}))
     kind.runner(path, run_model(model, one))(one)
 
@@ -89,7 +91,8 @@ class Pair:
     """
 
     def __init__(self, kind: Format, files: Files, model: nn.Module, inputs: Inputs) -> None:
-        self.inputs, outputs = inputs, run_model(model, with_batch(inputs, 1))
+        self.inputs = inputs
+        outputs = run_model(model, with_batch(inputs, 1))
         made: dict[Path, Any] = {}
         self.runners: dict[int, tuple[Any, Any]] = {}
         for size in files.shipped:
@@ -126,8 +129,10 @@ def words_of_doubt(artifact: Artifact, min_agreement: float, max_difference: flo
         min_agreement: Least share of samples with the model's answer.
         max_difference: Largest difference of an output, as a share of the output's range.
     """
-    file, said = f"{Path(artifact.path).name} in {artifact.runtime}", []
-    agreement, difference = artifact.agreement, artifact.max_rel_diff
+    file = f"{Path(artifact.path).name} in {artifact.runtime}"
+    said = []
+    agreement = artifact.agreement
+    difference = artifact.max_rel_diff
     if agreement is not None and not agreement >= min_agreement:
         said.append(f"{file} gives the model's answer on {agreement:.2%} of the samples; {min_agreement:.2%} is asked.")
     if difference is not None and not difference <= max_difference:  # NaN too
@@ -135,7 +140,8 @@ def words_of_doubt(artifact: Artifact, min_agreement: float, max_difference: flo
             f"{file} differs from the model by {difference:.2%} of its output's range; {max_difference:.2%} is allowed."
         )
     if artifact.overflowing:
-        num, first = len(artifact.overflowing), ", ".join(artifact.overflowing[:3])
+        num = len(artifact.overflowing)
+        first = ", ".join(artifact.overflowing[:3])
         said.append(
             f"{file} is exact only on CPUs that add products in 32 bits (on x86: with VNNI). Elsewhere {num} of its "
             f"layers ({first}{', ...' if num > 3 else ''}) can saturate, for two of their weights and activations do "
@@ -147,7 +153,8 @@ def words_of_doubt(artifact: Artifact, min_agreement: float, max_difference: flo
 
 def words_of_caution(artifact: Artifact) -> list[str]:
     """Where a quantized file is no smaller or no faster than its float twin, in words."""
-    file, said = f"{Path(artifact.path).name} in {artifact.runtime}", []
+    file = f"{Path(artifact.path).name} in {artifact.runtime}"
+    said = []
     if artifact.bytes_zstd >= (artifact.bytes_zstd_float or artifact.bytes_zstd + 1):
         said.append(
             f"{file} is not smaller than its float twin: {artifact.bytes_zstd:,} bytes against "
@@ -160,7 +167,8 @@ def words_of_caution(artifact: Artifact) -> list[str]:
                 f"{file} is not faster than its float twin at batch {size}: {ms:.3g} ms against {before:.3g} "
                 f"({artifact.cpu})."
             )
-    integer, total = artifact.integer_kernels or 0, artifact.num_kernels or 0
+    integer = artifact.integer_kernels or 0
+    total = artifact.num_kernels or 0
     if integer < total:
         said.append(f"{file} runs {total - integer} of {total} operations with stored weights in float kernels.")
     return said

@@ -22,8 +22,10 @@ from lightning_compress.forward import ForwardOnly, Inputs
 
 __all__ = ["capture", "has_quantized_values", "quantize_inputs_at_run_time", "quantize_outputs", "tensors_of"]
 
-_ATEN, _QDQ = torch.ops.aten, torch.ops.quantized_decomposed
-_QUANTIZE, _DEQUANTIZE = _QDQ.quantize_per_tensor.default, _QDQ.dequantize_per_tensor.default
+_ATEN = torch.ops.aten
+_QDQ = torch.ops.quantized_decomposed
+_QUANTIZE = _QDQ.quantize_per_tensor.default
+_DEQUANTIZE = _QDQ.dequantize_per_tensor.default
 _RELU = (_ATEN.relu.default, _ATEN.relu_.default, _ATEN.hardtanh.default, _ATEN.hardtanh_.default)
 _HEAVY = (
     *(_ATEN.linear.default, _ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default),
@@ -49,10 +51,12 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: bool = False) -> GraphMod
         inputs: Example inputs.
         dynamic: Leave the batch axis open; otherwise the batch size of the inputs is a constant of the graph.
     """
-    tensors, size = tensors_of(inputs), inputs.batch_size
+    tensors = tensors_of(inputs)
+    size = inputs.batch_size
     batch = {0: torch.export.Dim.DYNAMIC}
     shapes = (tuple(batch if x.dim() and x.shape[0] == size else None for x in tensors),) if dynamic else None
-    plain, export = ForwardOnly(model, inputs), torch.export.export
+    plain = ForwardOnly(model, inputs)
+    export = torch.export.export
     with torch.no_grad(), _no_fast_path():
         if not dynamic:
             with _PlainAttention():
@@ -142,9 +146,11 @@ def _unquantized_outputs(graph: GraphModule) -> Iterator[tuple[Node, Node]]:
         weight = node.args[1] if node.target in _HEAVY else None
         if not isinstance(weight, Node) or weight.target is not _QDQ.dequantize_per_channel.default:
             continue
-        last, users = node, list(node.users)
+        last = node
+        users = list(node.users)
         if len(users) == 1 and users[0].target in _RELU:
-            last, users = users[0], list(users[0].users)
+            last = users[0]
+            users = list(users[0].users)
         source = node.args[0]
         reads_codes = isinstance(source, Node) and source.target is _DEQUANTIZE
         if not users or not all(user.target is _QUANTIZE for user in users) or not reads_codes:

@@ -44,7 +44,8 @@ def export(model: nn.Module, inputs: Inputs, path: Path, batch_size: int = 1) ->
         from litert_torch.quantize.quant_config import QuantConfig
 
         example = with_batch(inputs, batch_size)
-        graph, config = capture(model, example), None
+        graph = capture(model, example)
+        config = None
         if has_quantized_values(graph):
             quantize_outputs(graph, [tensors_of(piece) for piece in pieces_of(inputs, batch_size)])
             symmetric = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=False)
@@ -104,7 +105,8 @@ class Runner:
         self.interpreter.invoke()
         outputs = []
         for detail in self.outputs:
-            values, (scale, zero_point) = self.interpreter.get_tensor(detail["index"]), detail["quantization"]
+            values = self.interpreter.get_tensor(detail["index"])
+            (scale, zero_point) = detail["quantization"]
             if scale:
                 values = (values.astype(np.float32) - zero_point) * np.float32(scale)
             outputs.append(torch.from_numpy(values))

@@ -84,7 +84,9 @@ def _drop_notes(graph: Any) -> None:
         for out in node.outputs:
             out.metadata_props.clear()
             if not out.is_graph_output():
-                out.name, out.type, out.shape = next(names), None, None
+                out.name = next(names)
+                out.type = None
+                out.shape = None
 
 
 def _select_codes(graph: Any) -> None:
@@ -98,8 +100,11 @@ def _select_codes(graph: Any) -> None:
         if before.inputs[1].const_value.size != 1:
             continue
         after = ir.Node("", "DequantizeLinear", [node.outputs[0], *before.inputs[1:]])
-        out, codes = node.outputs[0], before.inputs[0]
-        after.outputs[0].name, after.outputs[0].type, after.outputs[0].shape = f"selected_{i}", out.type, out.shape
+        out = node.outputs[0]
+        codes = before.inputs[0]
+        after.outputs[0].name = f"selected_{i}"
+        after.outputs[0].type = out.type
+        after.outputs[0].shape = out.shape
         out.type = ir.TensorType(before.inputs[2].dtype)
         out.replace_all_uses_with(after.outputs[0], replace_graph_outputs=True)
         after.replace_input_with(0, out)
@@ -115,7 +120,8 @@ def _integer_biases(graph: Any) -> None:
     import onnx_ir as ir
 
     for i, node in enumerate([node for node in graph if node.op_type == "Gemm" and len(node.inputs) == 3]):
-        scales, bias = [_scale(graph, value) for value in node.inputs[:2]], graph.initializers.get(node.inputs[2].name)
+        scales = [_scale(graph, value) for value in node.inputs[:2]]
+        bias = graph.initializers.get(node.inputs[2].name)
         if bias is None or any(scale is None for scale in scales):
             continue
         step = (scales[0] * scales[1]).astype(np.float32)

@@ -34,7 +34,8 @@ def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
         path: The file to write.
     """
     inputs = with_batch(inputs, 2)  # torch.export takes an axis of length 1 for a constant
-    size, tensors = inputs.batch_size, tensors_of(inputs)
+    size = inputs.batch_size
+    tensors = tensors_of(inputs)
     graph = capture(model, inputs, dynamic=True)
     batch = {0: torch.export.Dim.DYNAMIC}
     shapes = tuple(batch if x.dim() and x.shape[0] == size else None for x in tensors)

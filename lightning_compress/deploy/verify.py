@@ -92,7 +92,8 @@ class Comparison:
         """The file's outputs for the model's arguments."""
         devices = [x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         inputs = Inputs(*tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, (args, kwargs)))
-        expected, got = run_model(self.model, inputs), self.runner(inputs)
+        expected = run_model(self.model, inputs)
+        got = self.runner(inputs)
         self.num_calls += 1
         for i, (a, b) in enumerate(zip(tree_leaves(expected), tree_leaves(got), strict=True)):
             if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
@@ -134,11 +135,14 @@ class _Output:
     """One of the model's outputs over all calls: its range, and how far the file was from it."""
 
     def __init__(self) -> None:
-        self.low, self.high, self.diff = math.inf, -math.inf, 0.0
+        self.low = math.inf
+        self.high = -math.inf
+        self.diff = 0.0
 
     def see(self, expected: Tensor, got: Tensor) -> None:
         self.diff = _worst([self.diff, float((expected - got).abs().max())])
-        self.low, self.high = min(self.low, float(expected.min())), max(self.high, float(expected.max()))
+        self.low = min(self.low, float(expected.min()))
+        self.high = max(self.high, float(expected.max()))
 
     @property
     def share(self) -> float:

@@ -51,7 +51,7 @@ class Observation:
         # a whole batch was observed, and no layer was called
         self._blind = False
         self._model = model
-        self._modules = modules_by_name(model)
+        self._by_name = modules_by_name(model)
 
     @property
     def ready(self) -> bool:
@@ -68,7 +68,7 @@ class Observation:
     def layer(self, layer: Layer) -> Layer:
         """The layer with what was seen of it."""
         norm = self._chain(layer.name).norm
-        return replace(layer, seen=self.average(layer.name), norm=self._modules.get(norm) if norm else None)
+        return replace(layer, seen=self.average(layer.name), norm=self._by_name.get(norm) if norm else None)
 
     def average(self, name: str) -> Tensor | None:
         """The average for a layer, or the sum where the criterion forgets nothing; None before anything was seen."""
@@ -113,7 +113,7 @@ class Observation:
                 found = self.criterion.observe(layer, inputs.pop(), chain.activate(output.detach()))
                 self._batch.setdefault(layer.name, []).append(found)
 
-        end = self._modules[chain.norm] if chain.norm else layer.module
+        end = self._by_name[chain.norm] if chain.norm else layer.module
         self._handles.append(layer.module.register_forward_pre_hook(read))
         self._handles.append(end.register_forward_hook(observe))
 
@@ -179,8 +179,8 @@ class Observation:
         self._handles.clear()
 
     def _watched_chains(self, trace: Trace) -> dict[str, Chain]:
-        norms = [name for name, m in self._modules.items() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        names = {id(module): name for name, module in self._modules.items()}
+        norms = [name for name, m in self._by_name.items() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        names = {id(module): name for name, module in self._by_name.items()}
         layers = {names[id(layer.module)]: layer.name for layer in self.layers.values() if id(layer.module) in names}
         return {name: Chain() for name in self.layers} | find_chains(trace, layers, norms)
 
@@ -193,7 +193,7 @@ class Observation:
         present = {id(p) for p in model.parameters()}
         self.layers = {name: layer for name, layer in self.layers.items() if id(layer.weight) in present}
         self._model = model
-        self._modules = modules_by_name(model)
+        self._by_name = modules_by_name(model)
         self._chains = None
         self.seen.clear()
         self._weights.clear()

@@ -31,7 +31,9 @@ class _Codes:
     enabled = True
 
     def __init__(self, codes: Tensor, scale: Tensor, axis: int) -> None:
-        self.codes, self.scale, self.axis = codes, scale, axis
+        self.codes = codes
+        self.scale = scale
+        self.axis = axis
         self.zero_point = torch.zeros(scale.shape, dtype=torch.int64)
 
     def __call__(self, weight: Tensor) -> Tensor:
@@ -48,7 +50,8 @@ class _Rounded(_Codes):
         self.values = codes.float() * along(scale, axis, codes)
 
     def __call__(self, weight: Tensor) -> Tensor:
-        ops, rest = torch.ops.quantized_decomposed, (self.scale, self.zero_point, self.axis, -128, 127, torch.int8)
+        ops = torch.ops.quantized_decomposed
+        rest = (self.scale, self.zero_point, self.axis, -128, 127, torch.int8)
         return ops.dequantize_per_channel(ops.quantize_per_channel(self.values, *rest), *rest)
 
 
@@ -78,7 +81,8 @@ class _QuantizeDequantize:
             return x
         if self.limits is not None:
             x = x.clamp(*self.limits)
-        ops, rest = torch.ops.quantized_decomposed, (self.lowest, self.highest, self.dtype)
+        ops = torch.ops.quantized_decomposed
+        rest = (self.lowest, self.highest, self.dtype)
         q = ops.quantize_per_tensor(x, self.scale, self.zero_point, *rest)
         return ops.dequantize_per_tensor(q, self.scale, self.zero_point, *rest)
 
@@ -148,12 +152,14 @@ def overflowing(converted: nn.Module) -> list[str]:
     quantization = quantization_of(converted)
     if quantization is None or quantization.placement is None:
         return []
-    feeds, found = quantization.placement.feeds, []
+    feeds = quantization.placement.feeds
+    found = []
     for layer in quantization.layers:
         feed = quantization.activations.get(feeds.get(layer.name, ""))
         if feed is None or not feed.enabled:  # computes in float
             continue
-        written, read = weights(layer.module)[layer.parameter], feed.quantize
+        written = weights(layer.module)[layer.parameter]
+        read = feed.quantize
         assert isinstance(read, _QuantizeDequantize)
         if not fits_pairs(written.codes, written.axis, read.largest):
             found.append(layer.name)
@@ -225,9 +231,11 @@ def _codes(layer: Layer, norm: Any, step: float | None) -> tuple[Tensor, Tensor,
         )
     if qparams.zero_point.any() or not _in_equal_steps(fake_quantize.quantizer, codes.float(), qparams):
         raise ValueError(_simulated_only("weight", fake_quantize.quantizer, layer.name))
-    scale, axis = qparams.scale.detach(), qparams.axis
+    scale = qparams.scale.detach()
+    axis = qparams.axis
     if axis is None:
-        axis, scale = layer.out_axis, scale.expand(layer.weight.shape[layer.out_axis]).clone()
+        axis = layer.out_axis
+        scale = scale.expand(layer.weight.shape[layer.out_axis]).clone()
     if norm is not None:
         factor = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
         shift = torch.zeros_like(factor) if norm.bias is None else norm.bias

@@ -38,13 +38,13 @@ class ScaleOptimizer:
         self._pending: dict[str, Any] | None = None
 
     @property
-    def _parameters(self) -> list[nn.Parameter]:
+    def _learned(self) -> list[nn.Parameter]:
         return [] if self.optimizer is None else self.optimizer.param_groups[0]["params"]
 
     def follow(self, logarithms: Mapping[str, nn.Parameter]) -> None:
         """Optimize these parameters from now on; moments of those that were known already are kept."""
         learned = list(logarithms.values())
-        same = [id(p) for p in self._parameters] == [id(p) for p in learned]
+        same = [id(p) for p in self._learned] == [id(p) for p in learned]
         if same and self._pending is None:
             return
         before = {} if self.optimizer is None else self.optimizer.state
@@ -82,7 +82,7 @@ class ScaleOptimizer:
             return
         if num_processes > 1:
             self._average(num_processes)
-        for p in self._parameters:
+        for p in self._learned:
             # a loss scaler skips the user's step when gradients overflow, and so do we
             if p.grad is not None and not torch.isfinite(p.grad).all():
                 p.grad = None
@@ -91,11 +91,11 @@ class ScaleOptimizer:
 
     def _average(self, num_processes: int) -> None:
         """Average the gradients over the processes, in one exchange; a missing one counts as 0."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._learned]
         flat = torch.cat([grad.flatten() for grad in grads])
         torch.distributed.all_reduce(flat)
-        parts = flat.split([p.numel() for p in self._parameters])
-        for p, part in zip(self._parameters, parts, strict=True):
+        parts = flat.split([p.numel() for p in self._learned])
+        for p, part in zip(self._learned, parts, strict=True):
             p.grad = part.view_as(p) / num_processes
 
     def state_dict(self) -> dict[str, Any] | None:

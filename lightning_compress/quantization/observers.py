@@ -123,7 +123,8 @@ class Histogram(Observer):
 
     def range(self, state: Tensor, quantizer: Quantizer) -> Tensor:
         """The chosen range; (+inf, -inf) if nothing was seen."""
-        extent, counts = state[:2], state[2:]
+        extent = state[:2]
+        counts = state[2:]
         chosen = self.choose(extent[0], extent[1], counts, _width(extent), quantizer)
         return torch.where(extent[0] > extent[1], extent, chosen)
 
@@ -210,8 +211,10 @@ class Entropy(Histogram):
         within = counts * ((values >= lows[:, None]) & (values <= highs[:, None]))
         beyond = counts - within
         # the first and the last bin with values within the cut take those beyond it
-        at, ends = torch.arange(2 * _HALF, device=counts.device), (within > 0).int()
-        first, last = ends.argmax(1, keepdim=True), (ends * at).argmax(1, keepdim=True)
+        at = torch.arange(2 * _HALF, device=counts.device)
+        ends = (within > 0).int()
+        first = ends.argmax(1, keepdim=True)
+        last = (ends * at).argmax(1, keepdim=True)
         seen = within.scatter_add(1, first, (beyond * (at < first)).sum(1, keepdim=True))
         seen = seen.scatter_add(1, last, (beyond * (at > last)).sum(1, keepdim=True))
         code = (codes - codes.amin(1, keepdim=True)).long()

@@ -81,11 +81,11 @@ class _Walk:
         self.read: list[tuple[_Origin, str]] = []
         self.normed: list[_Origin] = []
         self._tensors = trace.tensors
-        self._modules = modules_by_name(model)
+        self._by_name = modules_by_name(model)
         self._layers = self._by_weight(model, layers)
         self._norms = {
             trace.tensors[name, "running_var"]: name
-            for name, module in self._modules.items()
+            for name, module in self._by_name.items()
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None
         }
         self._origins: dict[int, _Origin] = {}
@@ -102,12 +102,12 @@ class _Walk:
 
     def is_read_once(self, name: str) -> bool:
         """Whether every parameter of a module was read once."""
-        own = [key for key, p in self._modules[name]._parameters.items() if p is not None]
+        own = [key for key, p in self._by_name[name]._parameters.items() if p is not None]
         return all(self._num_reads[self._tensors[name, key]] == 1 for key in own)
 
     def _by_weight(self, model: nn.Module, layers: Sequence[Layer]) -> dict[int, Layer]:
         owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-        names = {id(module): name for name, module in self._modules.items()}
+        names = {id(module): name for name, module in self._by_name.items()}
         found = {}
         for layer in layers:
             is_simple = isinstance(layer.module, nn.Linear | nn.modules.conv._ConvNd)

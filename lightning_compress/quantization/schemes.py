@@ -88,7 +88,8 @@ def lsq(
         >>> lsq(3, overrides={"head": int8()}).for_layer("head").inputs.bits
         8
     """
-    weight, inputs = LearnedStep(bits, symmetric=True), LearnedStep(bits)
+    weight = LearnedStep(bits, symmetric=True)
+    inputs = LearnedStep(bits)
     return _scheme(weight, inputs, include, exclude, overrides, exact_kernels=exact_kernels)
 
 

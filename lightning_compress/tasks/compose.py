@@ -29,7 +29,8 @@ def start(cfg: DictConfig, callbacks: list[Any], loggers: Any, **options: Any) -
     from lightning_compress.checkpoint import check_structure
 
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    model, data = build(cfg.model), build(cfg.data)
+    model = build(cfg.model)
+    data = build(cfg.data)
     if cfg.init_from is not None:
         weights = torch.load(cfg.init_from, map_location="cpu", weights_only=True)["state_dict"]
         check_structure(model, weights)

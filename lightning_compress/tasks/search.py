@@ -66,7 +66,9 @@ class Search:
     """
 
     def __init__(self, cfg: DictConfig, budget: Mapping[str, float]) -> None:
-        self.cfg, self.budget, self.folder = cfg.copy(), dict(budget), Path(cfg.dir)
+        self.cfg = cfg.copy()
+        self.budget = dict(budget)
+        self.folder = Path(cfg.dir)
         self.tried: list[Candidate] = []
         self._probed: dict[int, Candidate] = {}
         self._trained: dict[int, Candidate] = {}
@@ -86,13 +88,16 @@ class Search:
         from lightning_compress.layers import PRUNABLE, find_layers
         from lightning_compress.quantization import scheme
 
-        options, of = self.cfg.search, scheme(self.cfg.search.scheme)
+        options = self.cfg.search
+        of = scheme(self.cfg.search.scheme)
         check_formats([options.format])
         _, model, data = start(self.cfg, [], False)
-        model, validate = model.cpu().eval(), validator(self.cfg, data)
+        model = model.cpu().eval()
+        validate = validator(self.cfg, data)
         logged = validate(model)
         self.metric = choose_metric("search.monitor", options.monitor, list(logged))
-        self.dense, self.more_is_better = logged[self.metric], more_is_better(self.metric)
+        self.dense = logged[self.metric]
+        self.more_is_better = more_is_better(self.metric)
         inputs = record_inputs(model, lambda: validate(model))
         if inputs is None:
             raise ValueError("search watches the model's forward, but validation_step never calls self(...). Call it.")
@@ -126,12 +131,14 @@ class Search:
         """The smallest model within the drop that also meets the other budgets."""
         others = set(self.budget) - {"metric_drop"}
         low = self._largest(lambda i: self._meets(self._probe(i), others)) if others else 0
-        high, best = len(self.points) - 1, None
+        high = len(self.points) - 1
+        best = None
         for _ in range(self.cfg.search.rounds):
             middle = low if others and best is None else (low + high + 1) // 2
             found = self._train(middle)
             if self._meets(found):
-                best, low = found, middle
+                best = found
+                low = middle
             elif middle == low:
                 break
             else:
@@ -145,7 +152,8 @@ class Search:
         last = len(self.points) - 1
         if not meets(last):
             self._must_meet(self._probe(last))
-        low, high = -1, last
+        low = -1
+        high = last
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if meets(middle) else (middle, high)

@@ -57,7 +57,8 @@ def measure(cfg: DictConfig, model: Any, data: Any) -> tuple[Sensitivity, str]:
     from lightning_compress.forward import record_inputs
     from lightning_compress.layers import PRUNABLE, find_layers
 
-    options, validate = cfg.sensitivity, validator(cfg, data)
+    options = cfg.sensitivity
+    validate = validator(cfg, data)
     model = copied(model).cpu().eval()
     model._trainer = None  # noqa: SLF001  # the property raises where there is none
     logged = validate(model)

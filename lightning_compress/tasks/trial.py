@@ -91,7 +91,8 @@ def trial(
 
     callbacks: list[Any] = []
     if plan.shares:
-        begin, shares = Phase(0.0, 0.0), dict(plan.shares)
+        begin = Phase(0.0, 0.0)
+        shares = dict(plan.shares)
         callbacks.append(ChannelPruning(0.0, phase=begin, scope="local", floor=0.0, targets=shares))
     if plan.sparsities:
         zeros = dict(plan.sparsities)
@@ -112,7 +113,8 @@ def trial(
     trainer.fit(model, data)
     if export.failures:
         raise RuntimeError(f"search.format={cfg.search.format!r}: {next(iter(export.failures.values()))}")
-    (artifact,), inputs = export.artifacts, example_inputs(trainer, model)
+    (artifact,) = export.artifacts
+    inputs = example_inputs(trainer, model)
     assert inputs is not None  # else there were no file
     weights = weight_layers(model)
     return Candidate(

@@ -19,7 +19,8 @@ from lightning_compress.testing.attempt import attempt, noise, require
 
 __all__ = ["check_callback"]
 
-_EPOCHS, _BATCHES = 5, 4
+_EPOCHS = 5
+_BATCHES = 4
 _MEMBERS = ("asked", "compresses", "follow", "gate_checkpoints", "go_back", "keep", "phases", "reached", "stands")
 
 
@@ -64,7 +65,9 @@ def _check_words(callback: Any, when: str) -> None:
     """What is asked and what stands: plain values under the same names."""
     name = type(callback).__name__
     with attempt(f"{name}.asked, .stands and .reached {when}"):
-        asked, stands, reached = callback.asked(), callback.stands(), callback.reached
+        asked = callback.asked()
+        stands = callback.stands()
+        reached = callback.reached
     require(isinstance(reached, bool), f"{name}.reached is {reached!r} {when}, neither True nor False")
     require(asked, f"{name}.asked gives nothing {when}")
     for member, values in (("asked", asked), ("stands", stands)):
@@ -74,7 +77,8 @@ def _check_words(callback: Any, when: str) -> None:
 
 
 def _check_runs(callback: Any, folder: Path) -> None:
-    name, half = type(callback).__name__, _EPOCHS * _BATCHES // 2 + 1
+    name = type(callback).__name__
+    half = _EPOCHS * _BATCHES // 2 + 1
     whole = copy.deepcopy(callback)
     with attempt(f"a run with {name}"):
         weights = _fit(whole, folder, _Saves(folder / "half.ckpt", half))
@@ -170,7 +174,8 @@ class _Returns(_Hook):
 class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 12)
+        self.a = nn.Linear(12, 16)
+        self.b = nn.Linear(16, 12)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.b(self.a(x).relu())
@@ -185,7 +190,8 @@ def _fit(callback: Any, folder: Path, hook: _Hook | None = None, ckpt_path: str 
         def __init__(self) -> None:
             super().__init__()
             self.stem = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU())
-            self.blocks, self.head = nn.Sequential(_Block(), _Block(), _Block()), nn.Linear(12, 4)
+            self.blocks = nn.Sequential(_Block(), _Block(), _Block())
+            self.head = nn.Linear(12, 4)
             with torch.no_grad():
                 for seed, p in enumerate(self.parameters()):
                     p.copy_(noise(p.shape, seed) * 0.2 + (p.dim() == 1))

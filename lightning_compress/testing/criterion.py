@@ -58,13 +58,16 @@ def check_criterion(criterion: Criterion) -> None:
 
 
 def _check_scores(criterion: Criterion, layer: Layer, where: str) -> None:
-    name, weight = type(criterion).__name__, layer.weight
+    name = type(criterion).__name__
+    weight = layer.weight
     weight.grad = noise(weight.shape, seed=3)
     kept = {"weight": weight.detach(), "weight's gradient": weight.grad, "layer's seen": layer.seen}
     before = {key: None if value is None else value.clone() for key, value in kept.items()}
-    grad, rng = weight.grad, random_states()
+    grad = weight.grad
+    rng = random_states()
     with attempt(f"{name}.score {where}"):
-        first, second = criterion.score(layer), criterion.score(layer)
+        first = criterion.score(layer)
+        second = criterion.score(layer)
     require(isinstance(first, Tensor), f"{name}.score gives a {type(first).__name__}, not a tensor, {where}")
     require(
         first.shape == weight.shape,
@@ -87,11 +90,16 @@ class _Trained(nn.Module):
 
     def __init__(self, module: nn.Module, bare: bool) -> None:
         super().__init__()
-        self.module, self.bare, self.norm, self.shape = module, bare, nn.Identity(), (2, 4)
+        self.module = module
+        self.bare = bare
+        self.norm = nn.Identity()
+        self.shape = (2, 4)
         if isinstance(module, nn.Linear):
-            self.norm, self.shape = nn.BatchNorm1d(module.out_features), (module.in_features,)
+            self.norm = nn.BatchNorm1d(module.out_features)
+            self.shape = (module.in_features,)
         elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            self.norm, self.shape = nn.BatchNorm2d(module.out_channels), (module.in_channels, 5, 5)
+            self.norm = nn.BatchNorm2d(module.out_channels)
+            self.shape = (module.in_channels, 5, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.module(x)
@@ -103,18 +111,22 @@ def _observe(criterion: Criterion, layer: Layer, where: str) -> Layer | None:
     """The layer with what the criterion saw of it in some steps of training; None where it sees nothing."""
     if not (criterion.observes_activations or criterion.observes_gradients or criterion.needs_norm):
         return layer
-    name, seen = type(criterion).__name__, None
+    name = type(criterion).__name__
+    seen = None
     method = f"{name}.observe_gradient" if criterion.observes_gradients else f"{name}.observe"
     for bare in (False,) if criterion.needs_norm else (True, False):
         model = _Trained(layer.module, bare).train()
         plain = copy.deepcopy(model)
-        observation, optimizer = Observation(criterion, [layer], model), torch.optim.SGD(model.parameters(), 0.0)
-        shapes, rng = set(), random_states()
+        observation = Observation(criterion, [layer], model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        shapes = set()
+        rng = random_states()
         with ExitStack() as stack:
             stack.callback(observation.cancel)  # its hooks, whatever happens
             for seed, size in enumerate((4, 7, 2, 5)):
                 x = noise((size, *model.shape), seed)
-                ours, theirs = x.clone(), plain(x)
+                ours = x.clone()
+                theirs = plain(x)
                 pairs = list(zip(model.parameters(), plain.parameters(), strict=True))
                 for parameter in (p for pair in pairs for p in pair):
                     parameter.grad = None

@@ -53,11 +53,14 @@ def check_observer(observer: Observer) -> None:
             return found.tolist()
 
         require(chosen(start)[0] > chosen(start)[1], f"{name}.range gives a range though nothing was seen {where}")
-        states, state = [start], start
+        states = [start]
+        state = start
         for values in batches:
-            kept, before = values.clone(), state.clone()
+            kept = values.clone()
+            before = state.clone()
             with attempt(f"{name}.update {where}"):
-                new, again = observer.update(state, values), observer.update(state, values)
+                new = observer.update(state, values)
+                again = observer.update(state, values)
                 same = observer.update(state, values[:0])
             require(torch.equal(values, kept), f"{name}.update changed the values {where}")
             require(torch.equal(state, before), f"{name}.update changed the state before {where}")
@@ -74,6 +77,7 @@ def check_observer(observer: Observer) -> None:
         )
         with attempt(f"{name}.merge {where}"):
             alone = observer.merge(torch.stack([start, state]))
-            merged, turned = observer.merge(torch.stack(states)), observer.merge(torch.stack(states[::-1]))
+            merged = observer.merge(torch.stack(states))
+            turned = observer.merge(torch.stack(states[::-1]))
         require(chosen(alone) == [low, high], f"{name}.merge with nothing seen changes the range {where}")
         require(chosen(merged) == chosen(turned), f"{name}.merge depends on the order of the ranks {where}")

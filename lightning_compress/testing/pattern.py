@@ -38,7 +38,8 @@ def check_pattern(pattern: Pattern) -> None:
     require(0 < most <= 1, f"{name}.max_sparsity is {most:g}; accepted is a share above 0 and up to 1")
     num_accepted = 0
     for size in _SHAPES:
-        shape, where = torch.Size(size), f"for a weight of shape {size}"
+        shape = torch.Size(size)
+        where = f"for a weight of shape {size}"
         if refuses(f"{name}.refuses {where}", pattern.refuses, shape):
             continue
         num_accepted += 1
@@ -61,7 +62,8 @@ def check_pattern(pattern: Pattern) -> None:
 
         scores = noise(shape, seed=1, uniform=True)
         groups = reduce(scores)
-        num_groups, num_weights = groups.numel(), scores.numel()
+        num_groups = groups.numel()
+        num_weights = scores.numel()
         require(bool(torch.isfinite(groups).all()), f"{name}.reduce is not finite {where}")
         require(
             0 < num_groups <= num_weights and num_weights % num_groups == 0,
@@ -97,7 +99,8 @@ def check_pattern(pattern: Pattern) -> None:
 
 
 def _check_protects(pattern: Pattern, groups: Tensor, most: float, where: str) -> None:
-    name, before = type(pattern).__name__, groups.clone()
+    name = type(pattern).__name__
+    before = groups.clone()
     with attempt(f"{name}.protects {where}"):
         protected = pattern.protects(groups)
     require(torch.equal(groups, before), f"{name}.protects changed the scores {where}")

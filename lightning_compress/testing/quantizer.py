@@ -70,7 +70,8 @@ def check_quantizer(quantizer: Quantizer) -> None:
 
 
 def _check_fit(quantizer: Quantizer) -> None:
-    name, normal = type(quantizer).__name__, noise((24, 32), seed=5)
+    name = type(quantizer).__name__
+    normal = noise((24, 32), seed=5)
     samples = {
         "normal values": normal,
         "heavy-tailed values": normal**5,
@@ -83,7 +84,8 @@ def _check_fit(quantizer: Quantizer) -> None:
         where = f"for {kind} with {'one scale' if axis is None else f'one scale a channel of axis {axis}'}"
         before = x.clone()
         with attempt(f"{name}.fit {where}"):
-            qparams, again = quantizer.fit(x, axis), quantizer.fit(x, axis)
+            qparams = quantizer.fit(x, axis)
+            again = quantizer.fit(x, axis)
         require(torch.equal(x, before), f"{name}.fit changed its input {where}")
         require(isinstance(qparams, QParams), f"{name}.fit gives a {type(qparams).__name__}, not QParams, {where}")
         require(same(tuple(qparams), tuple(again)), f"{name}.fit is not the same when asked twice {where}")
@@ -94,7 +96,8 @@ def _check_fit(quantizer: Quantizer) -> None:
             require(valid, f"{name}.fit gives a {field}, which is learned, that is not positive and finite {where}")
         with attempt(f"{name}.dequantize(quantize(x)) {where}"):
             values = quantizer.dequantize(quantizer.quantize(x, qparams), qparams)
-        error, most = (values - x).square().sum(), x.square().sum()
+        error = (values - x).square().sum()
+        most = x.square().sum()
         require(bool(error <= most), f"{name}.fit makes of the values something farther from them than 0 {where}")
         if kind == "normal values" and quantizer.learned:
             leaves = [getattr(qparams, field).clone().requires_grad_() for field in quantizer.learned]
@@ -111,7 +114,8 @@ def _check_values(
     quantizer: Quantizer, rows: Tensor, low: Tensor, high: Tensor, axis: int | None, where: str
 ) -> Tensor:
     """Check ascending rows of values, each with its own range; gives what the values became, row by row."""
-    name, turn = type(quantizer).__name__, _turn(axis)
+    name = type(quantizer).__name__
+    turn = _turn(axis)
     x = turn(rows)
     qparams = _qparams(quantizer, *((low, high) if axis is not None else (low[0], high[0])), axis, where)
 
@@ -152,12 +156,24 @@ def _check_values(
         error = ((values - rows).abs() - qparams.scale.reshape(-1, 1) - _tolerance(rows))[inside]
         require(not (error > 0).any(), f"{name}: dequantize(quantize(x)) is more than one step from x {where}")
 
+    _check_fake_quantized(quantizer, rows, values, qparams, axis, where)
+    return values
+
+
+def _check_fake_quantized(
+    quantizer: Quantizer, rows: Tensor, values: Tensor, qparams: QParams, axis: int | None, where: str
+) -> None:
+    """Check that training sees the quantized values, and gradients as if there were none."""
+    name = type(quantizer).__name__
+    turn = _turn(axis)
+    x = turn(rows)
     with torch.enable_grad(), attempt(f"{name}.fake_quantize {where}"):
         leaf = x.clone().requires_grad_()
         faked = quantizer.fake_quantize(leaf, qparams)
         upstream = noise(x.shape, seed=4, uniform=True) + 0.5
         (gradient,) = torch.autograd.grad(faked, leaf, upstream)
-    faked, gradient = turn(faked.detach()), turn(gradient / upstream)
+    faked = turn(faked.detach())
+    gradient = turn(gradient / upstream)
     if not _close(faked, values, rows):
         index = int((faked - values).abs().argmax())
         at, got, expected = (f"{float(t.flatten()[index]):g}" for t in (rows, faked, values))
@@ -167,7 +183,6 @@ def _check_values(
     inside = (rows >= values.amin(1, keepdim=True)) & (rows <= values.amax(1, keepdim=True))
     straight = bool(((gradient[inside] - 1).abs() < 1e-5).all())
     require(straight, f"{name}.fake_quantize has a gradient that is not straight-through inside the range {where}")
-    return values
 
 
 def _probe(quantizer: Quantizer, qparams: QParams, low: float, high: float, where: str) -> Tensor:

@@ -33,7 +33,8 @@ def encode(value: Tensor) -> tuple[dict[str, Any], bytes]:
     """The entry of the index, and the bytes: frames of zstd that hold places, signs of zeros, table, and values."""
     words, is_float = _words(value)
     entry: dict[str, Any] = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
-    values, bits = words, 8 * words.itemsize
+    values = words
+    bits = 8 * words.itemsize
     # of floats the sign is the lowest bit: 0 is +0, 1 is -0
     kept = words > 1 if is_float else words != 0
     num_values = int(np.count_nonzero(kept))
