@@ -64,7 +64,7 @@ def _latency(model: pl.LightningModule, inputs: Inputs) -> dict[str, float]:
         torch.set_num_threads(num_threads)
 
 
-def _float_bytes(formats: Sequence[str], plain: pl.LightningModule, inputs: Any) -> dict[str, int]:
+def _float_bytes(formats: Sequence[str], plain: pl.LightningModule, inputs: object) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = Path(folder) / f"float{FORMATS[formats[0]].suffix}"

@@ -54,6 +54,6 @@ def go_back(trainer: pl.Trainer, pl_module: pl.LightningModule, state: RunState)
         callback.go_back(pl_module, _copy(known))
 
 
-def _copy(values: Any) -> Any:
+def _copy(values: object) -> Any:
     """The same structure with tensors of its own."""
     return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x), values)

@@ -59,7 +59,7 @@ class _ExtendedStep:
         self.extension = extension
         self.replaced = replaced
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         return self.extension(self.__wrapped__, *args, **kwargs)
 
     # Copies are made inside a step (averages, saved models). They must neither share the teacher nor ask it.
@@ -104,7 +104,7 @@ class TaughtStep:
         self.chosen: str | None = outputs or None
         self.warned: set[str] = set()
 
-    def __call__(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, step: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         """What a training step returns, with the teacher's part in the loss."""
         modules = visible_modules(self.pl_module)
         watched = {name: module for name, module in modules.items() if self.chosen in (None, name)}

@@ -19,7 +19,9 @@ __all__ = ["callback_state", "check_structure", "follow_structure", "load_from_c
 T = TypeVar("T")
 
 
-def load_from_checkpoint(module_class: type[T], path: str | Path, *, scheme: Scheme | None = None, **kwargs: Any) -> T:
+def load_from_checkpoint(
+    module_class: type[T], path: str | Path, *, scheme: Scheme | None = None, **kwargs: object
+) -> T:
     """The model of a checkpoint as it was trained: pruned weights zero, quantized layers quantizing.
 
     Args:

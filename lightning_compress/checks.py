@@ -70,7 +70,7 @@ def check_whole_number(name: str, value: Any, accepted: str, *, low: int, high: 
         raise _refused(name, value, accepted)
 
 
-def check_one_of(name: str, value: Any, accepted: Collection[Any], meaning: str = "") -> None:
+def check_one_of(name: str, value: object, accepted: Collection[Any], meaning: str = "") -> None:
     """Refuse what is not among the accepted values.
 
     Args:
@@ -93,7 +93,7 @@ def check_one_of(name: str, value: Any, accepted: Collection[Any], meaning: str 
         raise ValueError(f"{name}={value!r}: accepted are {listed}.{' ' * bool(meaning)}{meaning}")
 
 
-def check_instance(name: str, value: Any, kind: type | tuple[type, ...], accepted: str) -> None:
+def check_instance(name: str, value: object, kind: type | tuple[type, ...], accepted: str) -> None:
     """Refuse an object of another class.
 
     Raises:
@@ -119,5 +119,5 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
-def _refused(name: str, value: Any, accepted: str) -> ValueError:
+def _refused(name: str, value: object, accepted: str) -> ValueError:
     return ValueError(f"{name}={value!r}: accepted is {accepted}.")

@@ -22,7 +22,7 @@ TASKS = ("train", "sensitivity", "search", "pareto")
 class CompareRuns(Callback):
     """At the end of a sweep prints one table of its runs, read back from their offline W&B files, and the frontier."""
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         """Print the table, if any run was logged offline, and the frontier, if any left a report."""
         from rich.console import Console
 

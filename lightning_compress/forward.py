@@ -56,7 +56,7 @@ def record_inputs(model: nn.Module, run: Callable[[], Any]) -> Inputs | None:
     """
     found: list[Inputs] = []
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> Any:
         found.append(Inputs(*_detached((args, kwargs))))
         raise _Recorded
 
@@ -74,7 +74,7 @@ def with_batch(inputs: Inputs, batch_size: int) -> Inputs:
     """
     size = inputs.batch_size
 
-    def resize(x: Any) -> Any:
+    def resize(x: object) -> Any:
         # what has another length, such as a mask over positions, is no batch
         if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != size:
             return x
@@ -83,7 +83,7 @@ def with_batch(inputs: Inputs, batch_size: int) -> Inputs:
     return Inputs(*tree_map(resize, tuple(inputs)))
 
 
-def _detached(values: Any) -> Any:
+def _detached(values: object) -> Any:
     return tree_map(lambda x: x.detach().cpu().clone() if isinstance(x, Tensor) else x, values)
 
 

@@ -93,7 +93,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> dict[str, int]:
 
 
 def _recurrent_counter(name: str, found: dict[str, int]) -> Any:
-    def hook(module: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def hook(module: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         x = args[0] if args else kwargs["input"]
         length = x.shape[1 if module.batch_first else 0] if isinstance(x, torch.Tensor) else len(x.batch_sizes)
         num_weights = sum(p.numel() for key, p in module._parameters.items() if p is not None and "weight" in key)

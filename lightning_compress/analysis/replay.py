@@ -77,7 +77,7 @@ class Replay:
         self._num_calls = 0
 
     @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """The model's outputs."""
         assert self._of is not None
         tensors = tensors_of(Inputs(args, kwargs))

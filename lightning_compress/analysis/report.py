@@ -117,7 +117,7 @@ def write_json(report: Report, path: Path) -> None:
     path.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -147,7 +147,7 @@ def _datatypes(graph: dict[str, Any]) -> dict[int, str]:
     return types
 
 
-def _one_thread(library: Any) -> None:
+def _one_thread(library: object) -> None:
     """Set the size of the runtime's pool of threads, where this build has one."""
     set_threads = getattr(library, "_unsafe_reset_threadpool", None)
     if set_threads is not None:

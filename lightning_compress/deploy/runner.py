@@ -36,7 +36,7 @@ def pieces_of(inputs: Inputs, size: int) -> Iterator[Inputs]:
     num = inputs.batch_size
     for begin in range(0, num, size):
 
-        def cut(x: Any, begin: int = begin) -> Any:
+        def cut(x: object, begin: int = begin) -> Any:
             return x[begin : begin + size] if isinstance(x, Tensor) and x.dim() and x.shape[0] == num else x
 
         yield with_batch(Inputs(*tree_map(cut, tuple(inputs))), size)

@@ -88,7 +88,7 @@ class Comparison:
         self._same = self._num = 0
         self._outputs: dict[int, _Output] = {}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """The file's outputs for the model's arguments."""
         devices = [x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         inputs = Inputs(*tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, (args, kwargs)))

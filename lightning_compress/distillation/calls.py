@@ -116,17 +116,17 @@ def record_calls(modules: Mapping[str, nn.Module], features: Mapping[str, nn.Mod
     calls: list[Call] = []
     depth = 0
 
-    def begin(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def begin(name: str, module: nn.Module, args: object, kwargs: object) -> None:
         nonlocal depth
         depth += 1
         if depth == 1:
             calls.append(Call(name, Inputs(*tree_map(_unchanged, (args, kwargs)))))
 
-    def see(name: str, module: nn.Module, args: Any, outputs: Any) -> None:
+    def see(name: str, module: nn.Module, args: object, outputs: object) -> None:
         if depth:
             calls[-1].features.setdefault(name, []).append(main_tensor(outputs))
 
-    def end(module: nn.Module, args: Any, outputs: Any) -> None:
+    def end(module: nn.Module, args: object, outputs: object) -> None:
         nonlocal depth
         depth -= 1
         if depth == 0:
@@ -143,7 +143,7 @@ def record_calls(modules: Mapping[str, nn.Module], features: Mapping[str, nn.Mod
             handle.remove()
 
 
-def _unchanged(x: Any) -> Any:
+def _unchanged(x: object) -> Any:
     """A copy of a tensor; anything else as it is."""
     if isinstance(x, Tensor):
         return x.detach().clone()

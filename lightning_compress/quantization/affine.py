@@ -140,9 +140,9 @@ class _Round(torch.autograd.Function):
     """The same where nothing is clipped."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: object, x: Tensor, scale: Tensor) -> Tensor:
         return (x * (1 / scale)).round_().mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None

@@ -76,7 +76,7 @@ class _QuantizeDequantize:
             begin = (first - int(qparams.zero_point)) * self.scale
             self.limits = begin, begin + self.largest * self.scale
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: object) -> Any:
         if not isinstance(x, Tensor) or not torch.is_floating_point(x):
             return x
         if self.limits is not None:

@@ -119,7 +119,7 @@ class Scheme:
         return _from_state({"class": "Scheme", "exact_kernels": True, **state})
 
 
-def _to_state(value: Any) -> Any:
+def _to_state(value: object) -> Any:
     """Dataclasses as dicts with the name of their class, and what is in them likewise."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: _to_state(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -131,7 +131,7 @@ def _to_state(value: Any) -> Any:
     return value
 
 
-def _from_state(state: Any) -> Any:
+def _from_state(state: object) -> Any:
     """What :func:`_to_state` was given."""
     if not isinstance(state, dict):
         return state

@@ -77,7 +77,7 @@ def activations(module: nn.Module) -> list[ActivationFakeQuantize]:
     return [hook for hook in hooks if isinstance(hook, ActivationFakeQuantize)]
 
 
-def _rebuild(base: Any, names: tuple[str, ...]) -> nn.Module:
+def _rebuild(base: object, names: tuple[str, ...]) -> nn.Module:
     return _upgraded(base, names).__new__(_upgraded(base, names))
 
 
@@ -91,7 +91,7 @@ def _upgraded(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 
         return property(get)
 
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
         state = base.__getstate__(self) if hasattr(base, "__getstate__") else self.__dict__
         return _rebuild, (base, names), dict(state)
 

@@ -200,7 +200,7 @@ class ActivationFakeQuantize(_FakeQuantize):
         if self.held is None and self.quantizer.learned and self.has_seen:
             self.hold(self.qparams())
 
-    def quantize(self, x: Any) -> Any:
+    def quantize(self, x: object) -> Any:
         """The value observed and fake-quantized, as the flags say; what is not a float tensor passes."""
         if not isinstance(x, Tensor) or not torch.is_floating_point(x) or not (self.observing or self.enabled):
             return x
@@ -214,7 +214,7 @@ class ActivationFakeQuantize(_FakeQuantize):
                 return x
             return self.quantizer.fake_quantize(values, self.qparams()).to(x.dtype)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: object) -> Any:
         """A forward pre-hook without ``output``, a forward hook with it."""
         if not self.of_input:
             return self.quantize(output[0])
@@ -233,6 +233,6 @@ def _each(qparams: QParams, change: Callable[[str, Any], Any]) -> QParams:
     return QParams(**fields)
 
 
-def _select(values: Any, index: Tensor) -> Any:
+def _select(values: object, index: Tensor) -> Any:
     """Those of the kept channels, where there is one value per channel."""
     return values.index_select(0, index.to(values.device)) if isinstance(values, Tensor) and values.dim() else values

@@ -181,7 +181,7 @@ _WORDS: tuple[Callable[..., Scheme], ...] = (
 )
 
 
-def scheme(word: str, **arguments: Any) -> Scheme:
+def scheme(word: str, **arguments: object) -> Scheme:
     """The scheme of a word, for configuration files and commands.
 
     Args:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 __all__ = ["build", "build_all", "check", "start"]
 
 
-def build(node: Any, **options: Any) -> Any:
+def build(node: object, **options: object) -> Any:
     """The object that a configuration node names by ``_target_``; the only place that instantiates."""
     return hydra.utils.instantiate(node, _convert_="all", **options)
 
@@ -21,7 +21,7 @@ def build_all(group: DictConfig | None) -> list[Any]:
     return [build(node) for node in (group or {}).values() if node]
 
 
-def start(cfg: DictConfig, callbacks: list[Any], loggers: Any, **options: Any) -> tuple[Any, Any, Any]:
+def start(cfg: DictConfig, callbacks: list[Any], loggers: object, **options: object) -> tuple[Any, Any, Any]:
     """A Trainer, and the model as it starts: from scratch by the seed, or from the weights of a checkpoint."""
     import lightning.pytorch as pl
     import torch

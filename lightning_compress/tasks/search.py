@@ -194,7 +194,7 @@ class Search:
             self.tried.append(self._trained[i])
         return self._trained[i]
 
-    def fit(self, plan: Allocation, folder: Path, trained: bool, **options: Any) -> Candidate:
+    def fit(self, plan: Allocation, folder: Path, trained: bool, **options: object) -> Candidate:
         """A plan, tried."""
         found = trial(self.cfg, plan, folder, self.metric, trained, **options)
         drop = self.dense - found.metric if self.more_is_better else found.metric - self.dense

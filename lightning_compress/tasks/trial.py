@@ -60,7 +60,7 @@ def mixed(scheme: Scheme, bits: Mapping[str, int]) -> Scheme:
 
 
 def trial(
-    cfg: DictConfig, plan: Allocation, folder: Path, monitor: str, trained: bool = True, **options: Any
+    cfg: DictConfig, plan: Allocation, folder: Path, monitor: str, trained: bool = True, **options: object
 ) -> Candidate:
     """Try a plan on the model of a configuration.
 

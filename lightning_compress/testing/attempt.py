@@ -24,14 +24,14 @@ def random_states() -> tuple[Tensor, Any]:
     return torch.get_rng_state(), random.getstate()
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: object, b: object) -> bool:
     """Whether two values, tensors among them, are equal."""
     if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
         return all(same(x, y) for x, y in zip(a, b, strict=True))
     return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
 
 
-def refuses(what: str, method: Callable[[Any], str | None], given: Any) -> bool:
+def refuses(what: str, method: Callable[[Any], str | None], given: object) -> bool:
     """Whether a user's code refuses a layer or shape; None or a reason are the only answers."""
     with attempt(what):
         reason = method(given)
@@ -48,7 +48,7 @@ def attempt(what: str) -> Iterator[None]:
         raise AssertionError(f"{what} raised {type(error).__name__}: {error}") from error
 
 
-def require(condition: Any, message: str) -> None:
+def require(condition: object, message: str) -> None:
     """An AssertionError with this message, unless the condition holds."""
     if not condition:
         raise AssertionError(message)

@@ -114,7 +114,7 @@ class _Hook:
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def act(self, trainer: Any, pl_module: Any) -> None:
+    def act(self, trainer: object, pl_module: object) -> None:
         """What it does."""
 
 
@@ -202,7 +202,7 @@ def _fit(callback: Any, folder: Path, hook: _Hook | None = None, ckpt_path: str 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
+        def validation_step(self, batch: object, batch_idx: int) -> None:
             self.log("val_loss", self.training_step(batch, batch_idx))
 
         def configure_optimizers(self) -> Any:
@@ -236,7 +236,7 @@ def _fit(callback: Any, folder: Path, hook: _Hook | None = None, ckpt_path: str 
     return module.state_dict()
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     """Whether two nested structures are equal, tensors bit for bit; the order of a dict's keys is of no account."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
