@@ -128,7 +128,7 @@ def halved(folder: Path) -> str:
         held.append(sum(group.numel() for group in groups))
         return keep_groups(groups, *args)
 
-    with patch("lightning_compress.pruning.masks.keep_groups", watched):
+    with patch("lightning_compress.pruning.updates.keep_groups", watched):
         fit(make_gradual(), folder)
     num_weights = sum(module.weight.numel() for module in Uneven().net if hasattr(module, "weight"))
     return "ok" if 0 < max(held) <= num_weights / 2 + 4 else f"{max(held)} of {num_weights}"
