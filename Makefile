@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 ALL    := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-full check format matrix sweep clean
+.PHONY: help install demo test test-all test-full test-crash test-ranks check check-style check-types check-examples format matrix sweep clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -14,12 +14,13 @@ install: $(STAMP) ## make .venv with all that tests and benchmarks need
 
 $(STAMP): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints-cpu.txt torch
-	$(BIN)/pip install --quiet -c constraints-cpu.txt -e '.[all]'
+	# what is imported is compiled when it is: most of what is installed never is
+	$(BIN)/pip install --quiet --no-compile -c constraints-cpu.txt torch
+	$(BIN)/pip install --quiet --no-compile -c constraints-cpu.txt -e '.[all]'
 	@touch $@
 
 $(ALL): $(STAMP)
-	$(BIN)/pip install --quiet -c constraints-cpu.txt -e '.[all,all-runtimes]'
+	$(BIN)/pip install --quiet --no-compile -c constraints-cpu.txt -e '.[all,all-runtimes]'
 	$(BIN)/pip check
 	@touch $@
 
@@ -32,23 +33,38 @@ test: install ## run all tests; prints the behaviour matrix
 test-all: $(ALL) ## install every runtime, and run the tests of the files in each of them; nothing is skipped
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m runtimes --runtimes
 
-test-full: install ## run every cell of the behaviour matrix, which make test thins; nightly
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --full tests/behaviour/test_matrix.py
+test-full: install ## run every cell of the behaviour matrix and every kind of run, which make test thins; nightly
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --full tests/behaviour/test_matrix.py \
+		tests/behaviour/test_runs.py
 
-check: install ## lint, types, architecture, docstring examples, spelling
+test-crash: install ## kill runs by SIGKILL at every kind of place, start them again, and compare; nightly
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.crash
+
+test-ranks: install ## run every callback in many processes, and runs of which one process dies; prints a table
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.behaviour.many
+
+check: check-style check-types check-examples ## lint, types, architecture, docstring examples, spelling
+
+check-style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell --skip '.git,.venv,outputs,multirun,*.svg,LICENSE'
+
+check-types: install
 	.ci/joined $(BIN)/mypy
+
+check-examples: install
 	.ci/joined $(BIN)/lint-imports --no-logo --no-cache
 	.ci/joined $(BIN)/pytest -p no:cacheprovider --doctest-modules lightning_compress
-	$(BIN)/codespell --skip '.git,.venv,outputs,multirun,*.svg,LICENSE'
 
 format: install ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-matrix: install ## run the behaviour matrix and the pairs of callbacks alone
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup tests/behaviour/test_matrix.py tests/behaviour/test_pairs.py
+matrix: install ## run the behaviour matrix, the pairs of callbacks and the kinds of runs alone
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup tests/behaviour/test_matrix.py \
+		tests/behaviour/test_pairs.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --full tests/behaviour/test_runs.py
 
 sweep: install ## three sparsities, one table, read back from the offline W&B files
 	$(BIN)/lightning-compress -m experiment=mnist_prune_int8 sweep=sparsity hydra/launcher=joblib

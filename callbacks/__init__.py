@@ -7,6 +7,7 @@ from .dynamic import SET, RigL
 from .export import Export
 from .finetuning import FineTuning
 from .guard import AccuracyGuard
+from .launched import bring_back
 from .post_training import PostTrainingQuantization
 from .protocol import Compressing
 from .pruning import GradualPruning
@@ -28,3 +29,5 @@ __all__ = [
     "QuantizationAwareTraining",
     "RigL",
 ]
+
+bring_back()

@@ -34,6 +34,9 @@ class LayerPruning(Shrinking[BlockProgress]):
         include: Name patterns of the blocks that may go; empty for all.
         exclude: Name patterns of blocks to keep.
         gate_checkpoints: Whether a ModelCheckpoint with a monitor saves only once the blocks are removed.
+        gate_stopping: Whether EarlyStopping waits likewise.
+        strict: Whether a target that is not reached is an error when ``fit`` ends, after checkpoints and files are
+            written; else it is a warning.
 
     Raises:
         ValueError: If a value is out of range, or there are fewer such blocks.
@@ -46,7 +49,7 @@ class LayerPruning(Shrinking[BlockProgress]):
 
     progress_class = BlockProgress
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # each a setting of its own, given by name
         self,
         num_layers: int = 1,
         criterion: Criterion | None = None,
@@ -54,8 +57,10 @@ class LayerPruning(Shrinking[BlockProgress]):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         gate_checkpoints: bool = True,
+        gate_stopping: bool = True,
+        strict: bool = False,
     ) -> None:
-        super().__init__(criterion, phase, include, exclude, gate_checkpoints)
+        super().__init__(criterion, phase, include, exclude, gate_checkpoints, gate_stopping, strict)
         self.num_layers = num_layers
         check_whole_number("LayerPruning.num_layers", num_layers, "a whole number of blocks from 1", low=1)
 
@@ -70,12 +75,15 @@ class LayerPruning(Shrinking[BlockProgress]):
     def find(self, model: nn.Module) -> tuple[BlockProgress, dict[str, str]]:
         """Find the blocks, and refuse to remove more than there are."""
         names, skipped = find_blocks(model, self._forward, self.include, self.exclude)
-        removable = choose_blocks(model, self._forward, names, dict.fromkeys(names, 0.0), self.num_layers)
+        removable = choose_blocks(
+            model, self._forward, names, dict.fromkeys(names, 0.0), self.num_layers, self._rehearse
+        )
         if len(removable) < self.num_layers:
             why = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
             raise ValueError(
-                f"LayerPruning.num_layers={self.num_layers}: only {len(removable)} blocks can be removed together. The "
-                f"blocks whose output has the shape of their input are: {', '.join(names) or 'none'}"
+                f"LayerPruning.num_layers={self.num_layers}: only {len(removable)} blocks can be removed together, and "
+                f"accepted is a number up to that. The blocks whose output has the shape of their input are: "
+                f"{', '.join(names) or 'none'}"
                 f"{f' (left alone: {why})' if why else ''}. Remove fewer."
             )
         return BlockProgress(blocks=names), skipped
@@ -87,7 +95,7 @@ class LayerPruning(Shrinking[BlockProgress]):
         gone = record_blocks(structure_of(model)["removed"])
         names = [name for name in progress.blocks if not is_removed(name, gone)]
         values = {name: score_block(model, name, scores) for name in names}
-        chosen = choose_blocks(model, self._forward, names, values, self.num_layers)
+        chosen = choose_blocks(model, self._forward, names, values, self.num_layers, self._rehearse)
         if len(chosen) < self.num_layers:
             rank_zero_warn(
                 f"LayerPruning.num_layers={self.num_layers}: {len(chosen)} are removed, because other callbacks shrank "

@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_compress.analysis.inspect import count_macs
-from lightning_compress.checks import check_number, check_one_of, check_whole_number
+from lightning_compress.checks import check_by_name, check_number, check_one_of, check_whole_number, shown
 from lightning_compress.deploy.verify import time_together
-from lightning_compress.forward import run_model, with_batch
 from lightning_compress.layers import plain_name
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import Criterion
@@ -35,7 +32,7 @@ from lightning_compress.structure.progress import (
     removed_by_pattern,
     shares_due,
 )
-from lightning_compress.structure.proof import choose_channels, prove_groups
+from lightning_compress.structure.proof import Rehearse, choose_channels, prove_groups
 from lightning_compress.structure.record import Record, apply_record
 
 from .shrinking import Shrinking
@@ -70,6 +67,9 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         targets: Share removed of the output channels of single layers and of all layers that share them, by name
             pattern; the others lose ``sparsity`` each. Needs ``target="channels"`` and ``scope="local"``.
         gate_checkpoints: Whether a ModelCheckpoint with a monitor saves only once the last channels are removed.
+        gate_stopping: Whether EarlyStopping waits likewise.
+        strict: Whether a target that is not reached is an error when ``fit`` ends, after checkpoints and files are
+            written; else it is a warning.
 
     Raises:
         ValueError: If a value is out of range.
@@ -97,29 +97,42 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         floor: float = 0.1,
         targets: Mapping[str, float] | None = None,
         gate_checkpoints: bool = True,
+        gate_stopping: bool = True,
+        strict: bool = False,
     ) -> None:
-        super().__init__(criterion, phase, include, exclude, gate_checkpoints)
+        super().__init__(criterion, phase, include, exclude, gate_checkpoints, gate_stopping, strict)
         self.sparsity = sparsity
         self.steps = steps
         self.target = target
         self.scope = scope
-        self.num_heads = dict(num_heads or {})
+        self.num_heads = {} if num_heads is None else num_heads
         self.round_to = round_to
         self.floor = floor
-        self.targets = dict(targets or {})
-        check_number("ChannelPruning.sparsity", sparsity, _SHARE, low=0, below=1)
-        check_number("ChannelPruning.floor", floor, _SHARE, low=0, below=1)
-        check_whole_number("ChannelPruning.steps", steps, "a whole number from 1", low=1)
-        check_whole_number("ChannelPruning.round_to", round_to, "a whole number from 1", low=1)
-        check_one_of("ChannelPruning.target", target, ("channels", "parameters", "macs", "latency"))
+        self.targets = {} if targets is None else targets
+        self._check_values()
+        self.num_heads = dict(self.num_heads)
+        self.targets = dict(self.targets)
+
+    def _check_values(self) -> None:
+        check_number("ChannelPruning.sparsity", self.sparsity, _SHARE, low=0, below=1)
+        check_number("ChannelPruning.floor", self.floor, _SHARE, low=0, below=1)
+        check_whole_number("ChannelPruning.steps", self.steps, "a whole number from 1", low=1)
+        check_whole_number("ChannelPruning.round_to", self.round_to, "a whole number from 1", low=1)
+        check_one_of("ChannelPruning.target", self.target, ("channels", "parameters", "macs", "latency"))
         meaning = "'global' ranks all channels together, 'local' those of each group."
-        check_one_of("ChannelPruning.scope", scope, ("global", "local"), meaning)
-        for pattern, value in self.targets.items():
-            check_number(f"ChannelPruning.targets[{pattern!r}]", value, _SHARE, low=0, below=1)
-        if self.targets and (target, scope) != ("channels", "local"):
+        check_one_of("ChannelPruning.scope", self.scope, ("global", "local"), meaning)
+        heads = "a dict of whole numbers from 1 by name pattern, such as {'attention': 8}"
+        check_by_name("ChannelPruning.num_heads", self.num_heads, heads)
+        for pattern, num in self.num_heads.items():
+            check_whole_number(f"ChannelPruning.num_heads[{pattern!r}]", num, "a whole number from 1", low=1)
+        check_by_name("ChannelPruning.targets", self.targets, "a dict of shares by name pattern, such as {'fc1': 0.5}")
+        for pattern, share in self.targets.items():
+            check_number(f"ChannelPruning.targets[{pattern!r}]", share, _SHARE, low=0, below=1)
+        if self.targets and (self.target, self.scope) != ("channels", "local"):
             raise ValueError(
-                f"ChannelPruning.targets with target={target!r}, scope={scope!r}: each layer loses a share of its own. "
-                "Accepted are target='channels' and scope='local'."
+                f"ChannelPruning.targets={shown(self.targets)} with target={self.target!r}, scope={self.scope!r}: each "
+                "layer loses a share of its own. Accepted are target='channels' and scope='local'. Give both, or leave "
+                "targets out."
             )
 
     def phases(self) -> list[tuple[str, Phase]]:
@@ -132,7 +145,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
 
     def find(self, model: nn.Module) -> tuple[ChannelProgress, dict[str, str]]:
         """Find the groups of channels; warn if the target is out of reach."""
-        coupling = self._couple(model)
+        coupling = self._couple(model, self._rehearse)
         progress = self._count(model, coupling)
         if not coupling.groups:
             rank_zero_warn(f"ChannelPruning finds no channels that can be removed: {coupling.skipped}")
@@ -157,7 +170,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         if self.targets:
             due = shares_due(coupling.groups, progress, self.sparsity, self.targets, share)
             limits = replace(limits, shares=due)
-        record, drops, _ = choose_channels(model, self._forward, coupling, scores, limits, reached)
+        record, drops, _ = choose_channels(model, self._forward, coupling, scores, limits, reached, self._rehearse)
         if progress.dense:
             progress.removed = 1 - self._left(model, coupling, drops, record, progress) / progress.dense
         progress.left |= {group.name: num_channels([group], drops) for group in coupling.groups}
@@ -165,7 +178,8 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         if self.targets:
             by_pattern = removed_by_pattern(coupling.groups, progress, self.targets)
             removed = {_own(pattern): share for pattern, share in by_pattern.items()}
-            progress.stands = {key: removed[key] for key in self.asked() if key in removed}
+            # Where each layer has a target of its own there are no others, and all of them have reached theirs.
+            progress.stands = {key: removed.get(key, share) for key, share in self.asked().items()}
         return record, progress, coupling.skipped
 
     def summary(self, record: Record, progress: ChannelProgress) -> str:
@@ -192,10 +206,11 @@ class ChannelPruning(Shrinking[ChannelProgress]):
                     f"{names}."
                 )
 
-    def _couple(self, model: nn.Module) -> Coupling:
+    def _couple(self, model: nn.Module, rehearse: Rehearse | None = None) -> Coupling:
         spoiled = copy.deepcopy(model)
-        coupling = couple(spoiled, self._forward, self.include, self.exclude, self.num_heads, self.skipped)
-        return prove_groups(model, self._forward, coupling, self._limits({}))
+        unseen = self._calls.unseen
+        coupling = couple(spoiled, self._forward, self.include, self.exclude, self.num_heads, self.skipped, unseen)
+        return prove_groups(model, self._forward, coupling, self._limits({}), rehearse)
 
     def _count(self, model: nn.Module, coupling: Coupling, before: ChannelProgress | None = None) -> ChannelProgress:
         """What there is to remove; where others shrank the model, also what this callback took of that."""
@@ -219,13 +234,12 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         """Parameters, multiply-accumulates or milliseconds of one sample that a record leaves."""
         if self.target == "parameters":
             return float(num_parameters(model, record))
-        assert self._inputs is not None
         smaller = copy.deepcopy(model)
         apply_record(smaller, record)
         if self.target == "macs":
-            return float(count_macs(smaller, self._inputs)[""])
+            return float(self._calls.macs(smaller))
         # The median of five calls is enough: what is asked for is a share, and a search asks often.
-        return time_together([partial(run_model, smaller, with_batch(self._inputs, 1))], seconds=0.0)[0]
+        return time_together([self._calls.of_one_sample(smaller)], seconds=0.0)[0]
 
 
 def _own(pattern: str | None) -> str:

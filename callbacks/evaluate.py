@@ -1,154 +1,161 @@
-"""A user's own validation step, run on a copy of the model while the Trainer is busy."""
+"""A user's own validation or training step, run on a copy of the model while the Trainer is busy."""
 
 from __future__ import annotations
 
-import copy
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from unittest.mock import patch
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_compress.forward import Inputs, record_inputs
+from .standing_in import copied, quiet, rewound, standing_in, twins
 
 __all__ = [
-    "check_validation_data",
-    "choose_metric",
     "copied",
     "evaluate",
-    "example_inputs",
     "has_validation",
-    "more_is_better",
-    "pick_metric",
     "quiet",
+    "run_training_step",
+    "training_data",
+    "validated",
+    "validation_data",
+    "validation_follows",
+    "why_not_validated",
 ]
 
-_LESS_IS_BETTER = ("loss", "err", "mse", "mae", "perplexity")
 
-
-def check_validation_data(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Raise unless the run has a validation step and data for it."""
-    if not has_validation(trainer, pl_module):
-        raise ValueError(
-            "CompressionReport measures on validation data, but there is no validation_step, no val_dataloader, or "
-            "limit_val_batches=0. "
-            "Add both to the LightningModule (or the dataloader to the DataModule), or drop CompressionReport."
-        )
+def why_not_validated(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+    """Why a run has no validation, and the line that gives it one; None where it has one."""
+    if not is_overridden("validation_step", pl_module):
+        return f"{type(pl_module).__name__} has no validation_step. Define one that logs: self.log('val_loss', loss)."
+    if not validation_data(trainer).is_defined():
+        return "there is no val_dataloader. Give one: trainer.fit(model, train_loader, val_loader)."
+    if not trainer.limit_val_batches:
+        return "limit_val_batches=0. Leave it out of the Trainer."
+    return None
 
 
 def has_validation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """Whether the run has a validation step and data for it."""
+    return why_not_validated(trainer, pl_module) is None
+
+
+def training_data(trainer: pl.Trainer) -> Any:
+    """Where the training data of a run come from."""
     # Lightning has no public name for the loader's source
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source  # noqa: SLF001
-    return bool(is_overridden("validation_step", pl_module) and source.is_defined() and trainer.limit_val_batches)
+    return trainer.fit_loop._data_source  # noqa: SLF001
 
 
-def copied(model: pl.LightningModule) -> pl.LightningModule:
-    """A copy that can be evaluated while the Trainer holds on to the original."""
-    copy_ = copy.deepcopy(model)
-    copy_._metric_attributes = None  # noqa: SLF001  # a cache of the original's metrics by identity
-    return copy_
+def validation_data(trainer: pl.Trainer) -> Any:
+    """Where the validation data of a run come from."""
+    # Lightning has no public name for the loader's source
+    return validation_loop(trainer)._data_source  # noqa: SLF001
 
 
-def evaluate(trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, float]:
-    """The metrics that a model logs over the validation data; the global random state stays as it is.
+def validation_loop(trainer: pl.Trainer) -> Any:
+    """The loop that validates: that of a fit, or of ``trainer.validate``."""
+    is_alone = trainer.state.fn == TrainerFn.VALIDATING
+    return trainer.validate_loop if is_alone else trainer.fit_loop.epoch_loop.val_loop
+
+
+def evaluate(trainer: pl.Trainer, model: pl.LightningModule, *watching: pl.Callback) -> dict[str, float]:
+    """The metrics that a model logs over the validation data, none without any; the run goes on as if it had not been.
 
     Args:
-        trainer: The Trainer of the run, for its validation data.
+        trainer: The Trainer of the run.
         model: A copy of the model, which may be spoiled.
+        watching: Callbacks that are told of that validation, and no others.
     """
-    with isolate_rng(), quiet(), _alone():
-        # made anew, so that a rank that evaluates alone sees all data and not its share
-        # Lightning has no public name for the loader's source
-        loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()  # noqa: SLF001
-        runner = pl.Trainer(
-            strategy=SingleDeviceStrategy(trainer.strategy.root_device),
-            plugins=[LightningEnvironment()],
-            limit_val_batches=trainer.limit_val_batches,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        found = runner.validate(model, dataloaders=loaders, verbose=False)
-    return {name: value for metrics in found for name, value in metrics.items()}
+    if not has_validation(trainer, model):
+        return {}
+    run = validation_loop(trainer)
+    # a rank that runs alone sees all data and not its share
+    known = run if trainer.world_size == 1 else None
+    with standing_in(trainer, model, *watching):
+        loop = _loop_like(run, model, known)
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            trainer.validate_loop = loop
+        else:
+            trainer.fit_loop.epoch_loop.val_loop = loop
+        trainer.validating = True
+        loop.setup_data()
+        try:
+            with rewound(loop._combined_loader):  # noqa: SLF001
+                call._call_lightning_module_hook(trainer, "on_validation_model_zero_grad")  # noqa: SLF001
+                loop.run()
+        finally:
+            loop.teardown()
+        return {name: float(trainer.callback_metrics[name]) for name in validated(trainer)}
 
 
-def example_inputs(trainer: pl.Trainer, model: pl.LightningModule) -> Inputs | None:
-    """The arguments with which validation calls the model; its example_input_array where there is no such call."""
-    watched = copied(model)
-    recorded = None
-    if has_validation(trainer, model):
-        recorded = record_inputs(watched, lambda: evaluate(trainer, watched))
-    if recorded is None and model.example_input_array is not None:
-        array = model.example_input_array
-        if isinstance(array, dict):
-            return Inputs((), array)
-        return Inputs(array if isinstance(array, tuple) else (array,), {})
-    return recorded
+def _loop_like(run: Any, model: pl.LightningModule, known: Any) -> Any:
+    """A validation loop as the run's, over the loaders that one knows, or over its data asked for anew."""
+    loop = type(run)(run.trainer, run._trainer_fn, run._stage, verbose=False, inference_mode=run.inference_mode)  # noqa: SLF001
+    loop._data_source = _source(run._data_source, model)  # noqa: SLF001
+    if known is not None and known._combined_loader is not None:  # noqa: SLF001
+        loop._combined_loader = twins(known._combined_loader)  # noqa: SLF001
+        loop._max_batches = known._max_batches  # noqa: SLF001
+        loop._last_val_dl_reload_epoch = known._last_val_dl_reload_epoch  # noqa: SLF001
+    return loop
 
 
-def pick_metric(names: list[str]) -> str | None:
-    """The metric to report when none is named: an accuracy or the like before a loss, validation before training."""
-    names = [name for name in names if not name.startswith("compress/")]
-    good = ("acc", "f1", "auroc", "auc", "iou", "bleu", "psnr", "r2")
-    ranked = sorted(
-        names, key=lambda n: (not any(g in n.lower() for g in good), "val" not in n.lower(), names.index(n))
-    )
-    return ranked[0] if ranked else None
+def _source(run: Any, model: pl.LightningModule) -> Any:
+    """Where the run's data come from: of the model's own loaders, the copy's."""
+    return type(run)(model if isinstance(run.instance, pl.LightningModule) else run.instance, run.name)
 
 
-def choose_metric(field: str, asked: str | None, logged: Sequence[str]) -> str:
-    """The metric that is asked for, or the one to report when none is.
+def validated(trainer: pl.Trainer) -> list[str]:
+    """The names of what the last validation of a fit has logged, without what only training logs."""
+    # Lightning has no public name for what one loop has logged
+    logged = validation_loop(trainer)._results.values()  # noqa: SLF001
+    names = {name for item in logged for name in (item.meta.name, item.meta.forked_name(on_step=False))}
+    return [name for name in trainer.callback_metrics if name.split("/dataloader_idx_")[0] in names]
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates once this batch of a fit is over; to ask in ``on_train_batch_end``."""
+    # Lightning has no public name for when it is due, nor for what it asks
+    fetcher = trainer.fit_loop._data_fetcher  # noqa: SLF001
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)  # noqa: SLF001
+
+
+def run_training_step(trainer: pl.Trainer, model: pl.LightningModule) -> Any:
+    """What one training step returns, of automatic or manual optimization; the run goes on as if it had not been.
 
     Args:
-        field: Where it is asked for, for the message.
-        asked: Its name.
-        logged: The names of what validation logs.
-
-    Raises:
-        ValueError: If validation does not log it.
+        trainer: The Trainer of the run.
+        model: A copy of the model, which is spoiled.
     """
-    found = asked or pick_metric(list(logged))
-    if found is None or found not in logged:
-        raise ValueError(
-            f"{field}={asked!r}: validation does not log it. Accepted are: "
-            f"{', '.join(logged) or 'none, for nothing is logged'}. Log it in validation_step with self.log."
-        )
-    return found
+    due = _hooks_to_come(trainer)
+    source = _source(training_data(trainer), model)
+    with standing_in(trainer, model), torch.enable_grad():
+        trainer.training = True
+        loaders = source.dataloader()
+        if not isinstance(loaders, CombinedLoader):
+            loaders = CombinedLoader(loaders, "max_size_cycle")
+        loaders = twins(loaders)
+        with rewound(loaders):
+            batch, *_ = next(iter(loaders))
+            loaders.reset()
+        for hook in due:
+            call._call_lightning_module_hook(trainer, hook)  # noqa: SLF001
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = model._on_before_batch_transfer(batch)  # noqa: SLF001
+        batch = call._call_strategy_hook(trainer, "batch_to_device", batch)  # noqa: SLF001
+        trainer._logger_connector.on_batch_start(batch)  # noqa: SLF001
+        call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, 0)  # noqa: SLF001
+        numbered = is_param_in_hook_signature(model.training_step, "batch_idx", min_args=2)
+        return call._call_strategy_hook(trainer, "training_step", batch, *([0] if numbered else []))  # noqa: SLF001
 
 
-def more_is_better(metric: str) -> bool:
-    """Whether a higher value is better, by the metric's name."""
-    return not any(part in metric.lower() for part in _LESS_IS_BETTER)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Without the other ranks: what runs here waits for none of them."""
-    with patch.object(torch.distributed, "is_initialized", return_value=False):
-        yield
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what Lightning says and warns of."""
-    names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+def _hooks_to_come(trainer: pl.Trainer) -> list[str]:
+    """The hooks that the model is still to be called with before its first step."""
+    fit_loop = trainer.fit_loop
+    if fit_loop._combined_loader is None:  # noqa: SLF001  # callbacks are told first that a fit starts
+        return ["on_fit_start", "on_train_start", "on_train_epoch_start"]
+    progress = fit_loop.epoch_loop.batch_progress.current
+    return ["on_train_start", "on_train_epoch_start"] if progress.ready == progress.completed else []

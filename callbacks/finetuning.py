@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Literal
 
@@ -12,14 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.checks import check_instance, check_number
+from lightning_compress.checks import check_instance, check_names, check_number
 from lightning_compress.layers import matches, modules_by_name
 from lightning_compress.phase import Clock, Phase
+from lightning_compress.thinning import Thinning
 
+from .live_shape import check_strategy
 from .protocol import State, compressing_phases
 from .run import check_run, read_clock
 
 __all__ = ["FineTuning"]
+
+_MANY = 4096  # recorded rates: between two of so many no schedule moves by much
 
 
 class FineTuning(pl.Callback):
@@ -53,16 +58,22 @@ class FineTuning(pl.Callback):
     ) -> None:
         self.phase = Phase(0.6, 0.7) if phase is None else phase
         self.learning_rate = learning_rate
+        check_names("FineTuning.freeze", freeze)
         self.freeze = tuple(freeze)
         check_instance("FineTuning.phase", self.phase, Phase, "a Phase, for instance Phase(0.6, 0.7)")
-        if learning_rate not in ("rewind", "constant"):
+        if not (isinstance(learning_rate, str) and learning_rate in ("rewind", "constant")):
             check_number("FineTuning.learning_rate", learning_rate, "'rewind', 'constant' or a factor above 0", above=0)
         self._history: list[list[float]] = []
+        self._thinning = Thinning(limit=_MANY)
         self._clock: Clock | None = None
         self._scheduled: dict[int, list[float | Tensor]] = {}  # what the scheduler asks for, while a step is taken
         self._handles: list[RemovableHandle] = []
         self._frozen: list[nn.Parameter] = []
         self._frozen_norms: list[nn.Module] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse strategies that wrap the optimizers, and a Trainer of another package."""
+        check_strategy(trainer, self, model_parallel=True)
 
     @property
     def state_key(self) -> str:
@@ -103,6 +114,7 @@ class FineTuning(pl.Callback):
         check_run(trainer)
         if trainer.global_step == 0:
             self._history.clear()
+            self._thinning = Thinning(limit=_MANY)
         if self.learning_rate == "rewind" and math.isnan(self.phase.fractions(read_clock(trainer, 0))[0]):
             raise ValueError(
                 "FineTuning.learning_rate='rewind' replays a stretch of the run, but the run has no known end. Set "
@@ -117,7 +129,7 @@ class FineTuning(pl.Callback):
         self._clock = read_clock(trainer, batch_idx)
         rates = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if self.learning_rate == "rewind" and self._records(trainer, self._clock):
-            self._history.append(rates)
+            self._thinning.add(self._history, rates)
         if self.learning_rate == "constant" and self.active and not self._history:
             self._history.append(rates)
         if self.active or was_active:
@@ -143,11 +155,13 @@ class FineTuning(pl.Callback):
 
     def state_dict(self) -> State:
         """The recorded rates."""
-        return {"history": [list(rates) for rates in self._history]}
+        return {"history": [list(rates) for rates in self._history], "thinning": asdict(self._thinning)}
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore from a checkpoint."""
         self._history = [list(rates) for rates in state_dict["history"]]
+        # A checkpoint of an earlier version has kept all.
+        self._thinning = Thinning(**state_dict.get("thinning", {"limit": _MANY}))
 
     def _records(self, trainer: pl.Trainer, clock: Clock) -> bool:
         """Whether now lies in the stretch to replay: as long as the phase, up to where compression began."""

@@ -12,17 +12,19 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import zstandard
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_compress.analysis.inspect import count_macs, describe
 from lightning_compress.analysis.report import Totals
+from lightning_compress.checks import first_line
 from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.deploy.size import weigh
 from lightning_compress.deploy.verify import time_together
-from lightning_compress.forward import Inputs, run_model, with_batch
+from lightning_compress.forward import Inputs, fitting_batch, run_model
 from lightning_compress.quantization.convert import to_float
 
-from .evaluate import copied, evaluate, example_inputs
+from .evaluate import copied, evaluate, why_not_validated
+from .examples import example_inputs, no_inputs
+from .standing_in import attached
 
 __all__ = ["measure", "totals"]
 
@@ -30,7 +32,7 @@ __all__ = ["measure", "totals"]
 def measure(
     trainer: pl.Trainer, pl_module: pl.LightningModule, formats: Sequence[str] = (), timed: bool = False
 ) -> dict[str, Any]:
-    """Metrics and totals of a model as it is now, on copies; what cannot be measured is None, with a warning.
+    """Metrics and totals of a model as it is now, on copies; ``unmeasured`` says what is None, and why.
 
     Args:
         trainer: The Trainer of the run, for its validation data.
@@ -38,19 +40,41 @@ def measure(
         formats: ``bytes`` are of its float file in the first of these formats; of its state_dict without one.
         timed: Also time the model as it is, fake-quantized or not, in PyTorch on the CPU: ``latency_ms``.
     """
-    measured: dict[str, Any] = {"metrics": {}, "macs_by_layer": {}}
+    metrics, why = _metrics(trainer, pl_module)
+    measured: dict[str, Any] = {"metrics": metrics, "macs_by_layer": {}, "unmeasured": []}
+    if why is not None:
+        measured["unmeasured"].append(f"The metric is not measured: {why}")
     try:
-        measured["metrics"] = evaluate(trainer, copied(pl_module))
         inputs = example_inputs(trainer, pl_module)
         plain = to_float(pl_module)
-        if inputs is not None:
-            measured["macs_by_layer"] = count_macs(plain, inputs)
         measured |= _float_bytes(formats, plain, inputs)
-        if timed and inputs is not None:
-            measured["latency_ms"] = _latency(copied(pl_module).cpu().eval(), inputs)
+        if inputs is None:
+            measured["unmeasured"].append(f"MACs and latency are not measured: {no_inputs(pl_module)}")
+        else:
+            with attached(trainer, plain):
+                measured["macs_by_layer"] = count_macs(plain, inputs)
+            if timed:
+                timed_model = copied(pl_module).cpu().eval()
+                with attached(trainer, timed_model):
+                    measured["latency_ms"] = _latency(timed_model, inputs)
     except Exception as error:  # a model that cannot be copied or traced still trains
-        rank_zero_warn(f"CompressionReport could not measure the model: {type(error).__name__}: {error}")
+        measured["unmeasured"].append(f"MACs, latency or bytes could not be measured: {first_line(error)}")
     return measured | describe(pl_module, measured["macs_by_layer"])
+
+
+def _metrics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[dict[str, float], str | None]:
+    """What validation logs, and why that is nothing."""
+    why = why_not_validated(trainer, pl_module)
+    if why is not None:
+        return {}, why
+    try:
+        metrics = evaluate(trainer, copied(pl_module))
+    except Exception as error:  # a validation that cannot run alone
+        return {}, f"validation fails on a copy of the model ({first_line(error)})."
+    return (
+        metrics,
+        None if metrics else "validation logs nothing. Log it in validation_step: self.log('val_loss', loss).",
+    )
 
 
 def _latency(model: pl.LightningModule, inputs: Inputs) -> dict[str, float]:
@@ -58,7 +82,7 @@ def _latency(model: pl.LightningModule, inputs: Inputs) -> dict[str, float]:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        sizes = {size: partial(run_model, model, with_batch(inputs, size)) for size in (1, 64)}
+        sizes = {size: partial(run_model, model, fitting_batch(model, inputs, size)) for size in (1, 64)}
         return {str(size): round(time_together([call], seconds=0.05)[0], 4) for size, call in sizes.items()}
     finally:
         torch.set_num_threads(num_threads)

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.checkpoint import callback_state
 from lightning_compress.checks import check_instance
+from lightning_compress.pruning.prunable import check_finite
+from lightning_compress.quantization.fake_quant import hold_on
 from lightning_compress.quantization.model import ModelQuantization, quantization_of, quantize_layers
+from lightning_compress.quantization.placement import find_placement
 from lightning_compress.quantization.processes import Processes
 from lightning_compress.quantization.schemes import Scheme, int8
 from lightning_compress.quantization.schemes import scheme as scheme_of
 from lightning_compress.quantization.state import QuantizationState
+from lightning_compress.watch import Watch
 
-__all__ = ["as_scheme", "attach", "foreign_state", "is_wrapped", "processes_of"]
+from .evaluate import copied, run_training_step
+
+log = logging.getLogger(__name__)
+
+__all__ = [
+    "as_scheme",
+    "attach",
+    "foreign_state",
+    "is_wrapped",
+    "processes_of",
+    "revert_norms",
+    "shortfalls",
+    "trace",
+]
 
 
 def as_scheme(name: str, given: Scheme | str | None) -> Scheme:
@@ -53,9 +73,12 @@ def attach(
         anew: Whether the model is to be quantized, rather than looked at.
 
     Raises:
-        ValueError: If the model is quantized by another scheme, and only looked at; or if the state does not fit.
+        ValueError: If the model is quantized by another scheme, and only looked at; if the state does not fit; or
+            if weights are NaN or infinite.
     """
     name = type(callback).__name__
+    if anew:
+        check_finite(name, model)
     found = quantization_of(model)
     if found is not None and not found.is_by(scheme):
         if found.enabled and state is None and not anew:
@@ -72,7 +95,20 @@ def attach(
         rank_zero_info(f"{name} leaves alone {left}")
     if state is not None:
         quantization.load_state_dict(model, state)
+    hold_on(model, quantization.activations)
     return quantization
+
+
+def revert_norms(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let a model have its plain batch norms back and keep their quantizers; to call in ``teardown``.
+
+    ``sync_batchnorm=True`` puts other modules in their place, and Lightning reverts that when no hook follows.
+    """
+    sync = getattr(trainer.strategy, "_layer_sync", None)
+    quantization = quantization_of(pl_module)
+    if sync is not None and quantization is not None and trainer.state.fn == TrainerFn.FITTING:
+        sync.revert(pl_module)
+        hold_on(pl_module, quantization.activations)
 
 
 def foreign_state(callback: pl.Callback, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
@@ -83,6 +119,45 @@ def foreign_state(callback: pl.Callback, checkpoint: dict[str, Any]) -> dict[str
     if callback.state_key in checkpoint.get("callbacks", {}):
         return None
     return callback_state(checkpoint, "quantization")
+
+
+def trace(trainer: pl.Trainer, pl_module: pl.LightningModule, quantization: ModelQuantization, only: bool) -> None:
+    """Watch the training batch that begins, to find where activations are quantized.
+
+    Args:
+        trainer: The Trainer of the run.
+        pl_module: The model.
+        quantization: Its quantization, without a placement.
+        only: Whether no other batch follows that could be observed: then a copy is watched in a step of its own, and
+            this batch is observed.
+    """
+    if only:
+        copy_ = copied(pl_module)
+        try:
+            with Watch(copy_) as watch:
+                run_training_step(trainer, copy_)
+        except Exception as error:  # a step that cannot run alone: the model itself is watched
+            log.debug("A copy could not be watched: %s", error)
+        else:
+            names = {layer.module_name for layer in quantization.layers}
+            placement = find_placement(watch.trace, copy_, names)
+            quantization.place(pl_module, processes_of(trainer).share(placement))
+            return
+    quantization.start_tracing(pl_module, is_wrapped(trainer))
+
+
+def shortfalls(asked: Mapping[str, float], quantization: ModelQuantization | None, reached: bool) -> dict[str, str]:
+    """What is not reached of the bits that were asked for, with the reason where it is not that the run was short."""
+    if quantization is not None and not quantization.layers:
+        skipped = "; ".join(f"{name}: {reason}" for name, reason in quantization.skipped.items())
+        return dict.fromkeys(asked, f"there is nothing to quantize{f' ({skipped})' if skipped else ''}")
+    if not reached:
+        return dict.fromkeys(asked, "")
+    assert quantization is not None
+    activations = quantization.activations.values()
+    if activations and not any(activation.has_seen for activation in activations):
+        return dict.fromkeys(asked, "no batch was observed: the weights are quantized, and no activation is")
+    return {}
 
 
 def is_wrapped(trainer: pl.Trainer) -> bool:

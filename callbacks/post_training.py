@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_compress.checks import check_instance
+from lightning_compress.checks import check_flag, check_instance
 from lightning_compress.phase import Phase
 from lightning_compress.quantization.calibration import Calibration
 from lightning_compress.quantization.model import ModelQuantization, quantization_of
@@ -16,15 +16,23 @@ from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.quantization.state import QuantizationState
 from lightning_compress.structure.record import Record
 
+from .calibrating import calibrated_by_validation
 from .live_shape import check_strategy, check_structure_on_load
-from .model_quantization import as_scheme, attach, foreign_state, is_wrapped, processes_of
+from .model_quantization import (
+    as_scheme,
+    attach,
+    foreign_state,
+    is_wrapped,
+    processes_of,
+    revert_norms,
+    shortfalls,
+    trace,
+)
 from .protocol import compressing
-from .run import check_run, read_clock
+from .run import check_run, read_clock, tell_left_alone, trains
+from .verdict import end_with_verdict
 
 __all__ = ["PostTrainingQuantization"]
-
-_IN_FIT = "Let calibrate span two batches at least: the first one is only traced."
-_IN_VALIDATION = "Validate on two batches at least: the first one is only traced."
 
 
 class PostTrainingQuantization(pl.Callback):
@@ -35,8 +43,9 @@ class PostTrainingQuantization(pl.Callback):
     metrics of the float model, the next one those of the quantized model.
 
     Or at the end of ``trainer.fit``: ranges are observed in float during ``calibrate``, on the training data, and the
-    model is quantized when training ends, behind the last validation and the last checkpoint, and before an
-    :class:`Export`.
+    model is quantized when training ends, behind the last validation and the last checkpoint. A fit that takes no step,
+    such as one with ``max_epochs=0``, calibrates on the validation data. In each case an :class:`Export` writes the
+    quantized model.
 
     Args:
         scheme: What is quantized how, or its word such as ``"w4a8"``; :func:`lightning_compress.int8` without one.
@@ -45,6 +54,8 @@ class PostTrainingQuantization(pl.Callback):
             (Nagel 2019, arXiv:1906.04721, section 4.1). It changes weights, so it is for ``trainer.validate``.
         correct_bias: Whether to take the mean error of the quantized weights out of the biases, or of the folded batch
             norms' means (section 4.2); for ``trainer.validate``, too.
+        strict: Whether a model that is not quantized when ``fit`` ends is an error, after checkpoints and files are
+            written; else it is a warning.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -53,6 +64,11 @@ class PostTrainingQuantization(pl.Callback):
         >>> quantize = PostTrainingQuantization("int8", equalize=True, correct_bias=True)
         >>> trainer = pl.Trainer(callbacks=[quantize], logger=False, enable_checkpointing=False)
         >>> trainer.validate(model, calibration_loader)  # doctest: +SKIP
+
+        A checkpoint to a quantized file that was run and judged:
+
+        >>> trainer = pl.Trainer(callbacks=[PostTrainingQuantization(), Export(["onnx"])])  # doctest: +SKIP
+        >>> trainer.validate(MyModule.load_from_checkpoint("model.ckpt"), data)  # doctest: +SKIP
     """
 
     compresses = True
@@ -65,15 +81,18 @@ class PostTrainingQuantization(pl.Callback):
         calibrate: Phase = Phase(0.9, 1.0),  # noqa: B008  # frozen
         equalize: bool = False,
         correct_bias: bool = False,
+        strict: bool = False,
     ) -> None:
         name = type(self).__name__
         self.scheme = as_scheme(f"{name}.scheme", scheme)
         self.calibrate = calibrate
         self.equalize = equalize
         self.correct_bias = correct_bias
+        self.strict = strict
         check_instance(f"{name}.calibrate", calibrate, Phase, "a Phase, for instance Phase(0.9, 1.0)")
-        check_instance(f"{name}.equalize", equalize, bool, "True or False")
-        check_instance(f"{name}.correct_bias", correct_bias, bool, "True or False")
+        check_flag(f"{name}.equalize", equalize)
+        check_flag(f"{name}.correct_bias", correct_bias)
+        check_flag(f"{name}.strict", strict)
         self.quantization: ModelQuantization | None = None
         # of a checkpoint, until there is a model that it belongs to
         self._state: QuantizationState | None = None
@@ -96,10 +115,23 @@ class PostTrainingQuantization(pl.Callback):
         """The same now; 32 before the model is quantized."""
         return {"bits": self.scheme.weight.bits if self.reached else 32}
 
+    @property
+    def gate_stopping(self) -> bool:
+        """Whether EarlyStopping waits: until a batch was observed, for the model is quantized when training ends."""
+        return self._calibration is None or not self._calibration.is_complete
+
+    def shortfalls(self) -> dict[str, str]:
+        """The bits, if the model is not quantized."""
+        if not self.reached and self.quantization is not None and self.quantization.placement is not None:
+            return {"bits": "calibrate had one batch, which is only traced: let it span two at least"}
+        return shortfalls(self.asked(), self.quantization, self.reached)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse sharding strategies and a second quantization, and checkpoints of another structure in words."""
         check_strategy(trainer, self)
         check_structure_on_load(pl_module)
+        if stage == "fit":
+            end_with_verdict(trainer)
         name = type(self).__name__
         others = [type(c).__name__ for c in compressing(trainer) if c is not self and "bits" in c.asked()]
         if others:
@@ -121,7 +153,25 @@ class PostTrainingQuantization(pl.Callback):
                     f"{type(self).__name__}.{option}=True with trainer.fit: it changes weights once, after training; "
                     "accepted is trainer.validate alone. Fit without this callback, then validate with it."
                 )
-        self._calibration = Calibration(pl_module, self._attach(pl_module, anew=True), processes_of(trainer))
+        self._tell_of_weights_alone(trainer)
+        if trains(trainer):
+            self._calibration = Calibration(pl_module, self._attach(pl_module, anew=True), processes_of(trainer))
+            return
+        # a fit that takes no step, such as one with max_epochs=0
+        if self._state is None:
+            self._state = calibrated_by_validation(trainer, pl_module, self.scheme)
+        quantized = self._state is not None
+        self._attach(pl_module, anew=not quantized)
+        if quantized:
+            rank_zero_info(f"{type(self).__name__} calibrated on the validation data, for this fit takes no step.")
+
+    def _tell_of_weights_alone(self, trainer: pl.Trainer) -> None:
+        if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
+            rank_zero_warn(
+                f"{type(self).__name__} beside ModelCheckpoint(save_weights_only=True): its files hold the float "
+                "weights, and nothing of the quantization, which comes when training ends. Take the file that Export "
+                "writes, or trainer.save_checkpoint(...) after fit."
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise if a phase is invalid; a run that begins before the calibration begins in float."""
@@ -137,7 +187,10 @@ class PostTrainingQuantization(pl.Callback):
         assert self._calibration is not None
         assert self.quantization is not None
         progress = self.calibrate.progress(read_clock(trainer, batch_idx))
-        if 0 <= progress < 1 or (progress >= 1 and self.quantization.placement is None):
+        if self.quantization.placement is None and progress >= 0:
+            only = self.calibrate.progress(read_clock(trainer, batch_idx + 1)) >= 1
+            trace(trainer, pl_module, self.quantization, only)
+        if self.quantization.placement is not None and 0 <= progress < 1:
             self._calibration.begin_batch(is_wrapped(trainer))
 
     def on_train_batch_end(
@@ -148,8 +201,12 @@ class PostTrainingQuantization(pl.Callback):
         self._calibration.end_batch()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Quantize what was calibrated."""
-        self._quantize(_IN_FIT)
+        """Quantize what was calibrated; what was not is a target that is missed."""
+        assert self._calibration is not None
+        if self._calibration.is_complete:
+            self._quantize()
+        else:
+            self._calibration.stop()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Calibrate, in ``trainer.validate``, a model that is not quantized yet; validate another as it was trained."""
@@ -181,34 +238,39 @@ class PostTrainingQuantization(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantize what was calibrated."""
         if trainer.state.fn == TrainerFn.VALIDATING and self._calibration is not None:
-            self._quantize(_IN_VALIDATION)
+            self._quantize()
             rank_zero_info(f"{type(self).__name__} calibrated on the validation data: the model is quantized now.")
 
-    def _quantize(self, fix: str) -> None:
+    def _quantize(self) -> None:
         """End a calibration: from now on the model is quantized."""
         calibration = self._calibration
         assert calibration is not None
         self._calibration = None
         if not calibration.is_complete:
             calibration.stop()
-            raise self._saw_nothing(fix)
+            raise self._saw_nothing()
         left = calibration.quantize()
+        tell_left_alone(self, calibration.quantization.without_data())
         if left:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items())
             rank_zero_info(f"{type(self).__name__} corrects no bias of {reasons}")
 
-    def _saw_nothing(self, fix: str) -> ValueError:
-        return ValueError(f"{type(self).__name__} calibrated on no batches, so that no range is known. {fix}")
+    def _saw_nothing(self) -> ValueError:
+        return ValueError(
+            f"{type(self).__name__} calibrated on no batches, so that no range is known. Validate on two batches at "
+            "least: the first one is only traced."
+        )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a validation without batches, in which Lightning calls no other hook."""
+        """Leave the model as it was; refuse a validation without batches, in which Lightning calls no other hook."""
+        revert_norms(trainer, pl_module)
         if stage != "validate":
             return
         found = quantization_of(pl_module)
         # a checkpoint that was loaded and not attached: it may be of a quantized model
         enabled = self._state["enabled"] if self._state else found is not None and found.enabled
         if not enabled:
-            raise self._saw_nothing(_IN_VALIDATION)
+            raise self._saw_nothing()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
@@ -221,6 +283,7 @@ class PostTrainingQuantization(pl.Callback):
         self._attach(pl_module)
 
     on_predict_start = on_test_start
+    settle = on_test_start
 
     def state_dict(self) -> dict[str, Any]:
         """Scheme, places and ranges, as plain values."""

@@ -5,36 +5,38 @@ A callback has a part in it by having these members: there is nothing to inherit
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
+from lightning_compress.deploy.verify import Artifact
 from lightning_compress.phase import Clock, Phase
-from lightning_compress.quantization.model import quantization_of
-from lightning_compress.structure.record import Record, apply_record
+from lightning_compress.structure.record import Record
 
 __all__ = [
     "Compressing",
+    "Explaining",
+    "Exporting",
     "Following",
     "Phased",
+    "Settling",
     "State",
     "Steerable",
+    "Targeted",
     "all_callbacks",
     "averages",
     "compressing",
     "compressing_phases",
     "compression_progress",
+    "exporting",
     "phases_of",
     "steerable",
-    "tell",
+    "targeted",
 ]
 
 
@@ -67,8 +69,45 @@ class Following(Protocol):
 
 
 @runtime_checkable
-class Compressing(Phased, Following, Protocol):
+class Targeted(Protocol):
+    """A callback that is asked for something that a run may fail to reach: it is judged when ``fit`` ends.
+
+    Members that it may have beside these are ``strict``, whether a target that is not reached is an error then (False
+    without it), and ``shortfalls``, as :class:`Explaining` has it.
+    """
+
+    def asked(self) -> Mapping[str, float | str]:
+        """What is asked for, in plain values by what they count: ``{"sparsity": 0.9}``."""
+        ...
+
+    def stands(self) -> Mapping[str, float | str]:
+        """What of it stands now, in the same words.
+
+        Of a run that is interrupted one process may ask alone, so that nothing may be gathered from the others here.
+        """
+        ...
+
+    @property
+    def reached(self) -> bool:
+        """Whether all is done that will be."""
+        ...
+
+
+@runtime_checkable
+class Explaining(Targeted, Protocol):
+    """One that knows better than by ``reached`` which of its targets it misses, and why."""
+
+    def shortfalls(self) -> Mapping[str, str]:
+        """The targets that what stands falls short of, each with the reason in words; empty: the run was too short."""
+        ...
+
+
+@runtime_checkable
+class Compressing(Phased, Following, Targeted, Protocol):
     """A callback that compresses the model: ``compresses`` is True.
+
+    Members that it may have beside those of the protocol are ``gate_stopping``, whether EarlyStopping waits as a
+    ModelCheckpoint does (True without it), and those that :class:`Targeted` names.
 
     Args:
         gate_checkpoints: Whether a ModelCheckpoint with a monitor waits until it has ``reached`` its target.
@@ -102,19 +141,6 @@ class Compressing(Phased, Following, Protocol):
     """
 
     gate_checkpoints: bool
-
-    def asked(self) -> Mapping[str, float | str]:
-        """What is asked for, in plain values by what they count: ``{"sparsity": 0.9}``."""
-        ...
-
-    def stands(self) -> Mapping[str, float | str]:
-        """What of it stands now, in the same words; all processes ask together."""
-        ...
-
-    @property
-    def reached(self) -> bool:
-        """Whether all is done that will be."""
-        ...
 
     def keep(self) -> State | None:
         """What it takes to come back to now, besides the weights; None where nothing comes back."""
@@ -150,7 +176,49 @@ class Steerable(Compressing, Protocol):
         ...
 
 
-_MEMBERS = [name for kind in (Phased, Following, Compressing) for name in {**vars(kind), **kind.__annotations__}]
+@runtime_checkable
+class Exporting(Protocol):
+    """A callback that writes the trained model as files, and has done so by ``on_fit_end``.
+
+    Args:
+        formats: Names of the formats, the one that is reported first in front.
+        artifacts: What was written.
+        metrics: What validation logged with each file in place of the model, by format.
+        failures: Why a format was not written, by format.
+
+    A member that it may have beside these is ``trained``, what validation logged with the trained model in PyTorch.
+    """
+
+    formats: Sequence[str]
+    artifacts: Sequence[Artifact]
+    metrics: Mapping[str, Mapping[str, float]]
+    failures: Mapping[str, str]
+
+
+@runtime_checkable
+class Settling(Protocol):
+    """A callback that holds on to its model, also to one that was trained in processes of its own, as by ``ddp_spawn``.
+
+    The process that launched those gives the callback the state that a checkpoint would have, and what else it
+    ``leaves``: names of attributes with results of a run that are no part of a state, which any callback may have.
+    """
+
+    def settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Be what the run has made of it: the model is trained, and the state is loaded."""
+        ...
+
+
+@runtime_checkable
+class Concluding(Protocol):
+    """A callback that writes down how a run ended, also of one that Ctrl-C ended; last of all, after the verdict."""
+
+    def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write."""
+        ...
+
+
+_KINDS = (Phased, Following, Targeted, Compressing)
+_MEMBERS = [name for kind in _KINDS for name in {**vars(kind), **kind.__annotations__}]
 _MEMBERS = [name for name in _MEMBERS if not name.startswith("_")]
 
 
@@ -179,9 +247,20 @@ def compressing(trainer: pl.Trainer) -> list[Compressing]:
     return found
 
 
+def targeted(trainer: pl.Trainer) -> list[Targeted]:
+    """The callbacks that are judged when ``fit`` ends."""
+    compressing(trainer)  # refuses one that lacks a part
+    return [callback for callback in all_callbacks(trainer) if isinstance(callback, Targeted)]
+
+
 def steerable(trainer: pl.Trainer, lever: str) -> list[Steerable]:
     """The callbacks that can be steered by a lever, ``"sparsity"`` or ``"bits"``."""
     return [c for c in all_callbacks(trainer) if isinstance(c, Steerable) and c.lever == lever]
+
+
+def exporting(trainer: pl.Trainer) -> list[Exporting]:
+    """The callbacks that write the trained model as files."""
+    return [callback for callback in all_callbacks(trainer) if isinstance(callback, Exporting)]
 
 
 def phases_of(trainer: pl.Trainer) -> list[tuple[str, Phase]]:
@@ -201,40 +280,8 @@ def compression_progress(trainer: pl.Trainer, clock: Clock) -> float:
 
 def averages(trainer: pl.Trainer) -> list[nn.Module]:
     """The averaged copies of the module that callbacks of Lightning keep."""
+    kinds = WeightAveraging | StochasticWeightAveraging
     # Lightning has no public name for the averaged copy
-    found = [c._average_model for c in all_callbacks(trainer) if isinstance(c, WeightAveraging)]  # noqa: SLF001
-    return [average.module for average in found if average is not None]
-
-
-def tell(trainer: pl.Trainer, record: Record) -> None:
-    """Change the shape of the model in the middle of its run, and tell all that hold on to it.
-
-    The optimizers' state, averaged copies and quantizers are cut alike, every callback that follows is told, compiled
-    code is dropped, and DDP is wrapped around the model anew.
-    """
-    pl_module = trainer.lightning_module
-    with _unwrapped(trainer):
-        apply_record(pl_module, record, trainer.optimizers, averages(trainer))
-        quantization = quantization_of(pl_module)
-        if quantization is not None:
-            quantization.follow(pl_module, record)
-        followers = [callback for callback in all_callbacks(trainer) if isinstance(callback, Following)]
-        # Those that compress come first: they may change weights, which the others look at.
-        for callback in sorted(followers, key=lambda callback: not isinstance(callback, Compressing)):
-            callback.follow(pl_module, record)
-        if any(isinstance(module, torch._dynamo.OptimizedModule) for module in pl_module.modules()):
-            torch.compiler.reset()  # compiled code holds on to shapes and to modules that are gone
-
-
-@contextmanager
-def _unwrapped(trainer: pl.Trainer) -> Iterator[None]:
-    """Without DDP's wrapper, whose buckets have the shapes of the parameters; a new one is made at the end."""
-    strategy = trainer.strategy
-    if not isinstance(strategy, DDPStrategy) or strategy.model is trainer.lightning_module:
-        yield
-        return
-    strategy.model = trainer.lightning_module
-    gc.collect()  # the wrapper's hooks on the parameters go with it
-    yield
-    gc.collect()
-    strategy.configure_ddp()
+    found = [c._average_model for c in all_callbacks(trainer) if isinstance(c, kinds)]  # noqa: SLF001
+    present = [average for average in found if average is not None]
+    return [average.module if isinstance(average, AveragedModel) else average for average in present]

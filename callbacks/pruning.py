@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import Criterion, Element, Magnitude, Pattern, Schedule
@@ -14,10 +13,12 @@ from lightning_compress.pruning.arguments import check_arguments, schedule_for
 from lightning_compress.pruning.prunable import unseen
 from lightning_compress.pruning.scopes import Scope
 from lightning_compress.pruning.sharding import mean_over_processes
+from lightning_compress.structure.held import forget_states
+from lightning_compress.structure.optimizers import check_forgetting
 from lightning_compress.structure.record import Record
 
 from .masking import Masking
-from .protocol import State, averages
+from .protocol import State
 from .run import check_run, read_clock, tell_left_alone
 
 __all__ = ["GradualPruning"]
@@ -50,6 +51,9 @@ class GradualPruning(Masking):
             time sparsity increases (Frankle 2020, arXiv:1912.05671). For the schedule ``Rounds``. None never rewinds.
         gate_checkpoints: Whether a ModelCheckpoint with a monitor saves only from the final sparsity on: the "best"
             model before it would be a dense one.
+        gate_stopping: Whether EarlyStopping waits likewise.
+        strict: Whether a target that is not reached is an error when ``fit`` ends, after checkpoints and files are
+            written; else it is a warning.
 
     Raises:
         ValueError: If a value is out of range.
@@ -78,6 +82,8 @@ class GradualPruning(Masking):
         keep_last: bool = False,
         rewind: float | None = None,
         gate_checkpoints: bool = True,
+        gate_stopping: bool = True,
+        strict: bool = False,
     ) -> None:
         super().__init__()
         self.criterion = Magnitude() if criterion is None else criterion
@@ -85,28 +91,36 @@ class GradualPruning(Masking):
         self.scope = scope
         self.phase = Phase(0.2, 0.6) if phase is None else phase
         self.every = every
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
+        self.include = include
+        self.exclude = exclude
         self.targets = {} if targets is None else targets
         self.floor = floor
         self.keep_first = keep_first
         self.keep_last = keep_last
         self.rewind = rewind
         self.gate_checkpoints = gate_checkpoints
-        fields = ("criterion", "pattern", "phase", "scope", "every", "floor", "targets", "rewind")
+        self.gate_stopping = gate_stopping
+        self.strict = strict
+        fields = ["criterion", "pattern", "phase", "scope", "every", "floor", "targets", "rewind", "include", "exclude"]
+        fields += ["keep_first", "keep_last", "gate_checkpoints", "gate_stopping", "strict"]
         check_arguments(type(self).__name__, **{field: getattr(self, field) for field in fields})
         self.targets = dict(self.targets)
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
         self.schedule = schedule_for(type(self).__name__, sparsity, self.pattern)
-        self.goal: float | None = None  # a sparsity that AccuracyGuard asks for, in the schedule's place
+        self.final = self.schedule.final
+        self.goal = None  # a sparsity that AccuracyGuard asks for, in the schedule's place
         self._goal_met: float | None = None
 
     def phases(self) -> list[tuple[str, Phase]]:
         """Its phases with their names."""
         return [("prune", self.phase)]
 
-    def asked(self) -> dict[str, float]:
-        """The final sparsity."""
-        return {"sparsity": self.schedule.final}
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As every masking callback; refuse optimizers that cannot begin anew where weights are rewound."""
+        for optimizer in trainer.optimizers if self.rewind is not None else ():
+            check_forgetting(f"{type(self).__name__}.rewind={self.rewind}", optimizer)
+        super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise if a phase does not fit the run; the steps of an earlier fit do not count in this one."""
@@ -142,14 +156,6 @@ class GradualPruning(Masking):
         begun = self._last_step >= 0 or clock.run >= 1
         if begun and self.phase.progress(clock) >= 1 and not self._done:
             self._update(trainer, pl_module, clock)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn if a criterion has waited in vain."""
-        if self._observation is not None and not self._observation.ready and self._last_step < 0:
-            rank_zero_warn(
-                f"{type(self).__name__} pruned nothing: {self.criterion} had seen nothing of the layers when the run "
-                "ended. Let the phase begin some steps after the run, and let an optimizer train the layers."
-            )
 
     def state_dict(self) -> State:
         """The masks, bit-packed, what was observed, and how far the phase is."""
@@ -220,7 +226,7 @@ class GradualPruning(Masking):
             pl_module.load_state_dict(self._rewound)
             self.masks.apply()
             for optimizer in trainer.optimizers:
-                optimizer.state.clear()
+                forget_states(optimizer)
         self._last_step = clock.step
         self._goal_met = self.goal
         self._done = progress >= 1
@@ -240,5 +246,4 @@ class GradualPruning(Masking):
             floor=self.floor,
             observation=self._observation,
         )
-        for average in averages(trainer):
-            self.masks.apply_to_copy(average)
+        self._mask_copies(trainer)

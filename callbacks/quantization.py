@@ -8,18 +8,19 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.checks import check_instance, check_number
+from lightning_compress.checks import check_flag, check_instance, check_number
 from lightning_compress.phase import Phase
 from lightning_compress.quantization.learning import ScaleOptimizer
 from lightning_compress.quantization.model import ModelQuantization
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.quantization.state import QuantizationState
+from lightning_compress.structure.held import innermost
 from lightning_compress.structure.record import Record
 
-from .best_checkpoint import gate_checkpoints, open_checkpoints
 from .live_shape import check_strategy, check_structure_on_load
-from .model_quantization import as_scheme, attach, foreign_state, is_wrapped, processes_of
-from .run import check_run, read_clock
+from .model_quantization import as_scheme, attach, foreign_state, processes_of, revert_norms, shortfalls, trace
+from .run import check_run, read_clock, tell_left_alone
+from .verdict import end_with_verdict
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -51,6 +52,9 @@ class QuantizationAwareTraining(pl.Callback):
         equalize: Refused when True: an option of :class:`PostTrainingQuantization`.
         correct_bias: Refused when True: an option of :class:`PostTrainingQuantization`.
         gate_checkpoints: Whether a ModelCheckpoint with a monitor saves only once the model is quantized.
+        gate_stopping: Whether EarlyStopping waits likewise.
+        strict: Whether a target that is not reached is an error when ``fit`` ends, after checkpoints and files are
+            written; else it is a warning.
 
     Raises:
         ValueError: If a value is out of range, there is no phase, or calibration ends after the phase begins.
@@ -75,28 +79,36 @@ class QuantizationAwareTraining(pl.Callback):
         equalize: bool = False,
         correct_bias: bool = False,
         gate_checkpoints: bool = True,
+        gate_stopping: bool = True,
+        strict: bool = False,
     ) -> None:
+        name = type(self).__name__
+        for field, flag in (("equalize", equalize), ("correct_bias", correct_bias)):
+            check_flag(f"{name}.{field}", flag)
         if phase is None:
             _refuse_post_training("phase=None")
         if equalize:
             _refuse_post_training("equalize=True")
         if correct_bias:
             _refuse_post_training("correct_bias=True")
-        name = type(self).__name__
         self.scheme = as_scheme(f"{name}.scheme", scheme)
         self.calibrate = Phase(0.7, 0.75) if calibrate is None else calibrate
         self.phase = phase
         self.freeze = freeze
         self.learning_rate = learning_rate
         self.gate_checkpoints = gate_checkpoints
+        self.gate_stopping = gate_stopping
+        self.strict = strict
+        for field in ("gate_checkpoints", "gate_stopping", "strict"):
+            check_flag(f"{name}.{field}", getattr(self, field))
         check_instance(f"{name}.calibrate", self.calibrate, Phase, "a Phase, for instance Phase(0.7, 0.75)")
         check_instance(f"{name}.phase", phase, Phase, "a Phase, for instance Phase(0.75, 1.0)")
         check_number(f"{name}.freeze", freeze, "a share of the phase, above 0 and up to 1", above=0, high=1)
         check_number(f"{name}.learning_rate", learning_rate, "a number above 0, for instance 1e-3", above=0)
         if self.calibrate.unit == phase.unit and self.calibrate.end > phase.begin:
             raise ValueError(
-                f"{name}: calibrate {self.calibrate} ends after phase {phase} begins; the two phases overlap. Let "
-                "calibrate end where phase begins."
+                f"{name}: calibrate {self.calibrate} ends after phase {phase} begins; accepted is one that ends by "
+                "then, the two phases overlap. Let calibrate end where phase begins."
             )
         self.quantization: ModelQuantization | None = None
         self.learning = ScaleOptimizer(learning_rate)
@@ -122,10 +134,16 @@ class QuantizationAwareTraining(pl.Callback):
         """The same now; 32 before the model is quantized."""
         return {"bits": self.scheme.weight.bits if self.reached else 32}
 
+    def shortfalls(self) -> dict[str, str]:
+        """The bits, if the model is not quantized."""
+        return shortfalls(self.asked(), self.quantization, self.reached)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse sharding strategies, and let a checkpoint of another structure be refused in words."""
         check_strategy(trainer, self)
         check_structure_on_load(pl_module)
+        if stage == "fit":
+            end_with_verdict(trainer)
 
     def _attach(self, pl_module: pl.LightningModule, anew: bool = False) -> ModelQuantization:
         self.quantization = attach(self, pl_module, self.scheme, self._state, anew)
@@ -136,14 +154,13 @@ class QuantizationAwareTraining(pl.Callback):
         """Upgrade the layers, still in float, and step after the user's optimizers."""
         quantization = self._attach(pl_module, anew=True)
         self.learning.follow(quantization.learned())
-        if self.gate_checkpoints:
-            gate_checkpoints(trainer)
         for optimizer in trainer.optimizers:
-            hook = optimizer.register_step_post_hook(lambda *_: self.learning.step(trainer.world_size))
-            self._handles.append(hook)
+            last = innermost(optimizer)  # which steps in any case
+            self._handles.append(last.register_step_post_hook(lambda *_: self.learning.step(trainer.world_size)))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the optimizers."""
+        """Leave the optimizers, and the model as it was."""
+        revert_norms(trainer, pl_module)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -165,9 +182,12 @@ class QuantizationAwareTraining(pl.Callback):
         training = self.phase.progress(clock)
         if calibration < 0 and training < 0:
             return
+        if self.quantization.placement is None or (calibration < 1 and self.quantization.waiting):
+            only = self.phase.progress(read_clock(trainer, batch_idx + 1)) >= 1
+            trace(trainer, pl_module, self.quantization, only)
         if self.quantization.placement is None:
-            self.quantization.start_tracing(pl_module, is_wrapped(trainer))
-        elif training < 0:
+            return
+        if training < 0:
             self.quantization.observe(calibration < 1)
         else:
             self.quantization.quantize(processes_of(trainer))
@@ -177,7 +197,8 @@ class QuantizationAwareTraining(pl.Callback):
             if training >= self.freeze:
                 self.quantization.freeze(pl_module)
             else:
-                self.quantization.observe(batch_idx % _EVERY == 0, once=False)
+                unseen = not all(a.has_seen for a in self.quantization.activations.values())
+                self.quantization.observe(unseen or batch_idx % _EVERY == 0, once=False)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
@@ -185,16 +206,19 @@ class QuantizationAwareTraining(pl.Callback):
         """Place quantizers, or stop observing."""
         assert self.quantization is not None
         self.quantization.end_batch(pl_module, processes_of(trainer))
+        over = self.phase.progress(read_clock(trainer, batch_idx + 1)) >= 1
+        if over and self.quantization.placement is not None and not self.reached:
+            # the run had no batch left for the phase
+            self.quantization.quantize(processes_of(trainer))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let checkpoints go; batch norms that were frozen train on in another run."""
-        open_checkpoints(trainer)
+        """Let batch norms that were frozen train on in another run, and name the layers that no data reached."""
         if self.quantization is not None:
             self.quantization.thaw()
+            tell_left_alone(self, self.quantization.without_data() if self.reached else {})
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop tracing, and let checkpoints go."""
-        open_checkpoints(trainer)
+        """Stop tracing."""
         if self.quantization is not None:
             self.quantization.stop_tracing()
 
@@ -202,8 +226,7 @@ class QuantizationAwareTraining(pl.Callback):
         """Look at a checkpoint as it was trained."""
         self._attach(pl_module)
 
-    on_test_start = on_validation_start
-    on_predict_start = on_validation_start
+    on_test_start = on_predict_start = settle = on_validation_start
 
     def state_dict(self) -> dict[str, Any]:
         """Scheme, places, ranges and what was learned, as plain values."""

@@ -19,26 +19,29 @@ from rich.console import Console
 from lightning_compress.analysis.history import History, figures, histogram
 from lightning_compress.analysis.inspect import (
     estimate_bytes,
-    layer_table,
     mean_bits,
     sparsity,
     weight_bits,
     weight_layers,
 )
-from lightning_compress.analysis.report import Packed, Report, write_json
-from lightning_compress.analysis.show import terminal_table, write_html
-from lightning_compress.deploy.packed import save_packed
+from lightning_compress.analysis.report import Report, describe_missed
+from lightning_compress.analysis.show import terminal_table
+from lightning_compress.checks import check_flag, check_one_of, check_path, check_text
+from lightning_compress.metrics import MODES, Mode, is_of_training, pick_metric
 from lightning_compress.phase import Clock
 from lightning_compress.structure.record import Record
 from lightning_compress.tracking import define_metric
 
-from .evaluate import check_validation_data, copied, more_is_better, pick_metric
-from .export import Export
+from .evaluate import validated, why_not_validated
+from .final_report import Measured, formats_of, make_report
+from .judgement import choose_metric, settle_mode
 from .live_shape import check_strategy
-from .measure import measure, totals
-from .protocol import all_callbacks, compression_progress
-from .report_sinks import say, send, show_in_progress_bar
+from .measure import measure
+from .outputs import new_folder, output_folder
+from .protocol import compression_progress
+from .report_sinks import say, send, show_in_progress_bar, write_report
 from .run import current_phase, read_clock
+from .verdict import end_with_verdict
 
 __all__ = ["CompressionReport"]
 
@@ -46,25 +49,47 @@ __all__ = ["CompressionReport"]
 class CompressionReport(pl.Callback):
     """Logs ``compress/*`` during training, and at the end writes report.json and report.html and prints a table.
 
-    Just before compression begins the dense model is measured on the validation data, on a copy. A packed checkpoint,
+    Just before compression begins the dense model is measured on the validation data, on a copy; without such data all
+    is measured but the metric. A packed checkpoint,
     ``packed.safetensors``, lies beside the report. Tables, pictures and files go to every logger that takes them.
 
     Args:
-        dirpath: Folder of the report; the Trainer's default_root_dir without one.
+        dirpath: Folder of the report, tried before training; without one the logger's folder of the run, or where there
+            is none the Trainer's default_root_dir. A report of an earlier run stays: the new one then stands in
+            ``version_1`` beside it. A run that is resumed writes where it would have written.
         monitor: The validation metric to report; without one an accuracy or the like, else the validation loss.
         show: Print the table at the end.
+        mode: ``"max"`` if higher is better, ``"min"`` if lower is: of which value W&B's summary holds the best. Told by
+            the metric's name without one.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[CompressionReport(monitor="val_acc")], logger=False,
         ...                      enable_checkpointing=False)
     """
 
-    def __init__(self, dirpath: str | Path | None = None, monitor: str | None = None, show: bool = True) -> None:
+    leaves = ("report", "_folder")
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        monitor: str | None = None,
+        show: bool = True,
+        mode: Mode | None = None,
+    ) -> None:
+        if dirpath is not None:
+            check_path("CompressionReport.dirpath", dirpath, "the path of a folder, or None")
+        if monitor is not None:
+            check_text("CompressionReport.monitor", monitor, "a metric's name, or None")
+        check_flag("CompressionReport.show", show)
         self.dirpath = dirpath
         self.monitor = monitor
         self.show = show
+        self.mode = mode
+        check_one_of(f"{type(self).__name__}.mode", mode, MODES, "Take 'max' if higher is better.")
         self.report: Report | None = None
         self.control: dict[str, Any] | None = None
+        self._folder = Path()
+        self._known: str | None = None  # the folder that a resumed run had
         self._dense: dict[str, Any] | None = None
         self._history = History()
         self._seconds = {"fit": 0.0, "overhead": 0.0}
@@ -78,16 +103,28 @@ class CompressionReport(pl.Callback):
         self._last_step = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse sharding strategies and a run without validation data, before training starts."""
+        """Refuse sharding strategies and a folder that cannot be written to; say where no metric will be measured."""
         if stage == "fit":
             check_strategy(trainer, self)
-            check_validation_data(trainer, pl_module)
+            end_with_verdict(trainer)
+            self._known = None
+            self._folder = output_folder(trainer, "CompressionReport.dirpath", self.dirpath)
+            why = why_not_validated(trainer, pl_module)
+            if why is not None:
+                rank_zero_warn(f"{type(self).__name__} measures no metric: {why}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the watch."""
+        """Start the watch, and choose the folder."""
+        names = ["report.json", "report.html", "packed.safetensors"]
+        self._folder = new_folder(self, self._folder, names, self._known)
         self._began = time.perf_counter()
         self._resumed_at = None
         show_in_progress_bar(trainer, self._items)
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a metric that is asked for and not logged."""
+        if self.monitor is not None and not is_of_training(self.monitor):
+            choose_metric(f"{type(self).__name__}.monitor", self.monitor, list(trainer.callback_metrics))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the dense model now if compression begins at once."""
@@ -102,7 +139,7 @@ class CompressionReport(pl.Callback):
         clock = read_clock(trainer, batch_idx + 1)
         self._watch(trainer, pl_module, clock)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if clock.step != self._last_step and clock.step % every == 0:
+        if every and clock.step != self._last_step and clock.step % every == 0:
             self._last_step = clock.step
             with self._overhead():
                 self._log(pl_module)
@@ -111,17 +148,20 @@ class CompressionReport(pl.Callback):
         """Remember the metric for the picture."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        name = self.monitor or pick_metric(list(trainer.callback_metrics))
+        name = self.monitor or pick_metric(validated(trainer) or list(trainer.callback_metrics))
         if name in trainer.callback_metrics:
             if not self._history.metric:
                 self._define(trainer, name)
-            self._history.metric.append([trainer.global_step, float(trainer.callback_metrics[name])])
+            self._history.validate(trainer.global_step, float(trainer.callback_metrics[name]))
+        elif name is not None:
+            rank_zero_warn(f"{type(self).__name__}.monitor={name!r} is not logged by this validation.")
 
     def _define(self, trainer: pl.Trainer, name: str) -> None:
         """Let W&B's summary hold the best and the last value."""
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-                define_metric(logger.experiment, name, more_is_better(name))
+                mode = settle_mode(type(self).__name__, name, self.mode, decides=False)
+                define_metric(logger.experiment, name, mode == "max")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the watch."""
@@ -131,7 +171,12 @@ class CompressionReport(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write and show the report, after every export is done."""
-        if stage != "fit" or not trainer.is_global_zero:
+        if stage == "fit":
+            self.conclude(trainer, pl_module)
+
+    def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write and show the report of a run as it is now."""
+        if not trainer.is_global_zero:
             return
         with self._overhead():
             self._phase = current_phase(trainer, read_clock(trainer, 0))
@@ -139,18 +184,20 @@ class CompressionReport(pl.Callback):
             self._say(trainer, trainer.global_step)
             self.report = self._make(trainer, pl_module)
         self.report["seconds"] = {key: round(value, 3) for key, value in self._seconds.items()}
-        folder = self._folder(trainer)
-        write_json(self.report, folder / "report.json")
         pictures = figures(self._history, self.report["metric"])
-        write_html(self.report, pictures, folder / "report.html")
+        page = write_report(self.report, pictures, self._folder)
         for logger in trainer.loggers:
             send(logger, self.report, self._history, pictures, trainer.global_step)
         if self.show:
             if trainer.progress_bar_callback is not None:
-                trainer.progress_bar_callback.teardown(trainer, pl_module, stage)  # so that no live bar is in the way
+                trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")  # so that no live bar is in the way
             console = Console()
             console.print(terminal_table(self.report))
-            console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+            for row in self.report["targets"]:
+                if row["missed"]:
+                    console.print(describe_missed(row), style="bold red", markup=False)
+            if page is not None:
+                console.print(f"report: {page}", soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far."""
@@ -158,6 +205,7 @@ class CompressionReport(pl.Callback):
         return {
             "dense": copy.deepcopy(self._dense),
             "was_before": self._was_before,
+            "folder": str(self._folder),
             "history": copy.deepcopy(self._history.to_state()),
             "seconds": {"fit": self._seconds["fit"] + now, "overhead": self._seconds["overhead"]},
         }
@@ -166,7 +214,9 @@ class CompressionReport(pl.Callback):
         """Take up where a checkpoint was written."""
         self._dense = state_dict["dense"]
         self._was_before = state_dict["was_before"]
-        self._history = History(**copy.deepcopy(state_dict["history"]))
+        # A checkpoint of an earlier version lacks it.
+        self._known = state_dict.get("folder")
+        self._history = History.from_state(copy.deepcopy(state_dict["history"]))
         self._seconds = dict(state_dict["seconds"])
 
     @contextmanager
@@ -213,7 +263,7 @@ class CompressionReport(pl.Callback):
         begins = compression_progress(trainer, clock) >= 0
         if begins and self._was_before and self._dense is None and trainer.is_global_zero:
             with self._overhead():
-                self._dense = measure(trainer, pl_module, _formats(trainer))
+                self._dense = measure(trainer, pl_module, formats_of(trainer))
                 self._history.bins, self._history.before = histogram(weight_layers(pl_module), self._history.bins)
         self._was_before = not begins
 
@@ -239,50 +289,7 @@ class CompressionReport(pl.Callback):
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1, rank_zero_only=True)
 
     def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Report:
-        export = next((c for c in all_callbacks(trainer) if isinstance(c, Export)), None)
-        compressed = measure(trainer, pl_module, _formats(trainer), timed=True)
-        metric = self.monitor or pick_metric(list(compressed["metrics"]))
-        artifacts = []
-        for artifact in export.artifacts if export is not None else []:
-            artifact.metric = (export.metrics if export else {}).get(artifact.format, {}).get(metric or "")
-            artifacts.append(artifact.to_dict())
-        if artifacts:
-            compressed.update({key: artifacts[0][key] for key in ("bytes", "bytes_zstd")})
+        compressed = measure(trainer, pl_module, formats_of(trainer), timed=True)
         self._history.bins, self._history.after = histogram(weight_layers(pl_module), self._history.bins)
-        warnings = [f"Export to {name} failed: {why}" for name, why in (export.failures if export else {}).items()]
-        packed = self._pack(trainer, pl_module, warnings)
-        cautions = [text for artifact in artifacts for text in artifact["warnings"]]  # Export has said them
-        if self.monitor is not None and self.monitor not in compressed["metrics"]:
-            warnings.append(f"monitor={self.monitor!r} was not logged; logged were {', '.join(compressed['metrics'])}.")
-        for text in warnings:
-            rank_zero_warn(text)
-        return {
-            "metric": metric,
-            "dense": None if self._dense is None else totals(self._dense, metric),
-            "control": None if self.control is None else totals(self.control, metric),
-            "compressed": totals(compressed, metric),
-            "layers": layer_table(pl_module, compressed["macs_by_layer"]),
-            "artifacts": artifacts,
-            "packed": packed,
-            "latency_ms_pytorch": compressed.get("latency_ms", {}),
-            "seconds": {},
-            "warnings": warnings + cautions,
-        }
-
-    def _pack(self, trainer: pl.Trainer, pl_module: pl.LightningModule, warnings: list[str]) -> Packed | None:
-        """The packed checkpoint beside the report."""
-        path = self._folder(trainer) / "packed.safetensors"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_packed(copied(pl_module).cpu(), path)
-        except Exception as error:  # a state dict with something else in it than tensors
-            warnings.append(f"The packed checkpoint could not be written: {error}")
-            return None
-        return {"path": str(path), "bytes": path.stat().st_size}
-
-    def _folder(self, trainer: pl.Trainer) -> Path:
-        return Path(self.dirpath) if self.dirpath is not None else Path(trainer.default_root_dir)
-
-
-def _formats(trainer: pl.Trainer) -> list[str]:
-    return next((callback.formats for callback in all_callbacks(trainer) if isinstance(callback, Export)), [])
+        path = self._folder / "packed.safetensors"
+        return make_report(trainer, pl_module, Measured(self._dense, self.control, compressed), self.monitor, path)

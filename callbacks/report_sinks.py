@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -11,13 +12,24 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_compress.analysis.history import History
-from lightning_compress.analysis.report import Report, headers, summary_rows
+from lightning_compress.analysis.report import Report, Target, describe_missed, headers, summary_rows, write_json
+from lightning_compress.analysis.show import write_html
 from lightning_compress.tracking import log_files, log_histograms
+
+from .outputs import written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["say", "send", "show_in_progress_bar"]
+__all__ = ["say", "send", "send_targets", "show_in_progress_bar", "write_report"]
+
+
+def write_report(report: Report, pictures: Mapping[str, Figure], folder: Path) -> Path | None:
+    """Write report.json and report.html; the page's path, None where it could not be written."""
+    numbers = folder / "report.json"
+    page = folder / "report.html"
+    written(numbers, lambda: write_json(report, numbers))
+    return page if written(page, lambda: write_html(report, pictures, page)) else None
 
 
 # one branch per kind of logger
@@ -54,6 +66,24 @@ def send(logger: Any, report: Report, history: History, pictures: Mapping[str, F
             log_files(logger.experiment, report["artifacts"], report["packed"])
     except Exception as error:  # whatever a logger raises
         rank_zero_warn(f"{type(logger).__name__} did not take the report: {type(error).__name__}: {error}")
+
+
+def send_targets(logger: Any, targets: Sequence[Target], step: int) -> None:
+    """Tell a logger how many targets were missed, and which, where it takes text; a refusal costs a warning."""
+    missed = [describe_missed(row) for row in targets if row["missed"]]
+    try:
+        logger.log_metrics({"compress/targets_missed": float(len(missed))}, step=step)
+        if not missed:
+            return
+        text = " ".join(missed)
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary["compress/targets"] = text
+        elif hasattr(logger.experiment, "add_text"):
+            logger.experiment.add_text("compress/targets", text, global_step=step)
+        elif hasattr(logger.experiment, "log_text"):
+            logger.experiment.log_text(logger.run_id, text, "compress/targets.txt")
+    except Exception as error:  # whatever a logger raises
+        rank_zero_warn(f"{type(logger).__name__} did not take the targets: {type(error).__name__}: {error}")
 
 
 def _tables(report: Report, history: History) -> dict[str, tuple[list[str], list[list[Any]]]]:

@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import pickle
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_compress.phase import Clock, check_phases
+from lightning_compress.phase import Clock, Phase
+from lightning_compress.squeeze import Squeezed, squeeze
 
 from .protocol import phases_of
 
-__all__ = ["check_run", "current_phase", "on_rank_zero", "read_clock", "tell_left_alone"]
+__all__ = [
+    "check_own_phase",
+    "check_run",
+    "current_phase",
+    "is_launched",
+    "on_rank_zero",
+    "own_progress",
+    "read_clock",
+    "share_after_batch",
+    "tell_left_alone",
+    "trains",
+]
 
 T = TypeVar("T")
 
+# Of the runs that are too short for their phases: how these are squeezed into them.
+_SQUEEZED: WeakKeyDictionary[pl.Trainer, Squeezed] = WeakKeyDictionary()
+
 
 def read_clock(trainer: pl.Trainer, num_batches: int) -> Clock:
-    """The clock, after a number of batches of the current epoch."""
+    """The clock as the phases see it, after a number of batches of the current epoch."""
+    clock = _read(trainer, num_batches)
+    squeezed = _SQUEEZED.get(trainer)
+    return clock if squeezed is None else squeezed.read(clock)
+
+
+def _read(trainer: pl.Trainer, num_batches: int) -> Clock:
     per_epoch = trainer.num_training_batches
     # Lightning's words for no end.
     max_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     max_steps = math.inf if trainer.max_steps in (None, -1) else trainer.max_steps
     total_batches = per_epoch * max_epochs if per_epoch else 0
-    epoch = trainer.current_epoch + (num_batches / per_epoch if math.isfinite(per_epoch) and per_epoch else 0)
+    epoch = trainer.current_epoch + _share_of_epoch(trainer, num_batches)
     shares = []
     if math.isfinite(total_batches) and total_batches:
         shares.append(epoch * per_epoch / total_batches)
@@ -43,9 +67,82 @@ def read_clock(trainer: pl.Trainer, num_batches: int) -> Clock:
     )
 
 
+def _share_of_epoch(trainer: pl.Trainer, num_batches: int) -> float:
+    """How much of the current epoch is over after a number of its batches."""
+    per_epoch = trainer.num_training_batches
+    done = num_batches > trainer.fit_loop.epoch_loop.batch_idx
+    if num_batches and done and trainer.is_last_batch:
+        return 1.0  # also where a dataloader has no length, or has fewer batches than it said
+    return num_batches / per_epoch if math.isfinite(per_epoch) and per_epoch else 0.0
+
+
+def share_after_batch(trainer: pl.Trainer) -> float:
+    """Share of the run that is over once this batch is."""
+    return read_clock(trainer, trainer.fit_loop.epoch_loop.batch_idx + 1).run
+
+
+def trains(trainer: pl.Trainer) -> bool:
+    """Whether a fit takes steps at all, by the Trainer's options."""
+    return 0 not in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches)
+
+
 def check_run(trainer: pl.Trainer) -> None:
-    """Raise before the first step unless all phases fit the run and follow each other."""
-    check_phases(phases_of(trainer), read_clock(trainer, 0))
+    """Make room for phases that a run is too short for; to call in ``on_train_start``, by every callback with a phase.
+
+    Phases in fractions of the run are squeezed into any run; phases in steps or epochs into one that the Trainer's
+    options ``fast_dev_run``, ``overfit_batches`` or ``limit_train_batches`` make short.
+
+    Raises:
+        ValueError: Before the first step, if phases do not fit the run, or do not follow each other.
+    """
+    known = _SQUEEZED.pop(trainer, None)
+    squeezed = squeeze_into_run(trainer, phases_of(trainer))
+    if squeezed is None:
+        return
+    _SQUEEZED[trainer] = squeezed
+    if known != squeezed:
+        _say(squeezed)
+
+
+def check_own_phase(trainer: pl.Trainer, name: str, phase: Phase) -> Squeezed | None:
+    """The same for a phase that may overlap those of others; gives where it lies in a run that is too short for it."""
+    squeezed = squeeze_into_run(trainer, [(name, phase)])
+    if squeezed is not None:
+        _say(squeezed)
+    return squeezed
+
+
+def own_progress(trainer: pl.Trainer, phase: Phase, squeezed: Squeezed | None, num_batches: int) -> float:
+    """Progress of such a phase, after a number of batches of the current epoch."""
+    clock = _read(trainer, num_batches)
+    return phase.progress(clock if squeezed is None else squeezed.read(clock))
+
+
+def squeeze_into_run(trainer: pl.Trainer, phases: Iterable[tuple[str, Phase]]) -> Squeezed | None:
+    """Where phases lie in a run that is too short for them; None if it is long enough."""
+    clock = _read(trainer, 0)
+    num_steps = clock.total_steps
+    if not trainer.lightning_module.automatic_optimization:
+        num_steps = _num_batches(trainer)
+    return squeeze(phases, clock, num_steps, lenient=_is_cut_short(trainer))
+
+
+def _say(squeezed: Squeezed) -> None:
+    rank_zero_info(f"The run of {squeezed.num_steps:g} steps is short: phases are squeezed into it, {squeezed.words}.")
+
+
+def _num_batches(trainer: pl.Trainer) -> float:
+    limits = [math.inf if limit in (None, -1) else limit for limit in (trainer.max_epochs, trainer.max_steps)]
+    max_epochs, max_steps = limits
+    return min(trainer.num_training_batches * max_epochs, max_steps)
+
+
+def _is_cut_short(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer's options for trying things out make a run shorter than it would be."""
+    limit = trainer.limit_train_batches
+    # 1 is one batch, and 1.0 all of them
+    limited = limit is not None and not (isinstance(limit, float) and limit == 1.0)
+    return bool(trainer.fast_dev_run or trainer.overfit_batches or limited)  # type: ignore[attr-defined]
 
 
 def current_phase(trainer: pl.Trainer, clock: Clock) -> tuple[int, str]:
@@ -63,6 +160,11 @@ def current_phase(trainer: pl.Trainer, clock: Clock) -> tuple[int, str]:
     return index, name
 
 
+def is_launched(trainer: pl.Trainer) -> bool:
+    """Whether this process was launched for the run, by ``ddp_spawn`` or the like: the user's Trainer is in another."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
 def on_rank_zero(trainer: pl.Trainer, call: Callable[[], T]) -> T:
     """What a call gives on rank zero, on every rank; what it raises there is raised everywhere."""
     result: T | Exception | None = None
@@ -72,11 +174,20 @@ def on_rank_zero(trainer: pl.Trainer, call: Callable[[], T]) -> T:
         except Exception as error:
             if trainer.world_size == 1:
                 raise
-            result = error
+            result = _sendable(error)
     result = trainer.strategy.broadcast(result)
     if isinstance(result, Exception):
         raise result
     return cast("T", result)
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error as other processes can take it; one that cannot be copied is told in words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever it holds
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def tell_left_alone(callback: pl.Callback, skipped: Mapping[str, str], warn: bool = False) -> None:

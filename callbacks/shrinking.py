@@ -13,26 +13,29 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_compress.analysis.inspect import count_macs
-from lightning_compress.checks import check_instance
-from lightning_compress.forward import Inputs, run_model, with_batch
+from lightning_compress.checks import check_flag, check_instance, check_names
+from lightning_compress.copies import forget_graphs
 from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import Criterion, Magnitude, Observation
+from lightning_compress.pruning.prunable import check_finite
 from lightning_compress.pruning.scoring import scorable_layers, scores_by_tensor
-from lightning_compress.quantization.convert import to_float
+from lightning_compress.structure.mirrors import check_mirrors
 from lightning_compress.structure.optimizers import check_optimizer
 from lightning_compress.structure.progress import Progress
 from lightning_compress.structure.record import Record, apply_record, structure_of
 
-from .best_checkpoint import gate_checkpoints, open_checkpoints
-from .evaluate import example_inputs
-from .live_shape import check_strategy, check_structure_on_load
-from .protocol import State, tell
+from .examples import Calls, example_calls, in_single_precision
+from .live_shape import check_strategy, check_structure_on_load, tell
+from .protocol import State
+from .rehearsal import why_it_fails
 from .run import check_run, on_rank_zero, read_clock, tell_left_alone
+from .verdict import end_with_verdict
 
 __all__ = ["Shrinking"]
 
 P = TypeVar("P", bound=Progress)
+
+_ROUNDING = 1e-6  # of shares that were counted
 
 
 class _Shrink(NamedTuple):
@@ -59,12 +62,24 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
         include: Sequence[str],
         exclude: Sequence[str],
         gate_checkpoints: bool,
+        gate_stopping: bool,
+        strict: bool,
     ) -> None:
+        check_names(f"{type(self).__name__}.include", include)
+        check_names(f"{type(self).__name__}.exclude", exclude)
+        for field, flag in (
+            ("gate_checkpoints", gate_checkpoints),
+            ("gate_stopping", gate_stopping),
+            ("strict", strict),
+        ):
+            check_flag(f"{type(self).__name__}.{field}", flag)
         self.criterion = Magnitude() if criterion is None else criterion
         self.phase = Phase(0.1, 0.3) if phase is None else phase
         self.include = tuple(include)
         self.exclude = tuple(exclude)
         self.gate_checkpoints = gate_checkpoints
+        self.gate_stopping = gate_stopping
+        self.strict = strict
         for name, kind in (("criterion", Criterion), ("phase", Phase)):
             accepted = f"a {kind.__name__}, an object of that class and not its name"
             check_instance(f"{type(self).__name__}.{name}", getattr(self, name), kind, accepted)
@@ -72,7 +87,7 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
         self.shrinks = 0
         self.progress: P | None = None  # None before anything was looked at
         self._inside = False
-        self._inputs: Inputs | None = None
+        self._calls = Calls({})
         self._module: pl.LightningModule | None = None
         self._state: State | None = None
         self._observation: Observation | None = None
@@ -113,8 +128,19 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
 
     def stands(self) -> dict[str, float]:
         """How much has been removed."""
-        stands = {} if self.progress is None else dict(self.progress.stands)
-        return stands or dict.fromkeys(self.asked(), 0.0)
+        stands = {} if self.progress is None else self.progress.stands
+        return dict.fromkeys(self.asked(), 0.0) | stands
+
+    def shortfalls(self) -> dict[str, str]:
+        """What of it could not be removed, or is not removed yet."""
+        asked = self.asked()
+        if not self.reached:
+            waits = self._observation is not None and not self._observation.ready
+            return dict.fromkeys(asked, f"{self.criterion} had seen nothing of the layers" if waits else "")
+        stands = self.stands()
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
+        why = f"no more can be removed{f' (left alone: {reasons})' if reasons else ''}"
+        return {name: why for name, value in asked.items() if stands[name] < value - _ROUNDING}
 
     def keep(self) -> None:
         """Nothing: what was removed does not come back."""
@@ -141,6 +167,8 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
         """Refuse sharding strategies, and let a checkpoint of another shape be loaded."""
         check_strategy(trainer, self)
         check_structure_on_load(pl_module)
+        if stage == "fit":
+            end_with_verdict(trainer)
         if self._module is not pl_module and stage == "fit":
             self.shrinks = 0
             self.skipped = {}
@@ -149,18 +177,23 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out on a copy what can be removed, before training starts."""
+        check_finite(type(self).__name__, pl_module)
+        check_mirrors(type(self).__name__, pl_module)
         for optimizer in trainer.optimizers:
-            check_optimizer(optimizer)
+            other = check_optimizer(type(self).__name__, optimizer)
+            if other:
+                rank_zero_info(
+                    f"{type(self).__name__}: {type(optimizer).__name__} keeps state of other shapes than those of the "
+                    f"parameters ({', '.join(other)}). What it knows of a parameter begins anew when that shrinks."
+                )
         observed = None if self._state is None else self._restore(self._state)
         self._state = None
         if not self.reached:
-            self._inputs = on_rank_zero(trainer, lambda: self._record_inputs(trainer, pl_module))
+            self._calls = on_rank_zero(trainer, lambda: example_calls(trainer, pl_module, type(self).__name__))
             self._observe(pl_module, observed)
             if self.progress is None:
-                self.progress, self.skipped = on_rank_zero(trainer, lambda: self.find(to_float(pl_module)))
+                self.progress, self.skipped = on_rank_zero(trainer, lambda: self.find(in_single_precision(pl_module)))
         tell_left_alone(self, self.skipped)
-        if self.gate_checkpoints:
-            gate_checkpoints(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise if a phase does not fit the run."""
@@ -196,14 +229,9 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
             self._shrink(trainer, pl_module, clock)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop observing, and let checkpoints go."""
+        """Stop observing."""
         if self._observation is not None:
             self._observation.cancel()
-        open_checkpoints(trainer)
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let checkpoints go."""
-        open_checkpoints(trainer)
 
     def state_dict(self) -> State:
         """How often it shrank, what of, and how the module differs from its dense self."""
@@ -213,13 +241,21 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
             "shrinks": self.shrinks,
             "skipped": dict(self.skipped),
             "facts": {} if self.progress is None else self.progress.to_state(),
-            "observed": None if self._observation is None else self._observation.state_dict(),
+            "observed": None if self._observation is None or self.reached else self._observation.state_dict(),
             "structure": {} if self._module is None else structure_of(self._module),
         }
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore from a checkpoint."""
         self._state = dict(state_dict)
+
+    def settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Know what was removed of a model that was trained in processes of its own."""
+        self._module = pl_module
+        if self._state is not None:
+            self._restore(self._state)
+            # what was observed is of use as long as something is still to go
+            self._state = None if self.reached else self._state
 
     def _restore(self, state: State) -> State | None:
         """Take a checkpoint's progress; gives what was observed."""
@@ -228,23 +264,13 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
         self.progress = self.progress_class(**copy.deepcopy(state["facts"])) if state["facts"] else None
         return state["observed"]
 
-    def _record_inputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Inputs:
-        inputs = example_inputs(trainer, pl_module)
-        if inputs is None:
-            raise ValueError(
-                f"{type(self).__name__} watches the model's forward, but the validation step never calls it and there "
-                "is no example_input_array. Call self(...) in validation_step, or set self.example_input_array."
-            )
-        small = with_batch(inputs, 2)
-        try:
-            run_model(to_float(pl_module), small)
-        except Exception:  # a first axis that is no batch
-            return inputs
-        return small
+    def _forward(self, model: nn.Module) -> object:
+        return self._calls.run(model)
 
-    def _forward(self, model: nn.Module) -> Any:
-        assert self._inputs is not None
-        return model(*self._inputs.args, **self._inputs.kwargs)
+    def _rehearse(self, model: nn.Module) -> str | None:
+        """Why a changed float copy does not go through the user's own steps; None where it does."""
+        assert self._module is not None
+        return why_it_fails(self._module.trainer, model, self._calls.batches)
 
     def _observe(self, pl_module: pl.LightningModule, state: State | None) -> None:
         """Watch what the criterion wants to see."""
@@ -262,6 +288,7 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
             return
         before = sum(p.numel() for p in pl_module.parameters())
         found = on_rank_zero(trainer, lambda: self._choose(pl_module, due / self.steps))
+        forget_graphs(pl_module)
         tell(trainer, found.record)
         self.progress = found.progress  # after all were told, this callback too: its own change is counted
         self.skipped = found.skipped
@@ -274,11 +301,10 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
 
     def _choose(self, pl_module: pl.LightningModule, share: float) -> _Shrink:
         """What to remove, on a float copy."""
-        assert self._inputs is not None
         assert self.progress is not None
-        model = to_float(pl_module)
-        macs = count_macs(model, self._inputs)[""]
+        model = in_single_precision(pl_module)
+        macs = self._calls.macs(model)
         scores = scores_by_tensor(pl_module, self.criterion, self._observation)
         record, progress, skipped = self.choose(model, self.progress, scores, share)
         apply_record(model, record)
-        return _Shrink(record, progress, skipped, macs, count_macs(model, self._inputs)[""])
+        return _Shrink(record, progress, skipped, macs, self._calls.macs(model))

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_compress.guard_steps import next_bits, next_sparsity
 from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import LAMP
 
-from .evaluate import has_validation
+from .evaluate import why_not_validated
 from .live_shape import check_strategy
 from .protocol import Steerable, all_callbacks, compressing, steerable
 from .pruning import GradualPruning
 
-__all__ = ["check_guarded", "progress_of", "prune_if_alone", "release", "steered"]
+__all__ = ["check_guarded", "next_level", "progress_of", "prune_if_alone", "release", "steered"]
 
 _LEVERS = ("sparsity", "bits")
 
@@ -28,6 +29,24 @@ def steered(trainer: pl.Trainer, lever: str) -> Steerable | None:
 def progress_of(callback: Steerable, clock: Clock) -> float:
     """Progress of the phase in which a callback is steered, its last."""
     return callback.phases()[-1][1].progress(clock)
+
+
+def next_level(trainer: pl.Trainer, lever: str | None, level: float, step: float, bits: Sequence[int]) -> float | None:
+    """The level to try after one that held; None where nothing is left to try.
+
+    Args:
+        trainer: The Trainer of the run.
+        lever: What is steered.
+        level: What held.
+        step: Fraction of the remaining weights that the next step prunes.
+        bits: Bits to try, in falling order.
+    """
+    if lever == "bits":
+        return next_bits(int(level), bits)
+    pruner = steered(trainer, "sparsity")
+    if pruner is None or pruner.reached:
+        return None
+    return next_sparsity(level, step, float(pruner.asked()["sparsity"]))
 
 
 def release(trainer: pl.Trainer) -> None:
@@ -62,11 +81,9 @@ def check_guarded(trainer: pl.Trainer, pl_module: pl.LightningModule, guard: pl.
     """
     name = type(guard).__name__
     check_strategy(trainer, guard)
-    if not has_validation(trainer, pl_module):
-        raise ValueError(
-            f"{name} judges by validation data, but there is no validation_step, no val_dataloader, or "
-            "limit_val_batches=0. Add both to the LightningModule (or the dataloader to the DataModule)."
-        )
+    why = why_not_validated(trainer, pl_module)
+    if why is not None:
+        raise ValueError(f"{name} judges by validation data, but {why}")
     for callback in compressing(trainer):
         if callback.keep() is None:
             raise ValueError(

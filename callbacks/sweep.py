@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from .evaluate import has_validation, more_is_better, pick_metric
+from lightning_compress.checks import check_one_of, first_line
+from lightning_compress.files import write_whole
+from lightning_compress.metrics import MODES, Mode
+from lightning_compress.thinning import Thinning
+
+from .evaluate import why_not_validated
+from .judgement import Judge
+from .outputs import written
+from .run import is_launched
 
 __all__ = ["RunStopped", "StopUnderperforming"]
 
@@ -32,9 +42,11 @@ class StopUnderperforming(pl.Callback):
         dirpath: Folder of the run; those of the others lie beside it.
         margin: How far below the median of the others is hopeless, in the metric's own unit.
         monitor: The validation metric; an accuracy or the like without one, else the validation loss.
+        mode: ``"max"`` if higher is better, ``"min"`` if lower is; told by the metric's name without one.
 
     Raises:
-        ValueError: If the margin is no number above 0, or the run has no validation data.
+        ValueError: If the margin is no number above 0, the run has no validation data or does not log the metric, or
+            its name does not tell which way is better.
         RunStopped: Out of ``Trainer.fit``, when the run is ended.
 
     Example:
@@ -42,43 +54,67 @@ class StopUnderperforming(pl.Callback):
         ...                      enable_checkpointing=False)
     """
 
-    def __init__(self, dirpath: str | Path, margin: float = 0.1, monitor: str | None = None) -> None:
+    def __init__(
+        self, dirpath: str | Path, margin: float = 0.1, monitor: str | None = None, mode: Mode | None = None
+    ) -> None:
         self.path = Path(dirpath) / "curve.json"
         self.margin = margin
         self.monitor = monitor
+        self.mode = mode
         self.curve: dict[str, float] = {}
+        self._thinning = Thinning()  # of the curve
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < math.inf:
             raise ValueError(
                 f"{type(self).__name__}.margin={margin!r}: accepted is a number above 0, in the metric's own unit (0.1 "
                 "of an accuracy is ten points)."
             )
+        check_one_of(f"{type(self).__name__}.mode", mode, MODES, "Take 'max' if higher is better.")
+        self._judge = Judge(type(self).__name__, monitor, mode)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a run that is never validated."""
-        if stage == "fit" and not has_validation(trainer, pl_module):
+        """Refuse a run that is never validated, or whose end would reach its sweep as another error."""
+        if is_launched(trainer):
             raise ValueError(
-                f"{type(self).__name__} judges by validation data, but there is no validation_step, no val_dataloader, "
-                "or limit_val_batches=0. Add both to the LightningModule, or leave the callback out (hopeless=null)."
+                f"{type(self).__name__} with strategy='ddp_spawn', 'ddp_fork' or 'ddp_notebook': it ends a run by an "
+                "exception, which does not leave the processes that the Trainer launches. Accepted are strategies that "
+                "launch none, such as Trainer(strategy='ddp')."
             )
+        why = why_not_validated(trainer, pl_module) if stage == "fit" else None
+        if why is not None:
+            raise ValueError(
+                f"{type(self).__name__} judges by validation data, but {why} Or leave the callback out (hopeless=null)."
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Judge by what is asked for now."""
+        self._judge = Judge(type(self).__name__, self.monitor, self.mode)
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a metric that is not logged."""
+        self._judge.see_validation(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a metric whose name does not tell which way is better, also where there was no sanity check."""
+        self._judge.check_mode(self.monitor)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        name = self.monitor or pick_metric(list(trainer.callback_metrics))
-        if name not in trainer.callback_metrics:
+        name = self._seen(trainer)
+        if name is None:
             return
         value = float(trainer.callback_metrics[name])
         step = str(trainer.global_step)
-        self.curve[step] = value
+        points = list(self.curve.items())
+        self.curve = dict(points[self._thinning.make_room(points)]) | {step: value}
         reason = None
         if trainer.is_global_zero:
             self._write(over=False)
             others = [curve[step] for curve in self._others() if step in curve]
             if len(others) >= _FEW:
                 usual = median(others)
-                short = usual - value if more_is_better(name) else value - usual
-                if not short <= self.margin:  # NaN is hopeless, too
+                if self._judge.drop(usual, value) > self.margin:  # NaN is hopeless, too
                     reason = f"{name} {value:.4g} at step {step}, where {len(others)} others had {usual:.4g}"
         reason = trainer.strategy.broadcast(reason)
         if reason is not None:
@@ -90,22 +126,44 @@ class StopUnderperforming(pl.Callback):
         if trainer.is_global_zero:
             self._write(over=True)
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
+    def state_dict(self) -> dict[str, dict[str, Any]]:
         """What was validated so far."""
-        return {"curve": dict(self.curve)}
+        return {"curve": dict(self.curve), "thinning": asdict(self._thinning)}
 
-    def load_state_dict(self, state_dict: dict[str, dict[str, float]]) -> None:
+    def load_state_dict(self, state_dict: dict[str, dict[str, Any]]) -> None:
         """Take up where a checkpoint was written."""
         self.curve = dict(state_dict["curve"])
+        # A checkpoint of an earlier version has kept all.
+        self._thinning = Thinning(**state_dict.get("thinning", {}))
+
+    def _seen(self, trainer: pl.Trainer) -> str | None:
+        """The metric; None, with a warning, where this validation has not logged it, for that ends no run."""
+        try:
+            name = self._judge.see_validation(trainer)
+        except ValueError as error:
+            rank_zero_warn(f"{type(self).__name__} judges nothing: {error}")
+            return None
+        if name in trainer.callback_metrics:
+            return name
+        rank_zero_warn(f"{type(self).__name__} judges nothing where {name or self.monitor!r} is not logged.")
+        return None
 
     def _write(self, over: bool) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps({"over": over, "curve": {k: v for k, v in self.curve.items() if math.isfinite(v)}}))
-        part.replace(self.path)
+        curve = {step: value for step, value in self.curve.items() if math.isfinite(value)}
+        written(self.path, lambda: write_whole(self.path, json.dumps({"over": over, "curve": curve})))
 
     def _others(self) -> list[dict[str, float]]:
         """The curves of runs that went to their end."""
         paths = [path for path in self.path.parent.parent.glob("*/curve.json") if path != self.path]
-        found = [json.loads(path.read_text()) for path in sorted(paths)]
-        return [run["curve"] for run in found if run["over"]]
+        found = [_read(path) for path in sorted(paths)]
+        return [run["curve"] for run in found if run.get("over")]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a run wrote; nothing where that is no curve, which costs this comparison and no run."""
+    try:
+        found = json.loads(path.read_text())
+        return {"over": found["over"], "curve": {str(k): float(v) for k, v in found["curve"].items()}}
+    except Exception as error:  # a file that is cut or foreign
+        rank_zero_warn(f"{path} is left out: it cannot be read ({first_line(error)}).")
+        return {}

@@ -37,7 +37,7 @@ def check_extendable(pl_module: pl.LightningModule, by_hand: bool) -> None:
     if not by_hand and not pl_module.automatic_optimization:
         raise ValueError(
             f"KnowledgeDistillation cannot extend the loss of {type(pl_module).__name__}: it optimizes by hand "
-            "(automatic_optimization=False), so Lightning never sees the loss. Give "
+            "(automatic_optimization=False), so Lightning never sees the loss. Accepted is "
             "KnowledgeDistillation(by_hand=True), and in training_step before manual_backward: "
             "loss = callback.loss(loss, outputs, *inputs), with the outputs of the distilled module and the arguments "
             "it was called with."
@@ -103,6 +103,7 @@ class TaughtStep:
         self.loss = loss
         self.chosen: str | None = outputs or None
         self.warned: set[str] = set()
+        self.num_taught = 0
 
     def __call__(self, step: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         """What a training step returns, with the teacher's part in the loss."""
@@ -133,6 +134,7 @@ class TaughtStep:
         if not torch.isfinite(share):
             self._warn("the distillation loss is NaN or infinite; such steps use the task loss only.")
             return task_loss
+        self.num_taught += 1
         return (1 - self.loss.alpha) * task_loss + share
 
     def share(self, call: Call) -> Tensor | None:

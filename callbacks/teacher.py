@@ -7,18 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from lightning_compress.checkpoint import check_structure, follow_structure
+from lightning_compress.checkpoint import check_structure
 from lightning_compress.checks import first_line
-from lightning_compress.distillation import Call, DistillationLoss, check_names, main_tensor, teach, visible_modules
+from lightning_compress.distillation import (
+    Call,
+    DistillationLoss,
+    check_names,
+    choose_module,
+    main_tensor,
+    record_calls,
+    teach,
+    visible_modules,
+)
 from lightning_compress.forward import Inputs, record_inputs
 from lightning_compress.quantization.convert import to_float
 from lightning_compress.structure.record import restore_structure, structure_of
+from lightning_compress.weights import read_weights
 
-from .evaluate import check_validation_data, copied, evaluate
+from .evaluate import copied, evaluate, run_training_step
+from .standing_in import attached
 
 __all__ = ["Teacher", "rehearse"]
 
@@ -29,13 +39,17 @@ class Teacher:
     Args:
         source: ``"self"``, the path of a checkpoint, or a module.
         pl_module: The model that is taught.
+        weights_only: As that of ``torch.load``, for a checkpoint.
 
     Raises:
         ValueError: If the checkpoint cannot be read or does not fit, or the module shares parameters with the model.
     """
 
-    def __init__(self, source: str | Path | nn.Module, pl_module: pl.LightningModule) -> None:
+    def __init__(
+        self, source: str | Path | nn.Module, pl_module: pl.LightningModule, weights_only: bool | None = None
+    ) -> None:
         self.is_copy = not isinstance(source, nn.Module)
+        self.student = pl_module
         if isinstance(source, nn.Module):
             ours = {id(p) for p in pl_module.parameters()}
             if any(id(p) in ours for p in source.parameters()):
@@ -48,7 +62,7 @@ class Teacher:
         copy = to_float(pl_module)
         copy._metric_attributes = None  # noqa: SLF001  # a cache of the original's metrics by identity
         if source != "self":
-            _load(copy, Path(source))
+            _load(copy, Path(source), weights_only)
         self.module = copy.requires_grad_(False)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -100,43 +114,48 @@ class Teacher:
     def answer(self, call: Call, features: Iterable[str] = ()) -> Call:
         """Its answer to a call of the model, with the outputs of its own layers for these features."""
         modules = self.modules()
-        asked = modules[call.name] if self.is_copy else self.module
-        return teach(asked, {name: modules[self.feature_name(name)] for name in features}, call)
+        watched = {name: modules[self.feature_name(name)] for name in features}
+        if not isinstance(self.module, pl.LightningModule) or not self.is_copy:
+            return teach(self.module, watched, call)
+        with attached(self.student.trainer, self.module):
+            return teach(modules[call.name], watched, call)
 
 
-def _load(copy: pl.LightningModule, path: Path) -> None:
-    """Load the weights of a checkpoint into a copy of the model."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        follow_structure(copy, checkpoint)
-    except Exception as error:
-        raise ValueError(
-            f"KnowledgeDistillation.teacher={str(path)!r} cannot be read: {type(error).__name__}: {error}. Accepted is "
-            "a .ckpt file that Lightning wrote, with plain values."
-        ) from error
-    weights = checkpoint["state_dict"]
-    check_structure(copy, weights, strict=copy.strict_loading)
-    copy.load_state_dict(weights, strict=copy.strict_loading)
+def _load(copy: pl.LightningModule, path: Path, weights_only: bool | None) -> None:
+    """Load the weights of a file into a copy of the model."""
+    weights, _ = read_weights("KnowledgeDistillation.teacher", path, copy, weights_only)
+    strict = copy.strict_loading
+    check_structure(copy, weights, strict, of=f"KnowledgeDistillation.teacher={str(path)!r}")
+    copy.load_state_dict(weights, strict=strict)
 
 
-def rehearse(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, teacher: Teacher, name: str, loss: DistillationLoss
+def rehearse(  # all of it is compared
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    teacher: Teacher,
+    name: str,
+    loss: DistillationLoss,
+    by_hand: bool,
 ) -> None:
-    """Give the teacher one call before training, from a batch of validation data, where there is one.
+    """Give the teacher one call before training, from a batch of validation or training data.
 
     Args:
         trainer: The Trainer of the run.
         pl_module: The model that is taught; a copy of it is run.
         teacher: The teacher.
-        name: The module that is distilled.
+        name: The module that is distilled; empty for the one that training will choose.
         loss: What compares the outputs of the two.
+        by_hand: Whether the training step gives the calls, so that none is chosen.
 
     Raises:
-        ValueError: If the teacher cannot take the inputs, or its outputs cannot be compared.
+        ValueError: If the teacher cannot take the inputs, or its outputs cannot be compared; or if no module can be
+            chosen.
     """
     if not loss.alpha:
         return
-    call = _example_call(trainer, pl_module, name)
+    # first, for it refuses a training step in which no module can be chosen
+    chosen = None if by_hand else _training_call(trainer, pl_module, name)
+    call = _validation_call(trainer, pl_module, name) or chosen
     if call is None:
         return
     try:
@@ -153,17 +172,31 @@ def rehearse(
         loss.comparable(student, answer)
 
 
-def _example_call(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Call | None:
+def _validation_call(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Call | None:
     """A module's first call in validation; None where validation makes no such call."""
     watched = copied(pl_module)
     module = visible_modules(watched)[name]
     try:
-        check_validation_data(trainer, pl_module)
         recorded = record_inputs(module, lambda: evaluate(trainer, watched))
         if recorded is None:
             return None
         inputs = Inputs(*move_data_to_device(tuple(recorded), pl_module.device))
         with trainer.precision_plugin.forward_context():
             return Call(name, inputs, teach(module.eval(), {}, Call("", inputs)).outputs)
-    except Exception:  # no validation data, or a step that cannot run alone: the first training step will tell
+    except Exception:  # a step that cannot run alone: training will tell
         return None
+
+
+def _training_call(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Call | None:
+    """The first call of a module, or of the one that is chosen, in training; None where it is not called."""
+    watched = copied(pl_module)
+    modules = visible_modules(watched)
+    try:
+        with record_calls({name: modules[name]} if name else modules, {}) as calls:
+            output = run_training_step(trainer, watched)
+    except Exception:  # a step that cannot run alone: the first one will tell
+        return None
+    if not calls and output is None:  # a step that leaves its batch out
+        return None
+    chosen = name or choose_module(watched, calls)
+    return next((call for call in calls if call.name == chosen), None)

@@ -34,6 +34,7 @@ from experiments.baselines import (
 )
 from experiments.recipes import DISTILLED, OURS, QUANTIZED, STRUCTURED_OURS
 from experiments.tasks import TASKS, Data, Task
+from lightning_compress.files import replacing
 from lightning_compress.quantization.fake_quant import activations, weights
 
 __all__ = [
@@ -122,9 +123,8 @@ def kept(path: Path, build: Callable[[], nn.Module], make: Callable[[nn.Module],
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
     make(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path.with_suffix(".part"))
-    path.with_suffix(".part").rename(path)
+    with replacing(path) as temporary:
+        torch.save(model.state_dict(), temporary)
     return model
 
 

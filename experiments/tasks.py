@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LENET5", "TASKS", "Batches", "Classifier", "Data", "Task", "TaskData", "data_folder", "mfcc"]
+__all__ = ["LENET5", "TASKS", "Batches", "Classifier", "Data", "Task", "TaskData", "data_folder", "mel", "mfcc", "read"]
 
 
 def _wide(num: int, width: float, least: int = 1) -> int:
@@ -90,7 +90,8 @@ def data_folder(folder: Path | None = None) -> Path:
     return folder or next((path for path in usual if path.is_dir()), usual[0])
 
 
-def _read(folder: Path, name: str, source: str) -> dict[str, np.ndarray]:
+def read(folder: Path, name: str, source: str) -> dict[str, np.ndarray]:
+    """The arrays of a file; without it the error says what it holds."""
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {source}. Put it there, or name its folder with --data.")
@@ -117,7 +118,7 @@ class Data:
 def mnist(folder: Path) -> Data:
     """MNIST in its original split."""
     what = "MNIST as an npz of x_train (60000,28,28) uint8, y_train, x_test, y_test, for instance from Keras' mnist.npz"
-    file = _read(folder, "mnist70k.npz", what)
+    file = read(folder, "mnist70k.npz", what)
     x = {part: torch.from_numpy((file[f"x_{part}"] / 255 - 0.1307) / 0.3081).float() for part in ("train", "test")}
     y = {part: torch.from_numpy(file[f"y_{part}"]).long() for part in ("train", "test")}
     return Data(x["train"], y["train"], x["test"], y["test"])
@@ -136,25 +137,29 @@ def mnist1d(folder: Path) -> Data:
     return Data(x["x"], torch.from_numpy(made["y"]).long(), x["x_test"], torch.from_numpy(made["y_test"]).long())
 
 
-def mfcc(x: Tensor, rate: int = 8000, num_bands: int = 40, num_terms: int = 10) -> Tensor:
-    """Mel-frequency cepstral coefficients of clips: windows of 40 ms every 20 ms."""
-    window, hop, n_fft = rate // 25, rate // 50, 512
+def mel(x: Tensor, rate: int = 8000, num_bands: int = 40, n_fft: int = 512) -> Tensor:
+    """Power in mel bands of clips, in windows of 40 ms every 20 ms: clips by bands by windows."""
+    window, hop = rate // 25, rate // 50
     spectrum = torch.stft(x, n_fft, hop, window, torch.hann_window(window), center=False, return_complex=True).abs()
     low, high = (1127 * np.log1p(f / 700) for f in (20.0, rate / 2))
     edges = 700 * np.expm1(np.linspace(low, high, num_bands + 2) / 1127)
     bins = np.arange(n_fft // 2 + 1) * rate / n_fft
     rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
-    bands = torch.from_numpy(np.maximum(0, np.minimum(rising, falling))).float()
+    return torch.from_numpy(np.maximum(0, np.minimum(rising, falling))).float() @ spectrum.square()
+
+
+def mfcc(x: Tensor, rate: int = 8000, num_bands: int = 40, num_terms: int = 10) -> Tensor:
+    """Mel-frequency cepstral coefficients of clips: windows of 40 ms every 20 ms."""
     k, n = np.arange(num_terms)[:, None], np.arange(num_bands)
     dct = torch.from_numpy(np.cos(np.pi / num_bands * (n + 0.5) * k) * np.sqrt(2 / num_bands)).float()
-    return (dct @ (bands @ spectrum.square() + 1e-6).log()).transpose(1, 2)
+    return (dct @ (mel(x, rate, num_bands) + 1e-6).log()).transpose(1, 2)
 
 
 def fsdd(folder: Path) -> Data:
     """Spoken digits of six speakers; the first five takes of each digit and speaker are the test part."""
     what = "the Free Spoken Digit Dataset as an npz of x (3000,8000) float32 at 8 kHz, y digit, i take"
-    file = _read(folder, "fsdd.npz", what)
+    file = read(folder, "fsdd.npz", what)
     x, y = mfcc(torch.from_numpy(file["x"])), torch.from_numpy(file["y"]).long()
     test = torch.from_numpy(file["i"] < 5)
     x = ((x - x[~test].mean((0, 1))) / x[~test].std((0, 1))).unsqueeze(1)

@@ -2,6 +2,7 @@
 
 Hydra's own Optuna sweeper pins an Optuna that cannot store a study. This one asks and tells: the study stands in a
 database, each trial is a job of whatever launcher there is, and a sweep that was killed goes on with what is missing.
+A job writes down what it returns, so that one which ended just before a kill is not done again.
 What is tried depends on the study's past and the trial's number alone, so it is the same with and without a kill.
 
 Hydra imports every module below ``hydra_plugins`` when it starts: Optuna is imported when a sweep begins.
@@ -9,13 +10,16 @@ Hydra imports every module below ``hydra_plugins`` when it starts: Optuna is imp
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep, Transformer
 from hydra.core.plugins import Plugins
@@ -66,8 +70,9 @@ class StudySweeper(Sweeper):
         """Take what a sweep needs."""
         self.hydra_context: Any = hydra_context
         self.config: Any = config
+        folder = Path(config.hydra.sweep.dir).absolute()
         self.launcher: Any = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
+            hydra_context=hydra_context, task_function=partial(_noted, task_function, str(folder)), config=config
         )
 
     def sweep(self, arguments: list[str]) -> Any:
@@ -78,11 +83,12 @@ class StudySweeper(Sweeper):
             raise ModuleNotFoundError(
                 "hydra/sweeper=study asks Optuna. Run: pip install 'lightning-compress[optuna]'"
             ) from error
+        from lightning_compress.files import write_whole
 
         fixed, searched = self._split(arguments)
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        write_whole(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(
             storage=self.storage or f"sqlite:///{folder / 'study.db'}",
@@ -92,7 +98,10 @@ class StudySweeper(Sweeper):
         )
         states = optuna.trial.TrialState
         for left in study.get_trials(deepcopy=False, states=(states.RUNNING,)):  # when an earlier sweep was killed
-            study.tell(left.number, state=states.FAIL)
+            values = _read_note(folder, left)
+            if values is not None:
+                _log.info("trial %d had ended when the sweep was killed; its values count", left.number)
+            study.tell(left.number, **({"state": states.FAIL} if values is None else _told(values)))
         over = (states.COMPLETE, states.PRUNED)
         while (num_left := self.num_trials - len(study.get_trials(deepcopy=False, states=over))) > 0:
             num_broken = sum("reason" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
@@ -107,16 +116,14 @@ class StudySweeper(Sweeper):
             self.validate_batch_is_legal(jobs)
             for trial, job in zip(trials, self.launcher.launch(jobs, initial_job_idx=trials[0].number), strict=True):
                 try:
-                    values = job.return_value
-                    values = list(values) if isinstance(values, list | tuple) else [values]
-                    hopeless = all(isinstance(value, float) and math.isnan(value) for value in values)
-                    study.tell(trial, None if hopeless else values, states.PRUNED if hopeless else None)
+                    study.tell(trial, **_told(_values(job.return_value)))
                 except Exception as error:  # a trial that breaks is a failed one, not the end of the study
                     _log.warning("trial %d failed: %s: %s", trial.number, type(error).__name__, error)
                     trial.set_user_attr("reason", f"{type(error).__name__}: {error}")
                     study.tell(trial, state=states.FAIL, skip_if_finished=True)
         best = [{"trial": t.number, "values": t.values, "params": t.params} for t in study.best_trials]
-        OmegaConf.save(OmegaConf.create({"name": "study", "best": best}), folder / "optimization_results.yaml")
+        results = OmegaConf.create({"name": "study", "best": best})
+        write_whole(folder / "optimization_results.yaml", OmegaConf.to_yaml(results))
         return best
 
     def _split(self, arguments: list[str]) -> tuple[list[str], dict[str, Override]]:
@@ -129,6 +136,45 @@ class StudySweeper(Sweeper):
             if not isinstance(override.value(), ChoiceSweep | IntervalSweep | RangeSweep):
                 raise ValueError(f"{override.input_line}: accepted are choice(...), interval(...) and range(...).")
         return [str(o.input_line) for name, o in found.items() if name not in searched], searched
+
+
+def _values(returned: Any) -> list[Any]:
+    """What a task returned, an objective each."""
+    return list(returned) if isinstance(returned, list | tuple) else [returned]
+
+
+def _told(values: list[Any]) -> dict[str, Any]:
+    """What the study is told of them; nan all over of a trial that the task gave up."""
+    from optuna.trial import TrialState
+
+    hopeless = all(isinstance(value, float) and math.isnan(value) for value in values)
+    return {"state": TrialState.PRUNED} if hopeless else {"values": values}
+
+
+def _note(folder: str | Path, number: int) -> Path:
+    return Path(folder, ".returned", f"{number}.json")
+
+
+def _noted(task_function: TaskFunction, folder: str, cfg: DictConfig) -> Any:
+    """A job, which writes down what it returns: the sweep may be killed before it tells the study."""
+    from lightning_compress.files import write_whole
+
+    returned = task_function(cfg)
+    try:
+        content = json.dumps([float(value) for value in _values(returned)])
+        write_whole(_note(folder, HydraConfig.get().job.num), content)
+    except (TypeError, ValueError, OSError) as error:  # no numbers, or a full disk: the study says what it takes
+        _log.debug("nothing was noted of this job: %s", error)
+    return returned
+
+
+def _read_note(folder: Path, trial: Any) -> list[float] | None:
+    """What a trial's job returned; None where it did not get that far, or an earlier study's had this number."""
+    path = _note(folder, trial.number)
+    try:
+        return json.loads(path.read_text()) if path.stat().st_mtime >= trial.datetime_start.timestamp() else None
+    except (OSError, ValueError):
+        return None
 
 
 def _suggest(trial: Any, name: str, override: Override) -> Any:

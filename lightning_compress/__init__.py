@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_compress.checkpoint import load_from_checkpoint
+    from lightning_compress.deploy.pack_quantized import save_pack_quantized
     from lightning_compress.deploy.packed import load_packed, save_packed
     from lightning_compress.phase import Phase
     from lightning_compress.quantization.convert import convert
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
         scheme,
         ternary,
         w2a8,
+        w4_groups,
         w4a8,
+        w4a8_groups,
         w8,
     )
 
@@ -44,11 +47,14 @@ __all__ = [
     "load_packed",
     "log4",
     "lsq",
+    "save_pack_quantized",
     "save_packed",
     "scheme",
     "ternary",
     "w2a8",
+    "w4_groups",
     "w4a8",
+    "w4a8_groups",
     "w8",
 ]
 
@@ -66,7 +72,9 @@ _SCHEMES = (
     "scheme",
     "ternary",
     "w2a8",
+    "w4_groups",
     "w4a8",
+    "w4a8_groups",
     "w8",
 )
 # Nothing heavy at import: Hydra imports this package only to find its configuration files.
@@ -75,6 +83,7 @@ _WHERE = {
     "convert": "quantization.convert",
     "load_from_checkpoint": "checkpoint",
     "load_packed": "deploy.packed",
+    "save_pack_quantized": "deploy.pack_quantized",
     "save_packed": "deploy.packed",
     **dict.fromkeys(_SCHEMES, "quantization.schemes"),
 }

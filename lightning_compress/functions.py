@@ -5,7 +5,8 @@ A name stands here without the underscores around it, as :class:`lightning_compr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,16 @@ __all__ = [
     "ADDITIONS",
     "ATTRIBUTES",
     "AVERAGES",
+    "CLIPS",
     "COPIES",
     "DROPOUTS",
     "LAYERS",
+    "MULTIPLICATIONS",
     "POOLS",
     "RESHAPES",
     "SAME_VALUES",
+    "STATISTICS",
+    "keeps_values",
 ]
 
 # What asks a tensor for something that does not depend on its values: only a result that is a tensor (``x.T``) counts.
@@ -71,10 +76,32 @@ SAME_VALUES = {
     *_MAX_POOLS,
     *("feature_dropout", "alpha_dropout"),
     *("permute", "transpose", "t", "movedim", "swapaxes", "view_as"),
-    *("expand", "repeat", "roll", "pad", "chunk", "split", "unbind", "getitem"),
+    *("expand", "repeat", "roll", "pad", "chunk", "split", "unbind", "getitem", "index_select", "narrow", "flip"),
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "repeat_interleave", "pack_padded_sequence"),
     *("boolean_dispatch", "detach"),  # the first is what torch calls a max pool before it knows which
 }
 
 # What an integer kernel computes from quantized operands: of two tensors at least, or of one.
 ADDITIONS = {"add", "radd", "iadd", "cat", "concat", "concatenate"}
 AVERAGES = {"mean", *_AVERAGE_POOLS}
+MULTIPLICATIONS = {"mul", "rmul", "imul", "multiply"}
+
+# Kernels of convolutions clip what they give: a relu between them and the quantization costs nothing.
+CLIPS = {"relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min"}
+
+# What a norm divides by: of too wide a range for 8 bits.
+STATISTICS = {"rsqrt", "sqrt", "reciprocal", "exp", "pow", "var", "std", "norm", "vector_norm"}
+
+
+def keeps_values(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether each value that a function gives is one of its input's, so that one quantizer serves both.
+
+    Args:
+        name: The function.
+        arguments: Its arguments by name.
+
+    Example:
+        >>> keeps_values("interpolate", {"mode": "nearest"}), keeps_values("interpolate", {"mode": "bilinear"})
+        (True, False)
+    """
+    return name in SAME_VALUES or (name == "interpolate" and str(arguments.get("mode", "")).startswith("nearest"))

@@ -7,9 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_compress.checks import check_number, check_one_of, check_whole_number, is_whole
+from lightning_compress.checks import (
+    check_flag,
+    check_number,
+    check_numbers,
+    check_one_of,
+    check_text,
+    check_whole_number,
+    refusal,
+)
+from lightning_compress.metrics import MODES
 
 __all__ = ["StepPolicy", "allowed_drop", "check_settings", "metric_drop", "next_bits", "next_sparsity"]
+
+_BITS = "a list of whole numbers in 2..8, in falling order, such as (6, 4, 3, 2)"
 
 
 @dataclass
@@ -94,14 +105,14 @@ def next_bits(good: int, bits: Sequence[int]) -> int | None:
 
 
 def metric_drop(reference: float, value: float, more_is_better: bool) -> float:
-    """How much worse a metric is than its reference; negative if it is better, infinite for NaN.
+    """How much worse a metric is than its reference; negative if it is better, infinite if it is no finite number.
 
     Example:
         >>> round(metric_drop(0.98, 0.97, more_is_better=True), 3), metric_drop(0.1, math.nan, more_is_better=False)
         (0.01, inf)
     """
     drop = reference - value if more_is_better else value - reference
-    if math.isnan(drop):
+    if not math.isfinite(drop):
         return math.inf
     # Metrics are float32: a drop of just what is allowed must not miss by rounding.
     return drop - 1e-6
@@ -136,21 +147,22 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If one is out of range.
     """
+    check_flag(f"{name}.strict", settings["strict"])
     max_drop = settings["max_drop"]
     unit = "a number from 0, in the metric's own unit (0.01 of an accuracy is one percentage point)"
     check_number(f"{name}.max_drop", max_drop, unit, low=0)
     if settings["margin"] is not None:
         part = f"a part of max_drop={max_drop:g}, or None"
         check_number(f"{name}.margin", settings["margin"], part, low=0, high=max_drop)
-    check_one_of(f"{name}.mode", settings["mode"], ("max", "min", None), "Take 'max' if higher is better.")
+    if settings["monitor"] is not None:
+        check_text(f"{name}.monitor", settings["monitor"], "a metric's name, or None")
+    check_one_of(f"{name}.mode", settings["mode"], MODES, "Take 'max' if higher is better.")
     if settings["reference"] is not None:
         check_number(f"{name}.reference", settings["reference"], "a number, or None to measure it")
     for field in ("step", "resolution"):
         check_number(f"{name}.{field}", settings[field], "a share between 0 and 1", above=0, below=1)
     bits = settings["bits"]
-    whole = all(is_whole(b) and 2 <= b <= 8 for b in bits)
-    if not whole or list(bits) != sorted(set(bits), reverse=True):
-        raise ValueError(
-            f"{name}.bits={bits!r}: accepted are whole numbers in 2..8, in falling order, as (6, 4, 3, 2)."
-        )
+    check_numbers(f"{name}.bits", bits, _BITS, low=2, high=8, whole=True)
+    if list(bits) != sorted(set(bits), reverse=True):
+        raise refusal(f"{name}.bits", bits, _BITS, "Sort them, the highest first, each once.")
     check_whole_number(f"{name}.patience", settings["patience"], "a whole number of validations from 0", low=0)

@@ -47,6 +47,14 @@ class Layer:
         return weight
 
     @property
+    def gradient(self) -> Tensor | None:
+        """Its gradient, detached; dense also where an embedding gives a sparse one."""
+        gradient = self.weight.grad
+        if gradient is None:
+            return None
+        return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+
+    @property
     def module_name(self) -> str:
         """Name of the module that holds the weight: without the parameter's, where that stands in the layer's name."""
         if self.parameter == "weight" and isinstance(self.module, QUANTIZABLE):
@@ -212,6 +220,8 @@ def find_layers(  # noqa: C901  # one branch per reason to leave a weight alone
             skipped[name] = "its weight is parametrized or computed by other code"
         elif isinstance(weight, nn.UninitializedParameter):
             skipped[name] = "a lazy layer that has no shape yet; call the model once before training"
+        elif weight.numel() == 0:
+            skipped[name] = f"its weight is empty, of shape {tuple(weight.shape)}"
         elif matches(name, exclude):
             skipped[name] = "excluded by name"
         elif include and not named:

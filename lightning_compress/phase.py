@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import combinations
 from typing import Literal
 
-__all__ = ["Clock", "Phase", "check_phases"]
+from lightning_compress.checks import check_number, check_one_of
+
+__all__ = ["Clock", "Phase", "Place", "check_phases", "check_places", "place_phases"]
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,17 @@ class Phase:
 
     def __post_init__(self) -> None:
         """Refuse what can never be a stretch of a run."""
-        if self.unit not in ("run", "epoch", "step"):
-            raise ValueError(f"Phase.unit={self.unit!r}: accepted are 'run', 'epoch' and 'step'.")
-        if not 0 <= self.begin <= self.end or math.isinf(self.end):
+        check_one_of("Phase.unit", self.unit, ("run", "epoch", "step"))
+        for field in ("begin", "end"):
+            check_number(f"Phase.{field}", getattr(self, field), "a finite number, 0 <= begin <= end", low=0)
+        if self.begin > self.end:
             raise ValueError(
                 f"Phase(begin={self.begin}, end={self.end}): accepted is 0 <= begin <= end. "
                 "Give the begin first and the end second."
             )
         if self.unit == "run" and self.end > 1:
             raise ValueError(
-                f"Phase(end={self.end}, unit='run'): fractions of the run lie in 0..1. "
+                f"Phase(end={self.end}, unit='run'): accepted is an end up to 1, fractions of the run lie in 0..1. "
                 "For epochs or steps set unit='epoch' or unit='step'."
             )
 
@@ -79,6 +82,10 @@ class Phase:
         return (self.begin / total, self.end / total) if math.isfinite(total) else (math.nan, math.nan)
 
 
+Place = tuple[float, float, str, Phase]
+"""Begin, end, name and phase; begin and end as shares of the run, or in the phase's unit where the run has no end."""
+
+
 def check_phases(phases: Iterable[tuple[str, Phase]], clock: Clock) -> None:
     """Raise unless every phase fits the run and none overlaps another.
 
@@ -89,8 +96,23 @@ def check_phases(phases: Iterable[tuple[str, Phase]], clock: Clock) -> None:
     Raises:
         ValueError: If a phase cannot fit into the run, or two phases overlap.
     """
-    placed: list[tuple[float, float, str, Phase]] = []
-    endless: list[tuple[float, float, str, Phase]] = []  # in a run without an end, compared within their unit
+    placed = place_phases(phases, clock)
+    for begin, end, name, phase in placed:
+        if begin < end and (end - begin) * clock.total_steps < 1 - 1e-9 and not math.isnan(phase.fractions(clock)[0]):
+            raise ValueError(
+                f"{name} is {phase}: {(end - begin) * clock.total_steps:.2g} of an optimizer step in a run of "
+                f"{clock.total_steps:g} steps. A phase takes at least one step: lengthen the phase or the run."
+            )
+    check_places(placed, clock)
+
+
+def place_phases(phases: Iterable[tuple[str, Phase]], clock: Clock) -> list[Place]:
+    """Where each phase lies in the run.
+
+    Raises:
+        ValueError: If a phase lies beyond the run's end, or in fractions of a run that has none.
+    """
+    placed: list[Place] = []
     for name, phase in phases:
         if phase.unit == "run" and math.isnan(clock.run):
             raise ValueError(
@@ -100,30 +122,29 @@ def check_phases(phases: Iterable[tuple[str, Phase]], clock: Clock) -> None:
             )
         begin, end = phase.fractions(clock)
         if math.isnan(begin):
-            endless.append((phase.begin, phase.end, name, phase))
+            placed.append((phase.begin, phase.end, name, phase))
             continue
         if end > 1 + 1e-9:
             total = clock.total_epochs if phase.unit == "epoch" else clock.total_steps
             raise ValueError(
                 f"{name} is {phase} but the run has {total:g} {phase.unit}s. Train longer or end the phase earlier."
             )
-        if begin < end and (end - begin) * clock.total_steps < 1 - 1e-9:
-            raise ValueError(
-                f"{name} is {phase}: {(end - begin) * clock.total_steps:.2g} of an optimizer step in a run of "
-                f"{clock.total_steps:g} steps. A phase takes at least one step: lengthen the phase or the run."
-            )
         placed.append((begin, end, name, phase))
-    pairs = chain(
-        combinations(sorted(placed, key=_place), 2),
-        (pair for pair in combinations(sorted(endless, key=_place), 2) if pair[0][3].unit == pair[1][3].unit),
-    )
-    for (_, end, name, phase), (begin, _, later, later_phase) in pairs:
-        if begin < end - 1e-9 and name != later:
+    return placed
+
+
+def check_places(placed: Iterable[Place], clock: Clock) -> None:
+    """Raise if two phases of different names overlap; in a run without an end they are compared within their unit.
+
+    Raises:
+        ValueError: If two phases overlap.
+    """
+    placed = sorted(placed, key=lambda place: place[:2])
+    for (_, end, name, phase), (begin, _, later, later_phase) in combinations(placed, 2):
+        ends = [math.isfinite(each.fractions(clock)[0]) for each in (phase, later_phase)]
+        comparable = all(ends) or (not any(ends) and phase.unit == later_phase.unit)
+        if comparable and begin < end - 1e-9 and name != later:
             raise ValueError(
                 f"{name} {phase} and {later} {later_phase} overlap. Phases follow each other: let {later} begin where "
                 f"{name} ends."
             )
-
-
-def _place(item: tuple[float, float, str, Phase]) -> tuple[float, float]:
-    return item[:2]

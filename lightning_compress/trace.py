@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Began", "Ended", "Event", "Ran", "Trace", "Value", "find_norms"]
+from lightning_compress.functions import LAYERS
+
+__all__ = ["Began", "Ended", "Event", "Ran", "Trace", "Value", "find_norms", "ran"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,13 @@ class Began:
 
     Args:
         name: The module's name.
-        args: Its positional arguments; None for what is no tensor.
+        args: Its positional arguments; None for what is no tensor. A packed sequence stands as the tensor in it.
+        kwargs: Its arguments by name, likewise.
     """
 
     name: str
     args: tuple[Value | None, ...]
+    kwargs: dict[str, Value | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,3 +125,24 @@ def find_norms(trace: Trace, layers: Collection[str], norms: Collection[str]) ->
             if layer is not None and norm_of.setdefault(layer, event.name) == event.name:
                 layer_of[event.output.number] = layer
     return norm_of, layer_of
+
+
+def ran(trace: Trace) -> set[str]:
+    """Names of the modules that ran in a trace, or whose weights a function read as a layer does."""
+    owners: dict[int, set[str]] = {}
+    for (module, _), number in trace.tensors.items():
+        owners.setdefault(number, set()).add(module)
+    found: set[str] = set()
+    inside: list[str] = []
+    for event in trace.events:
+        if isinstance(event, Began):
+            inside.append(event.name)
+            found.add(event.name)
+        elif isinstance(event, Ended):
+            inside.pop()
+        elif inside or event.name in LAYERS or event.name in ("embedding", "matmul", "einsum"):
+            # else an optimizer's step, or an average of weights
+            read = [owners[value.number] for value in event.reads if value.number in owners]
+            # a weight of several modules is read by the one that runs
+            found.update(*(names for names in read if not names & set(inside[-1:])))
+    return found

@@ -7,7 +7,9 @@ import netrc
 import os
 import re
 import time
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -18,14 +20,26 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 
+from lightning_compress.checks import first_line
+
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
 
-__all__ = ["OfflineRun", "define_metric", "log_files", "log_histograms", "read_offline_run", "wandb_logger"]
+__all__ = [
+    "OfflineRun",
+    "define_metric",
+    "finish_run",
+    "log_files",
+    "log_histograms",
+    "read_offline_run",
+    "wandb_logger",
+]
 
 _PATIENCE = 2.0  # seconds for an answer of the server
 _INIT = 15.0  # seconds for a run to begin there; W&B itself waits for 90
-_FLUSH = 2.0  # seconds after its last write in which a file may not be whole: finish() returns before W&B has closed it
+_RECENT = 60.0  # seconds since its last write in which a file may yet grow: finish() returns before W&B has closed it
+_MARK = b":W&B\xe1\xbe"
+_FLUSH = 10.0  # seconds to wait for such a file to be whole; a run that was killed never is
 _FINISH = 60.0  # seconds for what is left to upload at the end; W&B itself waits forever
 
 
@@ -155,6 +169,20 @@ def log_files(run: Any, artifacts: list[dict[str, Any]], packed: Mapping[str, An
         log(f"model-{run.id}-{found['format']}", "model", found | made_from)
 
 
+def finish_run() -> None:
+    """End W&B's run of this process, if there is one, and wait until the file of an offline run is whole.
+
+    W&B writes in blocks of 32 KiB, and its finish() returns before the last one, of which the artifacts are, is there.
+    """
+    import wandb
+
+    path = Path(wandb.run.settings.sync_file) if wandb.run is not None and wandb.run.offline else None
+    wandb.finish()
+    if path is not None:
+        with suppress(OSError, ValueError):  # of a run that could not be written: nothing to wait for
+            _wait_for_end(path, _FLUSH)
+
+
 @dataclass
 class OfflineRun:
     """What an offline run recorded.
@@ -188,10 +216,23 @@ def read_offline_run(path: str | Path) -> OfflineRun:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, or of another kind; one whose end is missing is of a run that was killed.
     """
     path = Path(path)
     if path.is_dir():
         path = next(iter(path.glob("*.wandb")), path / "run-*.wandb")
+    try:
+        return _read_run(path)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"path={str(path)!r} cannot be read as an offline run of W&B: {first_line(error)}. Accepted is a .wandb "
+            "file as W&B wrote it. Copy it again."
+        ) from error
+
+
+def _read_run(path: Path) -> OfflineRun:
     run = OfflineRun()
     for record in _whole(path):
         kind = record.WhichOneof("record_type")
@@ -223,11 +264,17 @@ def _items(items: Any) -> dict[str, Any]:
 
 
 def _whole(path: Path) -> list[Any]:
-    """The records of a file, once the one that ends a run is among them, or it has had time to be written."""
-    until = min(path.stat().st_mtime, time.time()) + _FLUSH  # another machine's clock may be ahead
+    """The records of a file; of one that was written just now, when it has had time to be whole."""
+    may_grow = abs(time.time() - path.stat().st_mtime) < _RECENT
+    return _wait_for_end(path, _FLUSH if may_grow else 0.0)
+
+
+def _wait_for_end(path: Path, patience: float) -> list[Any]:
+    """The records of a file, once the one that ends a run is among them, or when ``patience`` in seconds has gone."""
+    until = time.monotonic() + patience
     while True:
         records = list(_records(path))
-        if any(record.WhichOneof("record_type") == "exit" for record in records) or time.time() > until:
+        if any(record.WhichOneof("record_type") == "exit" for record in records) or time.monotonic() >= until:
             return records
         time.sleep(0.01)
 
@@ -238,8 +285,10 @@ def _records(path: Path) -> Iterator[Any]:
 
     new_record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
 
-    # W&B's own header is 7 bytes
+    # W&B's own header is 7 bytes: its mark, a number and a version
     data = path.read_bytes()
+    if not data.startswith(_MARK[: len(data)]):
+        raise ValueError(f"it begins with {data[:7]!r}")
     position = 7
     parts = b""
     while position + 7 <= len(data):
@@ -249,9 +298,12 @@ def _records(path: Path) -> Iterator[Any]:
             continue
         length = int.from_bytes(data[position + 4 : position + 6], "little")
         kind = data[position + 6]
-        if position + 7 + length > len(data):
-            return  # the run was killed while it wrote
-        parts += data[position + 7 : position + 7 + length]
+        if position + 7 + length > len(data) or not any(data[position : position + 7]):
+            return  # the run, or its machine, was killed while it wrote
+        body = data[position + 7 : position + 7 + length]
+        if zlib.crc32(body, zlib.crc32(bytes([kind]))) != int.from_bytes(data[position : position + 4], "little"):
+            raise ValueError(f"the checksum of the record at byte {position} is wrong")
+        parts += body
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
             record = new_record()

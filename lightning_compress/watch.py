@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -20,7 +21,7 @@ from lightning_compress.functions import ATTRIBUTES
 from lightning_compress.layers import modules_by_name
 from lightning_compress.trace import Began, Ended, Ran, Trace, Value
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "looking", "same_value", "unwatched"]
 
 
 class Watch:
@@ -49,6 +50,7 @@ class Watch:
         self._numbers: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         self._count = count()
         self._open = ExitStack()
+        self.looks = True  # else what runs is not noted
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: a closed watch that has seen nothing. The hooks on a copied model call it in vain."""
@@ -65,7 +67,7 @@ class Watch:
                 for key, tensor in own:
                     self.trace.tensors[name, key] = self._number(tensor)
                 if _is_part_of_the_model(module):
-                    before = module.register_forward_pre_hook(partial(self._began, name))
+                    before = module.register_forward_pre_hook(partial(self._began, name), with_kwargs=True)
                     stack.callback(before.remove)
                     after = module.register_forward_hook(partial(self._ended, name), always_call=True)
                     stack.callback(after.remove)
@@ -103,11 +105,17 @@ class Watch:
         shape = (-1,) * x.dim() if x.is_nested else tuple(x.shape)
         return Value(number, shape, x.dtype, isinstance(x, nn.Parameter))
 
-    def _began(self, name: str, module: nn.Module, args: tuple[object, ...]) -> None:
+    def _argument(self, x: object) -> Value | None:
+        if isinstance(x, PackedSequence):
+            x = x.data
+        return self._value(x) if isinstance(x, Tensor) else None
+
+    def _began(self, name: str, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if not name and self._calls.count(("", None)) < self._num_skipped:
             self._calls.append(("", None))
             return
-        event = Began(name, tuple(self._value(x) if isinstance(x, Tensor) else None for x in args))
+        by_name = {key: self._argument(x) for key, x in kwargs.items()}
+        event = Began(name, tuple(map(self._argument, args)), by_name)
         self._calls.append((name, event))
         self.trace.events.append(event)
 
@@ -122,6 +130,8 @@ class Watch:
         self.trace.events.append(Ended(name, began.args, whole, outputs))
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.looks:
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "").strip("_")
         if name in ATTRIBUTES:
             output = func(*args, **kwargs)
@@ -162,6 +172,9 @@ class _Functions(TorchFunctionMode):
 _eager_while_open = ExitStack()
 _open: list[Watch] = []
 
+# What else looks at the functions that run, and must not see those of observers and quantizers.
+looking: list[Any] = []
+
 
 @contextmanager
 def _eagerly(watch: Watch) -> Iterator[None]:
@@ -179,6 +192,26 @@ def _eagerly(watch: Watch) -> Iterator[None]:
         _open.remove(watch)
         if not _open:
             _eager_while_open.close()
+
+
+def unwatched(call: Callable[..., Any], *args: Any) -> Any:
+    """What a call gives, whose functions no watch is to see: it observes, and changes no value."""
+    if not _open and not looking:
+        return call(*args)
+    watches = [watch for watch in (*_open, *looking) if watch.looks]
+    for watch in watches:
+        watch.looks = False
+    try:
+        return call(*args)
+    finally:
+        for watch in watches:
+            watch.looks = True
+
+
+def same_value(x: Tensor, y: Tensor) -> None:
+    """Let watches take a tensor for another one, which it has taken the place of unseen."""
+    for watch in _open if x is not y else ():
+        watch._numbers[y] = watch._number(x)  # noqa: SLF001  # of this module
 
 
 def _tensors(values: object) -> list[Tensor]:

@@ -14,6 +14,7 @@ from .behaviour.methods import METHODS
 from .behaviour.properties import PROPERTIES
 from .harness import NotOnThisCPU
 from .pairs import print_pairs
+from .runs import print_runs
 from .table import Key, draw
 from .zoo import MODULES
 
@@ -34,7 +35,7 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``make test-all`` demands every runtime, ``make test-full`` every cell of the behaviour matrix."""
-    parser.addoption("--full", action="store_true", help="every cell of the behaviour matrix, every checkpoint")
+    parser.addoption("--full", action="store_true", help="every cell of the behaviour matrix, every kind of run")
     parser.addoption("--runtimes", action="store_true", help="fail if the packages of a runtime are missing")
 
 
@@ -85,6 +86,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for line in draw(cells, METHODS, MODULES, PROPERTIES):
         terminalreporter.line(line)
     print_pairs(terminalreporter)
+    print_runs(terminalreporter)
     if terminalreporter.stats.get(NOT_HERE):
         terminalreporter.section(NOT_HERE)
     for report in terminalreporter.stats.get(NOT_HERE, []):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +14,7 @@ from lightning_compress.callbacks import CompressionReport, FineTuning, GradualP
 from lightning_compress.deploy.verify import Artifact
 from lightning_compress.phase import Phase
 
+from .processes import in_a_group
 from .zoo import BATCHES, MODULES
 
 EPOCHS = 6
@@ -118,8 +117,10 @@ def snapshot(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
     states = {key: c.state_dict() for c in trainer.callbacks if (key := c.state_key) and c.state_dict()}
     for state in states.values():
         state.pop("seconds", None)
+        state.pop("folder", None)  # of each run its own
         if "dense" in state:  # Lightning does not validate again after a resume at the end of an epoch
             state["history"].pop("metric")
+            state["history"].pop("validations")
     return {
         "weights": module.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
@@ -203,21 +204,18 @@ def assert_compiled_as_eager(module: pl.LightningModule) -> None:
 def in_two_processes(calls: list[tuple[str, str, list[str]]], folder: Path) -> list[str]:
     """What each call of a function of the tests came to in two processes: "ok", or a traceback.
 
-    All calls share one group of processes, for importing torch takes longer than most of them. Behind a call that
-    fails the others get a new one.
+    All calls share one group of processes. Behind a call that fails the others get a new one.
     """
     results: list[str] = []
     while len(results) < len(calls):
         attempt = folder / f"from_{len(results)}"
         attempt.mkdir()
         (attempt / "calls.json").write_text(json.dumps(calls[len(results) :]))
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-        command += ["-m", "tests.behaviour.two_processes", "calls.json", "found.json"]
-        command[-2:] = [str(attempt / name) for name in command[-2:]]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        assert (attempt / "found.json").exists(), done.stderr[-3000:]
+        files = [str(attempt / name) for name in ("calls.json", "found.json")]
+        code, text = in_a_group(2, ["-m", "tests.behaviour.two_processes", *files], attempt)
+        assert (attempt / "found.json").exists(), text[-3000:]
         found = json.loads((attempt / "found.json").read_text())
-        assert done.returncode == 0 or found[-1] != "ok", done.stderr[-3000:]
+        assert code == 0 or found[-1] != "ok", text[-3000:]
         results += found
     return results
 

@@ -121,6 +121,9 @@ def test_python_runs_as_written(document: str) -> None:
 def test_python_runs_as_written_in_every_runtime() -> None:
     given = names()
     model = given["model"].eval()
+    trainer = pl.Trainer(max_steps=0, logger=False, enable_checkpointing=False)
+    trainer.fit(MyModule(), MyData())
+    trainer.save_checkpoint("model.ckpt")
     quantize(model, given["images"])
     for name in ("onnx", "executorch", "litert", "torch"):
         kind = FORMATS[name]

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_compress.files import write_whole
+
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 
 
@@ -45,7 +47,9 @@ def main() -> None:
     console.print(table)
     console.print("headline: " + ", ".join(f"{key} {value:.4g}" for key, value in result["headline"].items()))
     if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        write_whole(path, json.dumps(result, indent=2) + "\n")
+    if result.get("failed"):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

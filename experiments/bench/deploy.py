@@ -25,6 +25,7 @@ from experiments.models import Classifier
 from experiments.nets import ResNet20, vit
 from experiments.tasks import data_folder, mnist
 from lightning_compress.callbacks import GradualPruning, QuantizationAwareTraining
+from lightning_compress.deploy.cpu import cpu_features
 from lightning_compress.deploy.files import Pair, write_files
 from lightning_compress.deploy.formats import FORMATS, check_formats
 from lightning_compress.deploy.size import weigh
@@ -32,6 +33,7 @@ from lightning_compress.forward import Inputs, run_model
 from lightning_compress.quantization import Scheme
 
 NUM_IMAGES = 1000
+PHONES_AND_SERVERS = [name for name, kind in FORMATS.items() if not kind.board]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=int, default=300, help="training steps of 64 images, four times as many for the ViT"
     )
-    parser.add_argument("--formats", nargs="*", default=list(FORMATS), help="formats, all of them by default")
+    parser.add_argument("--formats", nargs="*", default=PHONES_AND_SERVERS, help="formats, all but tflm by default")
 
 
 class Net(Classifier):
@@ -119,6 +121,8 @@ def measure(name: str, model: Net, x: Tensor, y: Tensor, formats: Sequence[str],
                     "agreement": share(found, answers),
                     "accuracy": share(found, y),
                     "PyTorch": share(answers, y),
+                    "deployed minus trained": share(found, y) - share(answers, y),
+                    "cpu": cpu_features(),
                     "KB": sizes[0][0] / 1e3,
                     "KB zstd": sizes[0][1] / 1e3,
                     "of float zstd": sizes[0][1] / sizes[1][1],
@@ -128,7 +132,9 @@ def measure(name: str, model: Net, x: Tensor, y: Tensor, formats: Sequence[str],
     return rows
 
 
-def run(data: Path | None = None, steps: int = 300, formats: Sequence[str] = tuple(FORMATS)) -> dict[str, Any]:
+def run(
+    data: Path | None = None, steps: int = 300, formats: Sequence[str] = tuple(PHONES_AND_SERVERS)
+) -> dict[str, Any]:
     """Headline: cells, min_speedup, min_agreement, max_bytes_ratio."""
     check_formats(formats)
     torch.set_num_threads(1)

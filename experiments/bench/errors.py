@@ -1,11 +1,16 @@
-"""What quantization and export say to a wrong input: a table of input and message."""
+"""What is said to wrong inputs: of each argument by its kind, and in situations of quantization and export.
+
+The exit status is 1 if a message lacks the field, what was given, what is accepted or how to fix it.
+"""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +20,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
+from experiments import wrong_arguments
 from lightning_compress import int8, log4, scheme, w8
 from lightning_compress.callbacks import Export, PostTrainingQuantization, QuantizationAwareTraining
 from lightning_compress.deploy.formats import FORMATS, check_formats
@@ -41,6 +47,8 @@ from lightning_compress.watch import Watch
 
 __all__ = ["CASES", "message", "run"]
 
+_FEWEST_WORDS = 8  # what was given, what is accepted and how to fix it take as many
+
 
 def _trainer(folder: Path, callback: pl.Callback, **options: Any) -> pl.Trainer:
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -55,11 +63,6 @@ def _fit(folder: Path, callback: pl.Callback, **options: Any) -> None:
 def _validate(folder: Path, num_batches: int) -> None:
     callback = PostTrainingQuantization()
     _trainer(folder, callback, limit_val_batches=num_batches).validate(BoringModel(), verbose=False)
-
-
-def _stopped(folder: Path) -> None:
-    callback = PostTrainingQuantization(calibrate=Phase(0.75, 1.0))
-    _fit(folder, callback)
 
 
 def _quantized(how: Scheme) -> nn.Module:
@@ -149,7 +152,6 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "calibrate=Phase(0.5, 0.9)": lambda _: _QAT(calibrate=Phase(0.5, 0.9)),
     "validate: limit_val_batches=0": lambda f: _validate(f, 0),
     "validate: limit_val_batches=1": lambda f: _validate(f, 1),
-    "fit: PostTrainingQuantization, calibrate of one batch": _stopped,
     "test: a ternary checkpoint, scheme int8": _resumed_with_another,
     "Export(['tflite'])": lambda _: Export(["tflite"]),
     "check_formats(['coreml'])": lambda _: check_formats(["coreml"]),
@@ -162,7 +164,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "convert: activations='int4'": lambda _: convert(_quantized(int8()), "int4"),  # type: ignore[arg-type]
     "convert: log4()": lambda _: convert(_quantized(log4())),
     "convert: inputs=Float8()": lambda _: convert(_quantized(Scheme(inputs=Float8()))),
-    "convert: weight_granularity=4": lambda _: convert(_quantized(Scheme(weight_granularity=4))),
+    "litert: weight_granularity=4": lambda _: FORMATS["litert"].check(_quantized(Scheme(weight_granularity=4))),
     "export: a way that depends on the data": lambda f: FORMATS["torch"].export(
         _Branch().eval(), Inputs((torch.randn(2, 3),), {}), f / "model.pt2"
     ),
@@ -201,11 +203,26 @@ def message(given: str) -> Exception | None:
 
 
 def run() -> dict[str, Any]:
-    """Every input and its message."""
-    found = {given: message(given) for given in CASES}
-    rows = [
-        {"input": given, "error": type(error).__name__, "message": str(error).strip().splitlines()[0]}
-        for given, error in found.items()
-    ]
-    silent = sum(error is None for error in found.values())
-    return {"headline": {"inputs": len(rows), "silent": silent}, "rows": rows}
+    """How many arguments and situations are refused as they should be, and each that is not."""
+    rows = []
+    faults = []
+    for call, cases in groupby(wrong_arguments.CASES, key=lambda case: case.call):
+        errors = [(case, wrong_arguments.refused(case.call, {case.parameter: case.value})) for case in cases]
+        lacking = [(case, error, wrong_arguments.fault(case, error)) for case, error in errors]
+        faults += [f"{case}: {lack}: {error}" for case, error, lack in lacking if lack]
+        kinds = Counter(type(error).__name__ for _, error in errors)
+        said = ", ".join(f"{kind} {num}" for kind, num in kinds.items())
+        rows.append(
+            {"input": f"{call.__name__}(...)", "inputs": len(errors), "error": said, "message": str(errors[0][1])}
+        )
+    for given in CASES:
+        error = message(given)
+        # What a converter says in its own words is a message, too.
+        if error is None or len(str(error).split()) < _FEWEST_WORDS:
+            faults.append(f"{given}: {error}")
+        first = str(error).strip().splitlines()[0]
+        rows.append({"input": given, "inputs": 1, "error": type(error).__name__, "message": first})
+    for text in faults:
+        print(text)
+    headline = {"inputs": len(wrong_arguments.CASES) + len(CASES), "not refused as they should be": len(faults)}
+    return {"headline": headline, "rows": rows, "failed": len(faults)}

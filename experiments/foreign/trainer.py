@@ -9,7 +9,9 @@ from lightning_compress.callbacks import CompressionReport, Export, GradualPruni
 
 if __name__ == "__main__":
     callbacks = [GradualPruning(sparsity=0.9), QuantizationAwareTraining(), CompressionReport(), Export(["onnx"])]
-    trainer = pl.Trainer(max_epochs=5, accelerator="cpu", default_root_dir="outputs/trainer", callbacks=callbacks)
+    trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, default_root_dir="outputs/trainer", callbacks=callbacks
+    )
     trainer.fit(ResNet(), MNIST5k())
     trainer.save_checkpoint("outputs/trainer/last.ckpt")
     model = lightning_compress.load_from_checkpoint(ResNet, "outputs/trainer/last.ckpt")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.analysis.sensitivity import sensitivity
+from lightning_compress.checks import check_by_name, check_callable, check_flag, check_instance, check_numbers, shown
 from lightning_compress.forward import Inputs
 from lightning_compress.layers import PRUNABLE, find_layers
 from lightning_compress.structure.choose import Limits, drop_lowest, record_of, score_groups
@@ -93,7 +94,13 @@ def allocate(  # noqa: PLR0913  # each a setting of its own, given by name
     Raises:
         ValueError: If nothing can be given up.
     """
-    bits = bits or {}
+    bits = {} if bits is None else bits
+    check_instance("allocate.model", model, nn.Module, "an nn.Module")
+    check_instance("allocate.inputs", inputs, Inputs, "Inputs(args, kwargs) of the forward")
+    check_callable("allocate.evaluate", evaluate, "a function of the model that returns its metric")
+    check_callable("allocate.cost", cost, "a function of a model and an Allocation that returns its cost")
+    _check_levels(shares, bits, sparsities)
+    check_flag("allocate.more_is_better", more_is_better)
 
     def forward(model: nn.Module) -> Any:
         return model(*inputs.args, **inputs.kwargs)
@@ -114,7 +121,11 @@ def allocate(  # noqa: PLR0913  # each a setting of its own, given by name
     names = [layer.name for layer in find_layers(model, PRUNABLE, skip_tied=True)[0]]
     levels |= {("sparsities", name): sparsities for name in names}
     if not any(levels.values()):
-        raise ValueError(f"The model has no channels that can be removed: {coupling.skipped}.")
+        raise ValueError(
+            f"allocate.shares={shown(shares)}, bits={shown(bits)}, sparsities={shown(sparsities)}: the model has no "
+            f"channels that can be removed ({coupling.skipped}), and no other level is given. Accepted is one level at "
+            "least. Name bits or sparsities, or other shares."
+        )
     dense = evaluate(model)
     sign = 1 if more_is_better else -1
     lost: dict[tuple[Kind, str, float], float] = {
@@ -144,6 +155,16 @@ def allocate(  # noqa: PLR0913  # each a setting of its own, given by name
             return points
         points.append(best[1])
         narrowed = best[2]
+
+
+def _check_levels(shares: Sequence[float], bits: Mapping[str, Sequence[int]], sparsities: Sequence[float]) -> None:
+    levels = "a list of shares in 0..1, rising, such as [0.25, 0.5]"
+    check_numbers("allocate.shares", shares, levels, low=0, high=1)
+    check_numbers("allocate.sparsities", sparsities, levels, low=0, high=1)
+    check_by_name("allocate.bits", bits, "a dict of lists of bits by a layer's name, such as {'fc1': [8, 4]}")
+    for layer, steps in bits.items():
+        widths = "a list of whole numbers in 2..8, falling, such as [8, 4]"
+        check_numbers(f"allocate.bits[{layer!r}]", steps, widths, low=2, high=8, whole=True)
 
 
 def _lost_in_values(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_compress.layers import Layer
+from lightning_compress.thinning import Thinning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ _BITS = [1, 2, 3, 4, 6, 8, 16, 32]
 
 @dataclass
 class History:
-    """What happened over the run.
+    """What happened over the run; of a long one not every look and every validation, but as many as a picture shows.
 
     Args:
         steps: Optimizer steps at which the layers were looked at.
@@ -32,6 +33,8 @@ class History:
         bins: Edges of the weight histogram.
         before: Counts before compression.
         after: Counts at the end.
+        looks: Which looks are kept.
+        validations: Which values of the metric are kept.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -42,6 +45,16 @@ class History:
     bins: list[float] = field(default_factory=list)
     before: list[float] = field(default_factory=list)
     after: list[float] = field(default_factory=list)
+    looks: Thinning = field(default_factory=Thinning)
+    validations: Thinning = field(default_factory=Thinning)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> History:
+        """The inverse of to_state; an earlier version has kept all."""
+        values: dict[str, Any] = dict(state)
+        for name in ("looks", "validations"):
+            values[name] = Thinning(**state.get(name, {}))
+        return cls(**values)
 
     def to_state(self) -> dict[str, Any]:
         """Plain values."""
@@ -50,9 +63,16 @@ class History:
     def look(self, step: int, sparsity: Mapping[str, float], bits: Mapping[str, int]) -> None:
         """Add what the layers are at a step, in the place of what they were at that step before."""
         if step not in self.steps[-1:]:
-            self.steps.append(step)
+            kept = self.looks.make_room(self.steps)
+            self.steps = [*self.steps[kept], step]
+            self.sparsity = {name: values[kept] for name, values in self.sparsity.items()}
+            self.bits = {name: values[kept] for name, values in self.bits.items()}
         _append(self.sparsity, sparsity, len(self.steps))
         _append(self.bits, bits, len(self.steps))
+
+    def validate(self, step: int, value: float) -> None:
+        """Add a value of the metric."""
+        self.validations.add(self.metric, [step, value])
 
     @property
     def rows(self) -> list[list[Any]]:

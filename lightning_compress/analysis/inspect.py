@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.analysis.report import LayerRow
-from lightning_compress.forward import Inputs, run_model, with_batch
+from lightning_compress.forward import Inputs, fitting_batch, run_model
 from lightning_compress.layers import EMBEDDING, QUANTIZABLE, Layer, find_layers
 from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.model import quantization_of
@@ -62,6 +62,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     Counted by torch's FlopCounterMode (a fused multiply-add is two operations there); recurrent layers, which it does
     not know, are counted from their weights and the sequence length.
     """
+    one = fitting_batch(model, inputs, 1)
     recurrent: dict[str, int] = {}
     handles = [
         module.register_forward_hook(_recurrent_counter(name, recurrent), with_kwargs=True)
@@ -73,7 +74,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     try:
         with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # whose products the counter knows
-            run_model(model, with_batch(inputs, 1))
+            run_model(model, one)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for handle in handles:

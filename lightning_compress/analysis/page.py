@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_compress.files import replacing, write_whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["html_table", "picture", "write_page"]
+__all__ = ["html_table", "picture", "save_picture", "write_page"]
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:60rem;margin:0 auto;padding:1rem}
@@ -25,7 +27,7 @@ img{max-width:100%;height:auto;display:block}figure{margin:0 0 1rem}figcaption{c
 .facts li{flex:1 1 8rem;background:#f3f6fa;border-radius:.4rem;padding:.5rem .8rem}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}
 tr.pale td{color:#999}tr.chosen td{font-weight:600;background:#eef6ee}
-.facts b{display:block;font-size:1.25rem}.warning{color:#8a3b00}
+.facts b{display:block;font-size:1.25rem}.warning{color:#8a3b00}.missed{color:#b00020;font-weight:bold}
 """
 
 
@@ -36,8 +38,13 @@ def write_page(path: Path, title: str, body: Sequence[str]) -> None:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a figure as a file."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def picture(figure: Figure, caption: str) -> str:

@@ -14,7 +14,20 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_compress.analysis.page import html_table, picture, write_page
+from lightning_compress.analysis.page import html_table, picture, save_picture, write_page
+from lightning_compress.analysis.report import describe_missed
+from lightning_compress.checks import (
+    check_flag,
+    check_list,
+    check_number,
+    check_one_of,
+    check_path,
+    check_text,
+    first_line,
+    is_number,
+    shown,
+)
+from lightning_compress.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +50,7 @@ class Run:
         macs: Multiply-accumulates.
         sparsity: Share of zero weights.
         command: What makes the run again.
+        missed: What it was asked for and did not reach, in sentences.
     """
 
     name: str
@@ -47,6 +61,7 @@ class Run:
     macs: int | None
     sparsity: float | None
     command: str
+    missed: tuple[str, ...] = ()
 
 
 @dataclass
@@ -70,17 +85,18 @@ class Frontier:
     def write(self, folder: Path) -> None:
         """pareto.json and pareto.html, and with matplotlib pareto.png."""
         state = {**asdict(self), "runs": [{**asdict(run), "on_frontier": i in self.best} for i, run in self.rows()]}
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "pareto.json").write_text(json.dumps(state, indent=2) + "\n")
+        write_whole(folder / "pareto.json", json.dumps(state, indent=2) + "\n")
         body = [f"<h1>{html.escape(self.title())}</h1>"]
         try:
             figure = self.figure()
-            figure.savefig(folder / "pareto.png", dpi=110)
+            save_picture(figure, folder / "pareto.png")
             body.append(picture(figure, "Runs that another beats are grey; the one to take is circled."))
         except ModuleNotFoundError:
             body.append("<p>No picture: pip install 'lightning-compress[report]'.</p>")
         classes = ["chosen" if i == self.chosen else "" if i in self.best else "pale" for i, _ in self.rows()]
         body.append(html_table(self._names(), [self._cells(run) for _, run in self.rows()], classes))
+        missed = [f"{run.name}: {text}" for run in self.runs for text in run.missed]
+        body += [f'<p class="missed">{html.escape(text)}</p>' for text in missed]
         body.append(f"<h2>Again</h2><div class='wide'><pre>{html.escape(self.runs[self.chosen].command)}</pre></div>")
         write_page(folder / "pareto.html", self.title(), body)
 
@@ -99,7 +115,8 @@ class Frontier:
         whole = [("-" if v is None else f"{v:,}") for v in (run.bytes, run.bytes_zstd)]
         latency = "-" if run.latency_ms is None else f"{run.latency_ms:.3f}"
         sparsity = "-" if run.sparsity is None else f"{run.sparsity:.1%}"
-        return [run.name, f"{run.metric:.4f}", sparsity, *whole, latency, "-" if run.macs is None else f"{run.macs:,}"]
+        name = f"{run.name} (target missed)" if run.missed else run.name
+        return [name, f"{run.metric:.4f}", sparsity, *whole, latency, "-" if run.macs is None else f"{run.macs:,}"]
 
     def table(self) -> Table:
         """The same for a terminal: dominated runs are dim, the one to take is bold."""
@@ -138,44 +155,86 @@ class Frontier:
         return figure
 
 
-def read_runs(folder: str | Path) -> tuple[str, list[Run]]:
+def read_runs(
+    folder: str | Path, monitor: str | None = None, left_out: dict[str, str] | None = None
+) -> tuple[str, list[Run]]:
     """The metric's name, and every run that left a report.json anywhere below a folder.
+
+    Args:
+        folder: The folder.
+        monitor: Only runs that report this metric; all without one.
+        left_out: Is told of the runs whose report cannot be read, by name, and why.
 
     Raises:
         ValueError: If there is none, or they report different metrics.
     """
+    check_path("pareto.runs", folder, "the folder of the runs")
     folder = Path(folder)
     found = []
     metrics = set()
+    reasons = {} if left_out is None else left_out
     for path in sorted(folder.rglob("report.json")):
-        report = json.loads(path.read_text())
-        first = next(iter(report["artifacts"]), None)
-        totals = report["compressed"] or {}
-        metric = totals.get("metric") if first is None or first["metric"] is None else first["metric"]
-        if metric is None:
+        name = str(path.parent.relative_to(folder))
+        try:
+            metric, run = _read_run(path, name)
+        except Exception as error:  # a report that is cut, or another tool's: it costs this run, and not the table
+            reasons[name] = f"what it left cannot be read ({first_line(error)})"
             continue
-        metrics.add(report["metric"])
-        source = totals if first is None else first
-        found.append(
-            Run(
-                str(path.parent.relative_to(folder)),
-                metric,
-                source.get("bytes"),
-                source.get("bytes_zstd"),
-                (report["latency_ms_pytorch"] if first is None else first["latency_ms"]).get("1"),
-                totals.get("macs"),
-                totals.get("sparsity"),
-                _command(path.parent),
-            )
+        if run is None:
+            reasons[name] = "its report.json has no metric"
+            continue
+        metrics.add(metric)
+        if monitor in (None, metric):
+            found.append(run)
+    if metrics and not found:
+        raise ValueError(
+            f"pareto.monitor={monitor!r}: no report is of it. Accepted is what the reports are of: "
+            f"{', '.join(sorted(map(str, metrics)))}."
         )
     if not found:
-        raise ValueError(f"runs={str(folder)!r}: no report.json with a metric is below it. Give a sweep's folder.")
+        said = "".join(f" {name}: {reason}." for name, reason in reasons.items())
+        raise ValueError(
+            f"runs={str(folder)!r}: no report.json with a metric is below it. Give a sweep's folder.{said}"
+        )
+    if monitor is not None:
+        return monitor, found
     if len(metrics) > 1:
         raise ValueError(
             f"runs={str(folder)!r}: the reports are of different metrics, {', '.join(sorted(map(str, metrics)))}. Give "
-            "a folder whose runs report the same one."
+            "a folder whose runs report the same one, or pareto.monitor."
         )
     return metrics.pop(), found
+
+
+def _read_run(path: Path, name: str) -> tuple[str, Run | None]:
+    """The metric's name, and the run; None where it has no value."""
+    report = json.loads(path.read_text())
+    first = next(iter(report["artifacts"]), None)
+    totals = report["compressed"] or {}
+    metric = totals.get("metric") if first is None or first["metric"] is None else first["metric"]
+    if metric is None:
+        return "", None
+    source = totals if first is None else first
+    latencies = report["latency_ms_pytorch"] if first is None else first["latency_ms"]
+    targets = report.get("targets", [])  # an earlier version wrote none
+    run = Run(
+        name,
+        metric,
+        source.get("bytes"),
+        source.get("bytes_zstd"),
+        latencies.get("1"),
+        totals.get("macs"),
+        totals.get("sparsity"),
+        _command(path.parent),
+        tuple(describe_missed(row) for row in targets if row["missed"]),
+    )
+    for field in ("metric", *COSTS, "sparsity"):
+        value = getattr(run, field)
+        if value is not None and (not is_number(value) or (field != "metric" and value < 0)):
+            raise ValueError(f"{field} is {shown(value)}")
+    if not isinstance(report["metric"], str):
+        raise ValueError(f"the name of the metric is {shown(report['metric'])}")
+    return report["metric"], run
 
 
 def _command(folder: Path) -> str:
@@ -212,8 +271,11 @@ def frontier(
         >>> [found.runs[i].name for i in found.best], found.runs[found.chosen].name
         (['b', 'a'], 'b')
     """
-    if cost not in COSTS:
-        raise ValueError(f"pareto.cost={cost!r}: accepted are {', '.join(COSTS)}.")
+    check_text("pareto.metric", metric, "the metric's name")
+    check_list("pareto.runs", runs, Run, "a Run of read_runs", fewest=1)
+    check_one_of("pareto.cost", cost, COSTS)
+    check_number("pareto.max_drop", max_drop, "a number from 0, in the metric's own unit", low=0)
+    check_flag("pareto.more_is_better", more_is_better)
     sign = 1 if more_is_better else -1
     ranked = sorted(
         (r for r in runs if getattr(r, cost) is not None), key=lambda r: (getattr(r, cost), -sign * r.metric)

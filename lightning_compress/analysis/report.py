@@ -8,7 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-__all__ = ["LayerRow", "Packed", "Report", "Totals", "headers", "short", "summary_rows", "write_json"]
+from lightning_compress.files import write_whole
+
+__all__ = [
+    "LayerRow",
+    "Packed",
+    "Report",
+    "Target",
+    "Totals",
+    "describe_missed",
+    "headers",
+    "short",
+    "summary_rows",
+    "write_json",
+]
+
 
 # TypedDicts, not dataclasses: report.json is read back as it was written, also by sweeps, and its keys are a contract.
 
@@ -45,12 +59,25 @@ class Packed(TypedDict):
     bytes: int
 
 
+class Target(TypedDict):
+    """What was asked of a callback, in plain values; what stood when ``fit`` ended; and why that is less."""
+
+    callback: str
+    target: str
+    asked: float | str
+    reached: float | str
+    missed: bool
+    because: str
+
+
 class Report(TypedDict):
     """What report.json holds.
 
     ``dense`` is the model just before compression, ``control`` one trained without it. ``artifacts`` are the fields of
-    :class:`lightning_compress.deploy.Artifact`. ``latency_ms_pytorch`` are medians by batch size, ``seconds`` are those
-    of ``fit`` and of measuring (``overhead``).
+    :class:`lightning_compress.deploy.Artifact`, ``judged`` in them what was asked of the file and what it reaches:
+    ``{"agreement": {"asked": 0.99, "reached": 1.0, "ok": True}, ...}``. ``latency_ms_pytorch`` are medians by batch
+    size, ``seconds`` are those of ``fit`` and of measuring (``overhead``). ``targets`` are those of all callbacks,
+    missed or not.
     """
 
     metric: str | None
@@ -62,11 +89,29 @@ class Report(TypedDict):
     packed: Packed | None
     latency_ms_pytorch: dict[str, float]
     seconds: dict[str, float]
+    targets: list[Target]
     warnings: list[str]
 
 
+def describe_missed(row: Target) -> str:
+    """A target that was not reached, as it is told everywhere."""
+    asked = _plain(row["asked"])
+    reached = _plain(row["reached"])
+    return (
+        f"{row['callback']}: target not reached: asked {row['target']} {asked}, reached {reached}, because "
+        f"{row['because']}."
+    )
+
+
+def _plain(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
 def summary_rows(report: Report) -> list[list[str]]:
-    """The rows of the table: model, metric, sparsity, parameters, MACs, bytes, zstd, latency at batch 1 and 64."""
+    """The rows of the table: model, metric, sparsity, parameters, MACs, bytes, zstd, latency at batch 1 and 64.
+
+    Last comes the metric of a file in its runtime less that of the trained model in PyTorch.
+    """
     first = report["artifacts"][0] if report["artifacts"] else None
     float_latency = first["latency_ms_float"] if first else {}
     rows = []
@@ -77,9 +122,12 @@ def summary_rows(report: Report) -> list[list[str]]:
         rows.append(["compressed", *_row(report["compressed"], report.get("latency_ms_pytorch", {}))])
     for artifact in report["artifacts"]:
         label = Path(artifact["path"]).name
+        if artifact.get("arena_bytes") is not None:  # the same file has a row of a phone's runtime
+            label += f" ({artifact['runtime']})"
         values = {
             **(report["compressed"] or {}),
             **{k: artifact[k] for k in ("metric", "bytes", "bytes_zstd")},
+            "change": artifact.get("deployed_minus_trained"),
         }
         rows.append([label, *_row(values, artifact["latency_ms"])])
     return rows
@@ -91,7 +139,7 @@ def _row(values: Mapping[str, Any], latency: Mapping[str, float]) -> list[str]:
 
     counts = [short(values.get(key)) for key in ("num_nonzero", "macs", "bytes", "bytes_zstd")]
     times = [f"{latency[size]:.2f}" if size in latency else "-" for size in ("1", "64")]
-    return [number("metric", ".4f"), number("sparsity", ".1%"), *counts, *times]
+    return [number("metric", ".4f"), number("sparsity", ".1%"), *counts, *times, number("change", "+.4f")]
 
 
 _LETTERS = (("", 1), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))
@@ -108,13 +156,12 @@ def short(value: float | None) -> str:
 def headers(report: Report) -> list[str]:
     """The table's column names."""
     metric = report["metric"] or "metric"
-    return ["model", metric, "sparsity", "params", "MACs", "bytes", "zstd", "ms @1", "ms @64"]
+    return ["model", metric, "sparsity", "params", "MACs", "bytes", "zstd", "ms @1", "ms @64", "deployed minus trained"]
 
 
 def write_json(report: Report, path: Path) -> None:
     """Write report.json; what is not finite becomes null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
 
 
 def _finite(value: object) -> Any:

@@ -17,6 +17,19 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_compress.analysis.replay import Replay
+from lightning_compress.checks import (
+    check_callable,
+    check_flag,
+    check_instance,
+    check_list,
+    check_names,
+    check_numbers,
+    check_whole_number,
+    first_line,
+    refusal,
+    shown,
+)
+from lightning_compress.files import write_whole
 from lightning_compress.forward import Inputs
 from lightning_compress.layers import PRUNABLE, Layer, find_layers
 from lightning_compress.quantization.affine import Affine
@@ -82,15 +95,37 @@ class Sensitivity:
 
     def write(self, path: str | Path) -> None:
         """As JSON."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
     def read(path: str | Path) -> Sensitivity:
-        """From the JSON of :meth:`write`."""
-        state = json.loads(Path(path).read_text())
-        return Sensitivity(**{**state, "rows": [Row(**row) for row in state["rows"]]})
+        """From the JSON of :meth:`write`.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        text = Path(path).read_bytes()
+        try:
+            state = json.loads(text)
+            found = Sensitivity(**{**state, "rows": [Row(**row) for row in state["rows"]]})
+            found._check()
+        except Exception as error:  # a file that is cut, or another tool's
+            raise ValueError(
+                f"path={str(path)!r} cannot be read as a sensitivity: {first_line(error)}. Accepted is what "
+                "Sensitivity.write wrote. Measure anew, or give another file."
+            ) from error
+        return found
+
+    def _check(self) -> None:
+        """Raise for a value of another kind than its field's."""
+        numbers: list[object] = [self.metric, self.seconds, self.cached, *self.traces.values()]
+        numbers += [number for row in self.rows for number in (row.level, row.metric, row.drop)]
+        wrong: list[object] = [number for number in numbers if type(number) not in (int, float)]
+        names = [*self.traces, *(row.layer for row in self.rows)]
+        wrong += [name for name in names if not isinstance(name, str)]
+        wrong += [row.kind for row in self.rows if row.kind not in ("sparsity", "bits")]
+        if wrong:
+            raise ValueError(f"a value is {shown(wrong[0])}")
 
 
 @torch.no_grad()
@@ -132,10 +167,9 @@ def sensitivity(  # noqa: PLR0913  # each a setting of its own, given by name
         >>> [(row.layer, row.kind) for row in found.rows]
         [('0', 'sparsity'), ('0', 'bits'), ('2', 'sparsity'), ('2', 'bits')]
     """
-    for name, levels, low, high in (("sparsities", sparsities, 0, 1), ("bits", bits, 2, 8)):
-        for level in levels:
-            if not low <= level <= high:
-                raise ValueError(f"sensitivity.{name}={list(levels)}: accepted are values in {low}..{high}.")
+    _check_arguments(model, evaluate, include=include, exclude=exclude, more_is_better=more_is_better, inputs=inputs)
+    _check_levels(sparsities, bits)
+    check_whole_number("sensitivity.max_bytes", max_bytes, "a whole number of bytes from 0", low=0)
     begin = time.perf_counter()
     sign = 1 if more_is_better else -1
     layers, _ = find_layers(model, PRUNABLE, include, exclude, skip_tied=True)
@@ -163,6 +197,33 @@ def sensitivity(  # noqa: PLR0913  # each a setting of its own, given by name
                 found.rows.append(Row(layer.name, kind, level, metric, sign * (found.metric - metric)))
     found.seconds = time.perf_counter() - begin
     return found
+
+
+def _check_arguments(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], float],
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    more_is_better: bool,
+    inputs: Inputs | None,
+) -> None:
+    check_instance("sensitivity.model", model, nn.Module, "an nn.Module")
+    check_callable("sensitivity.evaluate", evaluate, "a function of the model that returns its metric")
+    check_names("sensitivity.include", include)
+    check_names("sensitivity.exclude", exclude)
+    check_flag("sensitivity.more_is_better", more_is_better)
+    if inputs is not None:
+        check_instance("sensitivity.inputs", inputs, Inputs, "Inputs(args, kwargs) of the forward, or None")
+
+
+def _check_levels(sparsities: Sequence[float], bits: Sequence[int]) -> None:
+    shares = "a list of shares in 0..1, such as [0.5, 0.9]"
+    check_numbers("sensitivity.sparsities", sparsities, shares, low=0, high=1)
+    widths = "a list of whole numbers in 2..8, such as [8, 4]"
+    check_numbers("sensitivity.bits", bits, widths, low=2, high=8, whole=True)
+    if not sparsities and not bits:
+        raise refusal("sensitivity.sparsities", sparsities, f"{shares}, where bits is empty too", "Name one at least.")
 
 
 def _pruned(weight: Tensor, sparsity: float) -> Tensor:
@@ -199,6 +260,10 @@ def hessian_traces(
         >>> hessian_traces(lambda: (3 * layer.weight.square()).sum(), [layer], 4)
         {'w': 6.0}
     """
+    check_callable("hessian_traces.loss", loss, "a function that returns the loss")
+    check_list("hessian_traces.layers", layers, Layer, "a Layer of find_layers", fewest=1)
+    check_whole_number("hessian_traces.num_samples", num_samples, "a whole number from 1", low=1)
+    check_whole_number("hessian_traces.seed", seed, "a whole number from 0", low=0, high=2**63 - 1)
     generator = torch.Generator().manual_seed(seed)
     weights = [layer.weight for layer in layers]
     with torch.enable_grad():

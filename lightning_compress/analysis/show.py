@@ -11,19 +11,21 @@ from rich import box
 from rich.table import Table
 
 from lightning_compress.analysis.page import html_table, picture, write_page
-from lightning_compress.analysis.report import Report, headers, short, summary_rows
+from lightning_compress.analysis.report import Report, describe_missed, headers, short, summary_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from lightning_compress.deploy.judge import Judgement
 
 __all__ = ["terminal_table", "write_html"]
 
 
 def terminal_table(report: Report) -> Table:
     """The table for a terminal."""
-    table = Table(title="what compression bought", box=box.SIMPLE_HEAD, padding=0, header_style="bold")
+    table = Table(title="what compression bought", box=box.SIMPLE_HEAD, padding=0, header_style="bold", show_edge=False)
     for i, name in enumerate(headers(report)):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        table.add_column(name.replace(" minus ", "\nminus\n"), justify="right" if i else "left", no_wrap=True)
     for row in summary_rows(report):
         table.add_row(*(f" {cell}" if i else cell for i, cell in enumerate(row)))
     return table
@@ -42,6 +44,8 @@ def write_html(report: Report, pictures: Mapping[str, Figure], path: Path) -> No
     shown = [picture(figure, _CAPTIONS[name]) for name, figure in pictures.items()]
     if not shown:
         shown.append("<p>No pictures: pip install 'lightning-compress[report]'.</p>")
+    missed = [describe_missed(row) for row in report.get("targets", []) if row["missed"]]
+    missed_lines = "".join(f'<p class="missed">{html.escape(text)}</p>' for text in missed)
     problems = "".join(f'<p class="warning">{html.escape(text)}</p>' for text in report.get("warnings", []))
     layers = [
         [
@@ -66,6 +70,7 @@ def write_html(report: Report, pictures: Mapping[str, Figure], path: Path) -> No
                 Path(a["path"]).name,
                 a["runtime"],
                 *(_show(a[k]) for k in ("metric", "agreement", "max_abs_diff", "max_rel_diff")),
+                *(_change(a.get("deployed_minus_trained")), _judged(a.get("judged", {}))),
             ),
             *(f"{a['integer_kernels']} of {a['num_kernels']}" if a.get("num_kernels") else "-", a.get("batch", "")),
             a.get("cpu", ""),
@@ -75,6 +80,7 @@ def write_html(report: Report, pictures: Mapping[str, Figure], path: Path) -> No
     body = [
         "<h1>Compression report</h1>",
         f"<p>{html.escape(_headline(report))}</p>",
+        missed_lines,
         _facts(report),
         problems,
         "<h2>What compression bought</h2>",
@@ -88,6 +94,7 @@ def write_html(report: Report, pictures: Mapping[str, Figure], path: Path) -> No
         html_table(
             [
                 *("file", "runtime", report["metric"] or "metric", "agreement", "max abs diff", "of range"),
+                *("deployed minus trained", "judged"),
                 *("integer kernels", "batch", "run on"),
             ],
             proof,
@@ -128,6 +135,17 @@ def _facts(report: Report) -> str:
 
 def _speed(ratio: float, where: str) -> tuple[str, str]:
     return (f"{ratio:.2f}x", f"faster {where}") if ratio >= 1 else (f"{1 / ratio:.2f}x", f"slower {where}")
+
+
+def _change(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.4f}"
+
+
+def _judged(judged: Mapping[str, Judgement]) -> str:
+    """What a file misses of what was asked of it."""
+    missed = {name: x for name, x in judged.items() if x["ok"] is False}
+    said = [f"{name} {_show(x['reached'])}, asked {_show(x['asked'])}" for name, x in missed.items()]
+    return "; ".join(said) or ("passed" if any(x["ok"] for x in judged.values()) else "-")
 
 
 def _show(value: float | None) -> str:

@@ -14,14 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_unflatten
+from torch.fx import GraphModule, Node
 
 from lightning_compress.deploy.graph import capture, quantize_inputs_at_run_time, tensors_of
+from lightning_compress.deploy.interface import filled
+from lightning_compress.deploy.nbits import find_tokens_at_run_time
 from lightning_compress.deploy.runner import Kernels, in_batches
+from lightning_compress.files import write_whole
 from lightning_compress.forward import Inputs, with_batch
 
 __all__ = ["Runner", "export"]
 
+_RECURRENT = tuple(getattr(torch.ops.aten, name).input for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 _HEAVY = ("XNNConv2d", "XNNDepthwiseConv2d", "XNNConvTranspose2d", "XNNFullyConnected")
 
 
@@ -44,14 +48,39 @@ def export(model: nn.Module, inputs: Inputs, path: Path, batch_size: int = 1) ->
         graph = capture(model, inputs)
         tensors = tensors_of(inputs)
         quantize_inputs_at_run_time(graph)
+        find_tokens_at_run_time(graph)
+        _recurrent_weights_in_float(graph)
         with torch.no_grad():
             program = to_edge_transform_and_lower(
                 torch.export.export(graph, tensors),
                 partitioner=[XnnpackPartitioner()],
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             ).to_executorch()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(program.buffer)
+    write_whole(path, program.buffer)
+
+
+def _recurrent_weights_in_float(graph: GraphModule) -> None:
+    """The values of weights that GRU and LSTM read: nothing here computes with their codes."""
+    for node in list(graph.graph.nodes):
+        codes = node.target is torch.ops.quantized_decomposed.dequantize_per_channel.default
+        if not codes or not all(user.target in _RECURRENT for user in node.users):
+            continue
+        stored = [_attribute(graph, x) if isinstance(x, Node) else x for x in node.args]
+        name = f"{node.name}_values"
+        graph.register_buffer(name, node.target(*stored))
+        with graph.graph.inserting_before(node):
+            values = graph.graph.get_attr(name)
+        node.replace_all_uses_with(values)
+        graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _attribute(graph: GraphModule, node: Node) -> Any:
+    """The tensor that a node reads from the module."""
+    found: Any = graph
+    for part in str(node.target).split("."):
+        found = getattr(found, part)
+    return found
 
 
 class Runner:
@@ -77,14 +106,14 @@ class Runner:
         metadata = self.method.metadata
         sizes = [metadata.input_tensor_meta(i).sizes() for i in range(metadata.num_inputs())]
         self.batch_size = next((size[0] for size in sizes if size), 1)
-        self.structure = torch.utils._pytree.tree_structure(example_outputs)
+        self.example_outputs = example_outputs
 
     def _run(self, inputs: Inputs) -> list[Tensor]:
         return [x.clone() for x in self.method.execute([x.detach().contiguous() for x in tensors_of(inputs)])]
 
     def __call__(self, inputs: Inputs) -> Any:
         """The outputs as tensors, in the model's own structure."""
-        return tree_unflatten(in_batches(self._run, inputs, self.batch_size), self.structure)
+        return filled(self.example_outputs, in_batches(self._run, inputs, self.batch_size))
 
     def prepare(self, inputs: Inputs) -> Any:
         """A call without arguments that runs the file once and nothing else, to be timed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import nn
 from lightning_compress.deploy.formats import Format
 from lightning_compress.deploy.runner import Kernels
 from lightning_compress.deploy.verify import Artifact, time_together
-from lightning_compress.forward import Inputs, run_model, with_batch
+from lightning_compress.forward import Inputs, check_batch_axis, run_model, with_batch
 from lightning_compress.quantization.convert import overflowing, to_float
 from lightning_compress.quantization.model import quantization_of
 
@@ -38,7 +38,14 @@ def is_quantized(model: nn.Module) -> bool:
     return quantization is not None and quantization.enabled
 
 
-def write_files(kind: Format, model: nn.Module, inputs: Inputs, path: Path, sizes: Sequence[int] = (1, 64)) -> Files:
+def write_files(
+    kind: Format,
+    model: nn.Module,
+    inputs: Inputs,
+    path: Path,
+    sizes: Sequence[int] = (1, 64),
+    metadata: Mapping[str, str] | None = None,
+) -> Files:
     """Write a model, with the integers that the runtime takes if it is quantized, and its float twin.
 
     Args:
@@ -47,11 +54,13 @@ def write_files(kind: Format, model: nn.Module, inputs: Inputs, path: Path, size
         inputs: Example inputs.
         path: The file for any batch, or for the first size: those of the others are named by their size.
         sizes: Batch sizes.
+        metadata: What the files say of themselves, where the format has a place for that.
 
     Raises:
         Exception: Whatever the converter says of a model that it does not take.
     """
     plain = to_float(model)
+    check_batch_axis(plain, inputs)
     shipped = kind.convert(model) if is_quantized(model) else plain
     exact = kind.activations == "int8"  # XNNPACK adds in 32 bits on every CPU
     files = Files({}, {}, [] if exact or shipped is plain else overflowing(shipped))
@@ -61,7 +70,9 @@ def write_files(kind: Format, model: nn.Module, inputs: Inputs, path: Path, size
             files.twin[size] = files.twin[sizes[0]]
             continue
         ending = "" if size == sizes[0] else f"_batch{size}"
-        options = {} if kind.dynamic_batch else {"batch_size": size}
+        options: dict[str, Any] = {} if kind.dynamic_batch else {"batch_size": size}
+        if kind.has_metadata:
+            options["metadata"] = metadata
         for module, paths, middle in ((plain, files.twin, "_float"), (shipped, files.shipped, "")):
             paths[size] = path.with_name(f"{path.stem}{middle}{ending}{kind.suffix}")
             kind.export(module, inputs, paths[size], **options)
@@ -74,6 +85,8 @@ def try_format(kind: Format, model: nn.Module, inputs: Inputs, folder: Path) -> 
     Raises:
         Exception: Whatever the converter or the runtime says of a model that it does not take.
     """
+    kind.check(model)
+    check_batch_axis(model, inputs)
     one = with_batch(inputs, 1)
     path = folder / f"rehearsal{kind.suffix}"
     kind.export(model, inputs, path, **({} if kind.dynamic_batch else {"batch_size": 1}))
@@ -91,6 +104,7 @@ class Pair:
     """
 
     def __init__(self, kind: Format, files: Files, model: nn.Module, inputs: Inputs) -> None:
+        self.kind = kind
         self.inputs = inputs
         outputs = run_model(model, with_batch(inputs, 1))
         made: dict[Path, Any] = {}
@@ -108,9 +122,12 @@ class Pair:
         return next(iter(self.runners.values()))[0]
 
     def latency(self, seconds: float = 1.0) -> tuple[dict[str, float], dict[str, float]]:
-        """Median milliseconds by batch size of the file and of its twin, interleaved, one thread."""
+        """Median milliseconds by batch size of the file and of its twin, interleaved, one thread.
+
+        Without any where they say nothing of the device that the file is for.
+        """
         taken: tuple[dict[str, float], dict[str, float]] = ({}, {})
-        for size, pair in self.runners.items():
+        for size, pair in self.runners.items() if not self.kind.board else ():
             calls = [runner.prepare(with_batch(self.inputs, size)) for runner in pair]
             for times, ms in zip(taken, time_together(calls, seconds), strict=True):
                 times[str(size)] = round(ms, 4)
@@ -119,6 +136,11 @@ class Pair:
     def integer_kernels(self) -> Kernels:
         """How the file's operations run."""
         return self.shipped.integer_kernels()
+
+    @property
+    def arena_bytes(self) -> int | None:
+        """RAM that the runtime takes for the file, where it is one that has to be given it."""
+        return getattr(self.shipped, "arena_bytes", None)
 
 
 def words_of_doubt(artifact: Artifact, min_agreement: float, max_difference: float) -> list[str]:

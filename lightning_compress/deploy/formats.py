@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_compress.checks import check_names, check_one_of
+from lightning_compress.deploy.nbits import check_groups
 from lightning_compress.quantization.convert import Activations, convert
 
 __all__ = ["FORMATS", "Format", "check_formats", "installed_formats", "pip_command"]
@@ -28,6 +30,12 @@ class Format:
         dynamic_batch: Whether one file takes any batch size; otherwise there is a file a batch size.
         rounded_weights: Whether its converter folds weights to integers by itself.
         weight_bits: Bits that a weight can be stored in.
+        batch_sizes: Batch sizes that it is written and timed for.
+        board: For microcontrollers: the runtime is slow here and its milliseconds say nothing of them, so it is not
+            timed, and a file is written only where the format is named.
+        groups: Sizes of the groups of weights that its kernels take a scale for.
+        group_bits: Bits of such a weight at most.
+        has_metadata: Whether the file has a place for what it says of itself.
     """
 
     suffix: str
@@ -38,6 +46,11 @@ class Format:
     dynamic_batch: bool = True
     rounded_weights: bool = False
     weight_bits: tuple[int, ...] = (8,)
+    batch_sizes: tuple[int, ...] = (1, 64)
+    board: bool = False
+    groups: Sequence[int] = ()
+    group_bits: int = 8
+    has_metadata: bool = False
 
     @property
     def export(self) -> Callable[..., None]:
@@ -54,25 +67,48 @@ class Format:
         """The packages that are not installed."""
         return [package for package in self.packages if find_spec(package) is None]
 
+    def check(self, model: nn.Module) -> None:
+        """Raise if the scheme of a model has groups that the format's kernels do not take.
+
+        Raises:
+            ValueError: With the layer's name.
+        """
+        runtime = self.module.rpartition(".")[2]
+        some = ", ".join(map(str, self.groups[:5]))
+        accepted = f"groups of {some} and at most {self.group_bits} bits" if some else "'channel' or 'tensor'"
+        check_groups(model, runtime, accepted, self.groups, self.group_bits)
+
     def convert(self, model: nn.Module) -> nn.Module:
         """A quantized model with the integers that this format takes."""
+        self.check(model)
         return convert(model, self.activations, self.rounded_weights)
 
 
 _HERE = "lightning_compress.deploy."
 _ONNX = ("onnx", "onnxscript")
+_LITERT = ("litert_torch", "ai_edge_litert")
+_BLOCKS = (16, 32, 64, 128, 256)
+_ONNX_WEIGHTS: dict[str, Any] = {"weight_bits": (8, 4), "groups": _BLOCKS}
+_8DA4W: dict[str, Any] = {"groups": range(32, 4097, 32), "group_bits": 4}
 FORMATS = {
-    "onnx": Format(".onnx", "onnx", (*_ONNX, "onnxruntime"), _HERE + "onnx", weight_bits=(8, 4)),
-    "openvino": Format(".xml", "openvino", (*_ONNX, "openvino"), _HERE + "openvino"),
-    "executorch": Format(".pte", "executorch", ("executorch",), _HERE + "executorch", "int8", False),
-    "litert": Format(".tflite", "litert", ("litert_torch", "ai_edge_litert"), _HERE + "litert", "int8", False, True),
-    "torch": Format(".pt2", "", (), _HERE + "torch_export"),
+    "onnx": Format(
+        ".onnx", "onnx", (*_ONNX, "onnxruntime"), _HERE + "onnx", weight_bits=(8, 4), has_metadata=True, groups=_BLOCKS
+    ),
+    "openvino": Format(".xml", "openvino", (*_ONNX, "openvino"), _HERE + "openvino", has_metadata=True, groups=_BLOCKS),
+    "executorch": Format(".pte", "executorch", ("executorch",), _HERE + "executorch", "int8", False, **_8DA4W),
+    "litert": Format(".tflite", "litert", _LITERT, _HERE + "litert", "int8", False, True),
+    "torch": Format(".pt2", "", (), _HERE + "torch_export", has_metadata=True),
+    "tflm": Format(
+        *(".tflite", "tflm", (*_LITERT, "tflite_micro"), _HERE + "tflm", "int8", False, True),
+        batch_sizes=(1,),
+        board=True,
+    ),
 }
 
 
 def installed_formats() -> list[str]:
-    """The formats whose packages are installed."""
-    return [name for name, kind in FORMATS.items() if not kind.missing]
+    """The formats whose packages are installed, without those that have to be named."""
+    return [name for name, kind in FORMATS.items() if not kind.missing and not kind.board]
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -82,9 +118,9 @@ def check_formats(formats: Sequence[str]) -> None:
         ValueError: If a format is unknown.
         ModuleNotFoundError: If a package is missing, with the pip command.
     """
+    check_names("formats", formats, f"a list of {', '.join(map(repr, FORMATS))}")
     for name in formats:
-        if name not in FORMATS:
-            raise ValueError(f"formats={name!r}: accepted are {', '.join(map(repr, FORMATS))}. Name one of them.")
+        check_one_of("formats", name, FORMATS)
         if FORMATS[name].missing:
             raise ModuleNotFoundError(
                 f"The format {name!r} needs {', '.join(FORMATS[name].missing)}, which is not installed. "

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_compress.deploy.interface import Axes, batch_axes
 from lightning_compress.forward import ForwardOnly, Inputs
 
 __all__ = ["capture", "has_quantized_values", "quantize_inputs_at_run_time", "quantize_outputs", "tensors_of"]
@@ -35,6 +36,7 @@ _MARGIN = 1.1  # of a range that was seen on samples, not in training
 _SHAPE_ONLY = (
     *(_ATEN.select.int, _ATEN.slice.Tensor, _ATEN.view.default, _ATEN.reshape.default, _ATEN.flatten.using_ints),
     *(_ATEN.permute.default, _ATEN.transpose.int, _ATEN.squeeze.dim, _ATEN.unsqueeze.default),
+    *(_ATEN.pixel_shuffle.default, _ATEN.pixel_unshuffle.default, _ATEN.upsample_nearest2d.vec, _ATEN.pad.default),
 )
 
 
@@ -43,28 +45,30 @@ def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
     return tuple(x for x in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(x, Tensor))
 
 
-def capture(model: nn.Module, inputs: Inputs, dynamic: bool = False) -> GraphModule:
+def capture(model: nn.Module, inputs: Inputs, dynamic: bool | Axes = False) -> GraphModule:
     """The model's forward as a graph.
 
     Args:
         model: In eval mode on the CPU; converted, or in float.
         inputs: Example inputs.
-        dynamic: Leave the batch axis open; otherwise the batch size of the inputs is a constant of the graph.
+        dynamic: Leave the batch axis open, or these axes of the tensors; otherwise the shapes of the inputs are
+            constants of the graph.
     """
     tensors = tensors_of(inputs)
-    size = inputs.batch_size
-    batch = {0: torch.export.Dim.DYNAMIC}
-    shapes = (tuple(batch if x.dim() and x.shape[0] == size else None for x in tensors),) if dynamic else None
+    axes = batch_axes(inputs) if dynamic is True else dynamic or ()
+    shapes = (tuple(dict.fromkeys(x, torch.export.Dim.DYNAMIC) or None for x in axes),)
     plain = ForwardOnly(model, inputs)
     export = torch.export.export
     with torch.no_grad(), _no_fast_path():
-        if not dynamic:
+        if dynamic is False:
             with _PlainAttention():
                 program = export(plain, tensors)
         else:
             try:
                 program = export(plain, tensors, dynamic_shapes=shapes)
             except Exception:  # code that asks for len(x) makes a constant of it
+                if axes != batch_axes(inputs):
+                    raise
                 program = export(plain, tensors, dynamic_shapes=shapes, strict=True)
     graph = program.module()
     assert isinstance(graph, GraphModule)
@@ -99,6 +103,8 @@ def _keep_mean_axes(graph: GraphModule) -> None:
         if user.target is not _QUANTIZE:
             continue
         size = [s if isinstance(s, int) else -1 for s in node.meta["val"].shape]
+        if size.count(-1) > 1:
+            continue
         node.args = (*node.args[:2], True)
         codes = user.args[1:]
         with graph.graph.inserting_before(user):

@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_unflatten
 
 from lightning_compress.deploy.graph import capture, has_quantized_values, quantize_outputs, tensors_of
+from lightning_compress.deploy.interface import filled
 from lightning_compress.deploy.runner import Kernels, in_batches, pieces_of
+from lightning_compress.files import write_whole
 from lightning_compress.forward import Inputs, with_batch
 
 __all__ = ["Runner", "export"]
@@ -51,8 +52,8 @@ def export(model: nn.Module, inputs: Inputs, path: Path, batch_size: int = 1) ->
             symmetric = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=False)
             config = QuantConfig(pt2e_quantizer=PT2EQuantizer().set_global(symmetric))
         converted = litert_torch.convert(_Captured(graph).eval(), tensors_of(example), quant_config=config)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        converted.export(str(path))
+        # its own way to a file ends the process where the disk is full
+        write_whole(path, converted._exporter.to_bytes())  # noqa: SLF001
 
 
 class _Captured(nn.Module):
@@ -76,37 +77,51 @@ class Runner:
     Args:
         path: The file.
         example_outputs: Outputs of the model, whose structure the runner gives back.
+        reference: Compute in LiteRT's reference kernels instead of XNNPACK's.
+        preserve: Keep every value until the next call.
     """
 
     runtime = "litert"
 
-    def __init__(self, path: Path, example_outputs: Any) -> None:
+    def __init__(self, path: Path, example_outputs: Any, reference: bool = False, preserve: bool = False) -> None:
         with _quiet():
-            from ai_edge_litert.interpreter import Interpreter
+            from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-            self.interpreter = Interpreter(model_path=str(path), num_threads=1)
+            kernels = OpResolverType.BUILTIN_REF if reference else OpResolverType.AUTO
+            options = {"experimental_op_resolver_type": kernels, "experimental_preserve_all_tensors": preserve}
+            self.interpreter = Interpreter(str(path), num_threads=1, **options)
             self.interpreter.allocate_tensors()
         self.inputs = sorted(self.interpreter.get_input_details(), key=lambda d: _number(d["name"]))
         self.outputs = sorted(self.interpreter.get_output_details(), key=lambda d: _number(d["name"]))
         self.batch_size = next((int(d["shape"][0]) for d in self.inputs if len(d["shape"])), 1)
-        self.structure = torch.utils._pytree.tree_structure(example_outputs)
+        self.example_outputs = example_outputs
 
-    def _set(self, inputs: Inputs) -> None:
+    def codes_of(self, inputs: Inputs) -> list[np.ndarray]:
+        """Inputs as the file takes them: integer codes where it does, in the order of the model's arguments."""
+        found = []
         for detail, x in zip(self.inputs, tensors_of(inputs), strict=True):
             values = x.detach().cpu().numpy()
             scale, zero_point = detail["quantization"]
             kind = np.iinfo(detail["dtype"]) if scale else None
             if kind is not None:
                 values = np.clip(np.round(values / np.float32(scale)) + zero_point, kind.min, kind.max)
-            self.interpreter.set_tensor(detail["index"], np.ascontiguousarray(values, dtype=detail["dtype"]))
+            found.append(np.ascontiguousarray(values, dtype=detail["dtype"]))
+        return found
+
+    def run_codes(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The outputs as the file gives them, for one batch as it takes it."""
+        self._set(codes)
+        self.interpreter.invoke()
+        return [self.interpreter.get_tensor(detail["index"]) for detail in self.outputs]
+
+    def _set(self, codes: Sequence[np.ndarray]) -> None:
+        for detail, values in zip(self.inputs, codes, strict=True):
+            self.interpreter.set_tensor(detail["index"], values)
 
     def _run(self, inputs: Inputs) -> list[Tensor]:
-        self._set(inputs)
-        self.interpreter.invoke()
         outputs = []
-        for detail in self.outputs:
-            values = self.interpreter.get_tensor(detail["index"])
-            (scale, zero_point) = detail["quantization"]
+        for detail, values in zip(self.outputs, self.run_codes(self.codes_of(inputs)), strict=True):
+            scale, zero_point = detail["quantization"]
             if scale:
                 values = (values.astype(np.float32) - zero_point) * np.float32(scale)
             outputs.append(torch.from_numpy(values))
@@ -114,11 +129,11 @@ class Runner:
 
     def __call__(self, inputs: Inputs) -> Any:
         """The outputs as float tensors, in the model's own structure."""
-        return tree_unflatten(in_batches(self._run, inputs, self.batch_size), self.structure)
+        return filled(self.example_outputs, in_batches(self._run, inputs, self.batch_size))
 
     def prepare(self, inputs: Inputs) -> Any:
         """A call without arguments that runs the file once and nothing else, to be timed."""
-        self._set(with_batch(inputs, self.batch_size))
+        self._set(self.codes_of(with_batch(inputs, self.batch_size)))
         return self.interpreter.invoke
 
     def integer_kernels(self) -> Kernels:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -17,54 +17,70 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
+from lightning_compress.deploy.interface import Axes, axes_to_try, filled, first_to_work, output_names
+from lightning_compress.deploy.nbits import export_options, matmul_nbits
+from lightning_compress.deploy.onnx_codes import codes_behind_moves, own_weights, own_zero_points, stored
 from lightning_compress.deploy.runner import Kernels
+from lightning_compress.files import replacing
 from lightning_compress.forward import ForwardOnly, Inputs, input_names, with_batch
 
 __all__ = ["Runner", "export"]
 
-_INTEGER = (
-    *("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm"),
-    *("DynamicQuantizeMatMul", "QLinearConvTranspose", "DynamicQuantizeLSTM"),
-)
+# Scales and zero points are stored, too: where the weight stands among the inputs.
+_REST = slice(1, None)
+_SCALED = dict.fromkeys(("QLinearConv", "QLinearMatMul", "QGemm", "QLinearConvTranspose"), slice(3, 4))
+_PLAIN = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+_WEIGHTS = {**_SCALED, **dict.fromkeys(_PLAIN, slice(1, 2)), "DynamicQuantizeLSTM": _REST}
+_INTEGER = tuple(_WEIGHTS)
 _WORTH = 256  # codes in a weight, from which on a cast costs less than they do
 _FLOAT = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU", "RNN")
+_HEAVY = (*_INTEGER, *_FLOAT, "MatMulNBits")
 
 
-def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
-    """Write one self-contained ONNX file with a dynamic batch axis.
+def export(model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write one self-contained ONNX file with a dynamic batch axis, and that of sequences where the model has one.
 
     Args:
         model: In eval mode on the CPU; converted, or in float.
         inputs: Example inputs.
         path: The file to write.
+        metadata: What the file says of itself, by name.
 
     Raises:
         Exception: Whatever ``torch.onnx.export`` says of a model that it cannot capture.
     """
     inputs = with_batch(inputs, 2)  # torch.export takes an axis of length 1 for a constant
-    size = inputs.batch_size
-    tensors = tuple(x for x in tree_leaves(tuple(inputs)) if isinstance(x, Tensor))
-    batch = {0: torch.export.Dim.DYNAMIC}
-    dynamic = tuple(batch if x.dim() and x.shape[0] == size else None for x in tensors)
     with _quiet(), _no_mask_detection(), _operators_read_once(), torch.no_grad():
-        program = torch.onnx.export(
-            ForwardOnly(model, inputs),
-            tensors,
-            input_names=input_names(model, inputs),
-            dynamic_shapes=(dynamic,),
-            dynamo=True,
-            verbose=False,
-        )
-        assert program is not None
+        program = first_to_work(lambda axes: _capture(model, inputs, axes), axes_to_try(model, inputs))
+        program.model.metadata_props.update(metadata or {})
+        matmul_nbits(program.model)
         _select_codes(program.model.graph)
         _integer_biases(program.model.graph)
-        _own_zero_points(program.model.graph)
+        own_weights(program.model.graph)
+        own_zero_points(program.model.graph)
+        codes_behind_moves(program.model.graph)
         _pack_four_bits(program.model)
         _drop_notes(program.model.graph)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        program.save(str(path), external_data=False)
+        with replacing(path) as temporary:
+            program.save(str(temporary), external_data=False)
+
+
+def _capture(model: nn.Module, inputs: Inputs, axes: Axes) -> Any:
+    tensors = tuple(x for x in tree_leaves(tuple(inputs)) if isinstance(x, Tensor))
+    program = torch.onnx.export(
+        ForwardOnly(model, inputs),
+        tensors,
+        input_names=input_names(model, inputs),
+        output_names=output_names(model, inputs),
+        dynamic_shapes=(tuple(found or None for found in axes),),
+        dynamo=True,
+        verbose=False,
+        **export_options(model),
+    )
+    assert program is not None
+    return program
 
 
 def _drop_notes(graph: Any) -> None:
@@ -126,7 +142,7 @@ def _integer_biases(graph: Any) -> None:
             continue
         step = (scales[0] * scales[1]).astype(np.float32)
         codes = np.round(bias.const_value.numpy() / step).astype(np.int32)
-        parts = [_stored(graph, f"bias_{i}_{key}", x) for key, x in (("codes", codes), ("scale", step))]
+        parts = [stored(graph, f"bias_{i}_{key}", x) for key, x in (("codes", codes), ("scale", step))]
         dequantize = ir.Node("", "DequantizeLinear", parts, [ir.AttrInt64("axis", 0)])
         dequantize.outputs[0].name = f"bias_{i}"
         graph.insert_before(node, dequantize)
@@ -142,19 +158,6 @@ def _scale(graph: Any, value: Any) -> Any:
     return node.inputs[1].const_value.numpy() if known else None
 
 
-def _own_zero_points(graph: Any) -> None:
-    """A zero point for each weight: OpenVINO computes in float where a linear layer and a convolution share one.
-
-    The exporter stores equal tensors once.
-    """
-    weights = [n for n in graph if n.op_type == "DequantizeLinear" and n.inputs[0].name in graph.initializers]
-    for i, node in enumerate(n for n in weights if len(n.inputs) == 3):
-        own = _stored(graph, f"zero_point_{i}", node.inputs[2].const_value.numpy())
-        node.replace_input_with(2, own)
-    for value in [v for v in graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
-        del graph.initializers[value.name]
-
-
 def _pack_four_bits(model: Any) -> None:
     """Weights whose codes are in -8..7, two to a byte.
 
@@ -168,27 +171,18 @@ def _pack_four_bits(model: Any) -> None:
     if any(node.op_type == "GroupNormalization" for node in graph):  # means another thing since operator set 21
         return
     for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
-        stored = graph.initializers.get(node.inputs[0].name)
-        codes = None if stored is None else stored.const_value.numpy()
+        weight = graph.initializers.get(node.inputs[0].name)
+        codes = None if weight is None else weight.const_value.numpy()
         if codes is None or codes.dtype != np.int8 or codes.size < _WORTH or codes.min() < -8 or codes.max() > 7:
             continue
-        packed = _stored(graph, f"{stored.name}_packed", codes.astype(ml_dtypes.int4))
+        packed = stored(graph, f"{weight.name}_packed", codes.astype(ml_dtypes.int4))
         cast = ir.Node("", "Cast", [packed], [ir.AttrInt64("to", int(ir.DataType.INT8))])
-        cast.outputs[0].name = f"{stored.name}_codes"
+        cast.outputs[0].name = f"{weight.name}_codes"
         graph.insert_before(node, cast)
         node.replace_input_with(0, cast.outputs[0])
-        if not stored.uses():
-            del graph.initializers[stored.name]
+        if not weight.uses():
+            del graph.initializers[weight.name]
         model.opset_imports[""] = max(model.opset_imports[""], 21)
-
-
-def _stored(graph: Any, name: str, array: np.ndarray) -> Any:
-    import onnx_ir as ir
-
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-    graph.register_initializer(value)
-    return value
 
 
 class Runner:
@@ -205,7 +199,8 @@ class Runner:
         self.path = path
         self.session = self.session_of(path)
         self.names = [value.name for value in self.session.get_inputs()]
-        self.structure = torch.utils._pytree.tree_structure(example_outputs)
+        self.open_axes = [{i for i, n in enumerate(x.shape) if isinstance(n, str)} for x in self.session.get_inputs()]
+        self.example_outputs = example_outputs
 
     @staticmethod
     def session_of(path: Path, optimized: Path | None = None) -> Any:
@@ -228,22 +223,31 @@ class Runner:
     def __call__(self, inputs: Inputs) -> Any:
         """The outputs as tensors, in the model's own structure."""
         outputs = [torch.from_numpy(x) for x in self.session.run(None, self.feed(inputs))]
-        return tree_unflatten(outputs, self.structure)
+        return filled(self.example_outputs, outputs)
 
     def integer_kernels(self) -> Kernels:
         """Counted from the graph that onnxruntime made of the file: operations that read a stored weight, by type."""
+        heavy = self._heavy()
+        return Kernels(sum(kind in _INTEGER for kind in heavy), len(heavy))
+
+    def float_kernels(self) -> list[str]:
+        """Types of those that run in float."""
+        return [kind for kind in self._heavy() if kind in _FLOAT]
+
+    def _heavy(self) -> list[str]:
         import onnx
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "optimized.onnx")
             self.session_of(self.path, path)
             graph = onnx.load(path).graph
-        stored = {value.name for value in graph.initializer}
-        stored |= {
-            x for node in graph.node if "Dequantize" in node.op_type for x in node.output if node.input[0] in stored
+        constant = {value.name for value in graph.initializer}
+        constant |= {
+            x for node in graph.node if "Dequantize" in node.op_type for x in node.output if node.input[0] in constant
         }
-        heavy = [n.op_type for n in graph.node if n.op_type in (*_INTEGER, *_FLOAT) and stored & set(n.input[1:])]
-        return Kernels(sum(kind in _INTEGER for kind in heavy), len(heavy))
+        heavy = [node for node in graph.node if node.op_type in _HEAVY]
+        weights = [set(node.input[_WEIGHTS.get(node.op_type, _REST)]) for node in heavy]
+        return [node.op_type for node, read in zip(heavy, weights, strict=True) if constant & read]
 
     def prepare(self, inputs: Inputs) -> Any:
         """A call without arguments that runs the file and nothing else, to be timed."""

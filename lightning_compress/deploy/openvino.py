@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_unflatten
 
 from lightning_compress.deploy import onnx
 from lightning_compress.deploy.graph import tensors_of
+from lightning_compress.deploy.interface import filled
 from lightning_compress.deploy.runner import Kernels
+from lightning_compress.files import replacing
 from lightning_compress.forward import Inputs
 
 __all__ = ["Runner", "export"]
@@ -20,21 +22,24 @@ __all__ = ["Runner", "export"]
 _HEAVY = ("Convolution", "FullyConnected", "Deconvolution", "GroupConvolution", "RNNSeq", "RNNCell")
 
 
-def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
+def export(model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write the graph to ``path`` and the weights to a ``.bin`` file beside it, with a dynamic batch axis.
 
     Args:
         model: In eval mode on the CPU; converted with uint8 activations, or in float.
         inputs: Example inputs.
         path: The ``.xml`` file to write.
+        metadata: What the file says of itself, by name.
     """
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
         onnx.export(model, inputs, Path(folder, "model.onnx"))
         converted = openvino.convert_model(Path(folder, "model.onnx"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        openvino.save_model(converted, path, compress_to_fp16=False)
+        for key, value in (metadata or {}).items():
+            converted.set_rt_info(value, ["lightning_compress", key])
+        with replacing(path, ".bin") as temporary:
+            openvino.save_model(converted, temporary, compress_to_fp16=False)
 
 
 class Runner:
@@ -52,13 +57,14 @@ class Runner:
 
         config = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
         self.model = openvino.Core().compile_model(path, "CPU", config)
+        self.open_axes = [{i for i, n in enumerate(x.partial_shape) if n.is_dynamic} for x in self.model.inputs]
         self.request = self.model.create_infer_request()
-        self.structure = torch.utils._pytree.tree_structure(example_outputs)
+        self.example_outputs = example_outputs
 
     def __call__(self, inputs: Inputs) -> Any:
         """The outputs as tensors, in the model's own structure."""
         found = self.request.infer([x.detach().cpu().numpy() for x in tensors_of(inputs)])
-        return tree_unflatten([torch.from_numpy(found[port].copy()) for port in self.model.outputs], self.structure)
+        return filled(self.example_outputs, [torch.from_numpy(found[port].copy()) for port in self.model.outputs])
 
     def prepare(self, inputs: Inputs) -> Any:
         """A call without arguments that runs the file and nothing else, to be timed."""
@@ -68,6 +74,14 @@ class Runner:
 
     def integer_kernels(self) -> Kernels:
         """Counted from the compiled graph: the precision that each node runs in."""
+        heavy = self._heavy()
+        return Kernels(sum(precision in ("i8", "u8") for _, precision in heavy), len(heavy))
+
+    def float_kernels(self) -> list[str]:
+        """Types of those that run in float."""
+        return [kind for kind, precision in self._heavy() if precision not in ("i8", "u8")]
+
+    def _heavy(self) -> list[tuple[str, str]]:
         nodes = [node.get_rt_info() for node in self.model.get_runtime_model().get_ops()]
-        heavy = [str(info["runtimePrecision"].value) for info in nodes if str(info["layerType"].value) in _HEAVY]
-        return Kernels(sum(precision in ("i8", "u8") for precision in heavy), len(heavy))
+        found = [(str(info["layerType"].value), str(info["runtimePrecision"].value)) for info in nodes]
+        return [(kind, precision) for kind, precision in found if kind in _HEAVY]

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_compress.forward import Inputs, run_model
+from lightning_compress.checks import check_callable, check_instance, check_list, check_number
+from lightning_compress.deploy.interface import Taken, filled
+from lightning_compress.forward import Inputs, are_alike, map_tensors, run_model, tensors_in
 
-__all__ = ["Artifact", "Comparison", "time_together"]
+__all__ = ["Artifact", "Comparison", "difference", "time_together"]
 
 
 @dataclass
@@ -37,11 +39,17 @@ class Artifact:
         integer_kernels: How many of the operations that read a stored weight run in integer kernels.
         num_kernels: How many such operations there are.
         batch: ``"dynamic"``, or the batch size of the file; a file for another size lies beside it.
+        arena_bytes: RAM that TensorFlow Lite Micro takes to run the file; None in other runtimes.
         integers: Type of the activations' codes; None of a float file.
         warnings: What one would not expect of the file, in words.
         max_rel_diff: Largest difference of an output as a share of the range of that output's values.
         overflowing: Layers whose weights a CPU without VNNI cannot multiply exactly in this runtime.
         cpu: The CPU that ran the file, by its instructions.
+        judged: What was asked of the file and what it reaches, by name
+            (:class:`lightning_compress.deploy.judge.Judgement`).
+        deployed_minus_trained: The metric of the file less that of the trained model in PyTorch.
+        inputs: Names of the arguments that the file takes.
+        left_out: Labels that it does not take, and losses that it does not give.
     """
 
     format: str
@@ -59,14 +67,26 @@ class Artifact:
     num_kernels: int | None = None
     batch: str = "dynamic"
     integers: str | None = None
+    arena_bytes: int | None = None
     warnings: list[str] = field(default_factory=list)
     max_rel_diff: float | None = None
     overflowing: list[str] = field(default_factory=list)
     cpu: str = ""
+    judged: dict[str, Any] = field(default_factory=dict)
+    deployed_minus_trained: float | None = None
+    inputs: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
         return asdict(self)
+
+
+def difference(deployed: float | None, trained: float | None) -> float | None:
+    """A metric of a file less that of the trained model; None where one is unknown or not finite."""
+    if deployed is None or trained is None or not math.isfinite(deployed - trained):
+        return None
+    return deployed - trained
 
 
 class Comparison:
@@ -79,12 +99,28 @@ class Comparison:
     Args:
         model: The PyTorch model.
         runner: The file in its runtime.
+        example: The arguments that the file was made of: calls with other ones are the model's to answer. Without it,
+            all are compared.
+        taken: What of a call the file takes, and of the outputs it gives; all without it. A loss that it does not give
+            is NaN.
     """
 
-    def __init__(self, model: nn.Module, runner: Callable[[Inputs], Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        runner: Callable[[Inputs], Any],
+        example: Inputs | None = None,
+        taken: Taken | None = None,
+    ) -> None:
+        check_instance("Comparison.model", model, nn.Module, "an nn.Module")
+        check_callable("Comparison.runner", runner, "a function of Inputs")
+        check_instance("Comparison.taken", taken, (Taken, type(None)), "what taken_by_file gives, or None")
         self.model = model
         self.runner = runner
+        self.example = example if taken is None else taken.inputs
+        self.taken = taken
         self.num_calls = 0
+        self.num_others = 0
         self._same = self._num = 0
         self._outputs: dict[int, _Output] = {}
 
@@ -92,14 +128,32 @@ class Comparison:
         """The file's outputs for the model's arguments."""
         devices = [x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         inputs = Inputs(*tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, (args, kwargs)))
-        expected = run_model(self.model, inputs)
-        got = self.runner(inputs)
+        # a validation step that casts around the model would have the model less exact than the file
+        with torch.autocast("cpu", enabled=False):
+            answer = run_model(self.model, inputs)
+            asked = inputs if self.taken is None else self.taken.of(self.model, inputs)
+            open_axes = getattr(self.runner, "open_axes", ())
+            if self.example is not None and not are_alike(asked, self.example, open_axes):
+                self.num_others += 1
+            else:
+                answer = self._compared(answer, tensors_in(self.runner(asked)))
+        return map_tensors(lambda x: x.to(devices[0]) if devices else x, answer)
+
+    def _compared(self, expected: Any, given: list[Tensor]) -> Any:
+        """The model's outputs with the file's in their places."""
         self.num_calls += 1
-        for i, (a, b) in enumerate(zip(tree_leaves(expected), tree_leaves(got), strict=True)):
-            if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+        outputs = tensors_in(expected)
+        places: Sequence[int] = range(len(outputs))
+        if self.taken is not None and len(given) < len(outputs):
+            places = self.taken.outputs
+        instead = [torch.full_like(x, math.nan) if x.is_floating_point() else x for x in outputs]
+        for i, b in zip(places, given, strict=True):
+            a = outputs[i]
+            instead[i] = b
+            if a.is_floating_point() and a.numel():
                 self._count(a.float(), b.float())
                 self._outputs.setdefault(i, _Output()).see(a.float(), b.float())
-        return tree_map(lambda x: x.to(devices[0]) if devices and isinstance(x, Tensor) else x, got)
+        return filled(expected, instead)
 
     def _count(self, a: Tensor, b: Tensor) -> None:
         axis = 1 if a.dim() >= 4 else -1
@@ -158,6 +212,10 @@ def time_together(calls: Sequence[Callable[[], Any]], seconds: float = 1.0) -> l
         calls: What to time.
         seconds: Time to spend in all; each call runs 5 times at least.
     """
+    check_list("time_together.calls", calls, object, "a function without arguments", fewest=1)
+    for i, call in enumerate(calls):
+        check_callable(f"time_together.calls[{i}]", call, "a function without arguments")
+    check_number("time_together.seconds", seconds, "a number of seconds from 0", low=0)
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_compress.checks import check_number, check_one_of
+from lightning_compress.checks import check_by_name, check_number, check_one_of, check_whole_number
 from lightning_compress.distillation.calls import Call, main_tensor
 
 __all__ = ["DistillationLoss", "Loss", "feature_loss", "output_loss"]
@@ -33,6 +33,8 @@ def output_loss(student: Tensor, teacher: Tensor, kind: Loss, temperature: float
         >>> output_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), "kl", 2.0, -1)
         tensor(0.)
     """
+    check_one_of("output_loss.kind", kind, ("kl", "mse"), "Take 'kl' for classes and 'mse' for regression.")
+    check_number("output_loss.temperature", temperature, "a number above 0 (1 softens nothing)", above=0)
     dtype = torch.promote_types(student.dtype, torch.float32)
     student = student.to(dtype)
     teacher = teacher.to(dtype)
@@ -78,6 +80,10 @@ class DistillationLoss:
         check_number(f"{name}.temperature", self.temperature, "a number above 0 (1 softens nothing)", above=0)
         check_one_of(f"{name}.loss", self.kind, ("kl", "mse"), "Take 'kl' for classes and 'mse' for regression.")
         accepted = "a weight from 0, the factor of its mean squared difference"
+        check_whole_number(f"{name}.class_axis", self.class_axis, "a whole number, the axis of the classes", low=-64)
+        check_by_name(
+            f"{name}.features", self.features, "a dict of weights by a layer's name, such as {'encoder': 1.0}"
+        )
         for feature, weight in self.features.items():
             check_number(f"{name}.features[{feature!r}]", weight, accepted, low=0)
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_compress.checks import check_instance, check_number, check_one_of, check_whole_number
+from lightning_compress.checks import (
+    check_by_name,
+    check_flag,
+    check_instance,
+    check_names,
+    check_number,
+    check_one_of,
+    check_whole_number,
+)
 from lightning_compress.phase import Phase
 from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.patterns import Pattern
@@ -51,17 +59,26 @@ def check_arguments(  # noqa: PLR0913  # the settings that have a range, each by
     floor: float,
     targets: Mapping[str, float],
     rewind: float | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    **flags: bool,
 ) -> None:
     """Raise unless these can be arguments of ``GradualPruning``; ``name`` is how the message calls it.
+
+    What it may be or not be, such as ``keep_first``, are the ``flags``.
 
     Raises:
         ValueError: If a value is out of range.
         TypeError: If an argument is of the wrong kind.
     """
+    for field, names in (("include", include), ("exclude", exclude)):
+        check_names(f"{name}.{field}", names)
+    for field, flag in flags.items():
+        check_flag(f"{name}.{field}", flag)
     objects = (("criterion", criterion, Criterion), ("pattern", pattern, Pattern), ("phase", phase, Phase))
     for field, value, kind in objects:
         check_instance(f"{name}.{field}", value, kind, f"a {kind.__name__}, an object of that class and not its name")
-    check_instance(f"{name}.targets", targets, Mapping, "a dict of sparsities by name pattern")
+    check_by_name(f"{name}.targets", targets, "a dict of sparsities by name pattern, such as {'head': 0.5}")
     meaning = "'global' ranks all layers together, 'layer' each by itself, 'erk' gives larger ones a higher sparsity."
     check_one_of(f"{name}.scope", scope, ("global", "layer", "erk"), meaning)
     most = pattern.max_sparsity

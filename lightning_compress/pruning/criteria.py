@@ -11,7 +11,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.checks import check_number
+from lightning_compress.checks import check_number, check_whole_number
 from lightning_compress.layers import Layer
 
 __all__ = [
@@ -139,6 +139,9 @@ class Random(Criterion):
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_whole_number("Random.seed", self.seed, "a whole number from 0", low=0)
+
     def score(self, layer: Layer) -> Tensor:
         """Uniform in 0..1, without touching the global random state."""
         generator = torch.Generator().manual_seed(crc32(f"{self.seed} {layer.name}".encode()))
@@ -169,7 +172,6 @@ class LAMP(Criterion):
     power: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse other powers."""
         check_number("LAMP.power", self.power, "a number in 0..1; 1 is the paper's score", low=0, high=1)
 
     def score(self, layer: Layer) -> Tensor:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from lightning_compress.checks import check_list
 from lightning_compress.layers import Layer
 from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.observation import Observation
@@ -16,6 +18,8 @@ from lightning_compress.pruning.scopes import Scope, split_by_scope
 from lightning_compress.pruning.sharding import sharded_as, whole
 from lightning_compress.pruning.threshold import num_dropped
 from lightning_compress.pruning.updates import NotStreamable, update_held, update_streamed
+from lightning_compress.structure.held import scale_state, states_of
+from lightning_compress.structure.mirrors import find_mirrors
 from lightning_compress.structure.record import Record, kept_by_id
 
 __all__ = ["Masks"]
@@ -24,16 +28,19 @@ __all__ = ["Masks"]
 class Masks:
     """One mask per layer, int8 with 1 = kept: the cheapest kind to multiply into a weight in place.
 
-    The mask of a sharded weight is sharded like it: then all processes call ``sparsity``, ``update``, ``exchange`` and
-    ``state_dict`` together, and the state is the same on all of them.
+    The mask of a sharded weight is sharded like it: then all processes call ``update``, ``exchange`` and ``state_dict``
+    together, and the state is the same on all of them. ``sparsity`` each process may ask for by itself, also when the
+    others are gone.
 
     Args:
         layers: The layers that are pruned.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
+        check_list("Masks.layers", layers, Layer, "a Layer of find_layers")
         self.layers = list(layers)
         self._masks = {layer.name: torch.ones_like(layer.weight, dtype=torch.int8) for layer in layers}
+        self._kept = {layer.name: layer.weight.numel() for layer in layers}  # how many weights, in all processes
 
     def are_of(self, layers: Sequence[Layer]) -> bool:
         """Whether these are the masks of exactly these weights."""
@@ -42,10 +49,20 @@ class Masks:
     @property
     def sparsity(self) -> float:
         """Share of the weights that is dropped."""
-        return 1 - self._num_kept(self.layers) / max(1, sum(mask.numel() for mask in self._masks.values()))
+        return self.sparsity_of(self.layers)
+
+    def sparsity_of(self, layers: Sequence[Layer]) -> float:
+        """Share of the weights of some of the layers that is dropped; 0 of none."""
+        if not layers:
+            return 0.0
+        return 1 - self._num_kept(layers) / max(1, sum(self._masks[layer.name].numel() for layer in layers))
 
     def _num_kept(self, layers: Sequence[Layer]) -> int:
-        return sum(int(whole(self._masks[layer.name].sum(dtype=torch.int64))) for layer in layers)
+        return sum(self._kept[layer.name] for layer in layers)
+
+    def _count(self, layers: Iterable[Layer]) -> None:
+        """Count what is kept; an exchange keeps as many as were."""
+        self._kept |= {x.name: int(whole(self._masks[x.name].sum(dtype=torch.int64))) for x in layers}
 
     @torch.no_grad()
     def update(
@@ -79,6 +96,7 @@ class Masks:
         if not self._streams(criterion, pattern, parts, floor):
             for part, share in parts:
                 update_held(self._masks, criterion, pattern, part, share, floor, observation)
+        self._count(layer for part, _ in parts for layer in part)
         self.apply(layers)
 
     def _streams(
@@ -159,6 +177,30 @@ class Masks:
             if id(parameter) in names and name in copies:
                 copies[name].mul_(self._masks[names[id(parameter)]].to(copies[name].device)).add_(0.0)
 
+    @torch.no_grad()
+    def apply_to_mirrors(self, model: nn.Module) -> None:
+        """Zero the dropped weights in averages that the model keeps of its own parts."""
+        params = dict(model.named_parameters(remove_duplicate=False))
+        masks = {id(layer.weight): self._masks[layer.name] for layer in self.layers}
+        for copy, source in find_mirrors(model).items():
+            for name, p in model.get_submodule(copy).named_parameters():
+                mask = masks.get(id(params.get(f"{source}.{name}")))
+                if mask is not None:
+                    p.mul_(mask.to(p.device)).add_(0.0)
+
+    @torch.no_grad()
+    def apply_to_states(self, optimizers: Iterable[Optimizer]) -> None:
+        """Zero what optimizers keep of the dropped weights, such as a second copy of them.
+
+        Args:
+            optimizers: Those whose state has the weights' shapes.
+        """
+        masks = {id(layer.weight): self._masks[layer.name] for layer in self.layers}
+        for optimizer in optimizers:
+            for _, p, state in states_of(optimizer):
+                if id(p) in masks:
+                    scale_state(state, p, masks[id(p)])
+
     def bind(self, model: nn.Module) -> None:
         """Remember the parameter names of the model, and follow its device."""
         self._named_parameters = list(model.named_parameters())
@@ -186,6 +228,7 @@ class Masks:
         for name, entry in state.items():
             mask = _unpack(entry["bits"], entry["shape"]).to(self._masks[name].device)
             self._masks[name] = sharded_as(mask, self._masks[name])
+        self._count(self.layers)
 
     def follow(self, model: nn.Module, record: Record) -> None:
         """Shrink with the weights of a model that has just changed its shape."""
@@ -198,6 +241,7 @@ class Masks:
                 mask = self._masks[layer.name]
                 self._masks[layer.name] = mask.index_select(axis, indices.to(mask.device)).contiguous()
         self.bind(model)
+        self._count(self.layers)
 
 
 def _pack(mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.checks import check_instance, check_list
 from lightning_compress.layers import Layer, modules_by_name
 from lightning_compress.pruning.chains import Chain, find_chains
 from lightning_compress.pruning.criteria import Criterion
@@ -40,6 +41,9 @@ class Observation:
     """
 
     def __init__(self, criterion: Criterion, layers: Sequence[Layer], model: nn.Module) -> None:
+        check_instance("Observation.criterion", criterion, Criterion, "a Criterion, for instance Taylor()")
+        check_list("Observation.layers", layers, Layer, "a Layer of find_layers")
+        check_instance("Observation.model", model, nn.Module, "an nn.Module")
         self.criterion = criterion
         self.layers = {layer.name: layer for layer in layers}
         self.seen: dict[str, Tensor] = {}
@@ -124,9 +128,9 @@ class Observation:
         stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
         gradients: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            gradient = layer.weight.grad
+            gradient = layer.gradient
             if gradient is not None and id(layer.weight) in stepping:
-                gradients[name] = gradient.detach()
+                gradients[name] = gradient
         # where one is not finite, a gradient scaler will skip the step
         finite = [torch.isfinite(gradient).all() for gradient in gradients.values()]
         if finite and bool(torch.stack(finite).all()):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_compress.checks import check_one_of
+from lightning_compress.checks import check_one_of, check_whole_number
 
 __all__ = ["Block", "Channel", "Element", "Head", "NofM", "Pattern", "WholeLayer"]
 
@@ -85,12 +85,9 @@ class NofM(Pattern):
 
     def __post_init__(self) -> None:
         """Refuse what keeps nothing or everything."""
-        whole = all(isinstance(value, int) for value in (self.n, self.m, self.axis))
-        if not whole or not 0 < self.n < self.m or self.axis < 0:
-            raise ValueError(
-                f"NofM(n={self.n!r}, m={self.m!r}, axis={self.axis!r}): accepted are whole numbers 0 < n < m and an "
-                "axis from 0, for instance NofM(2, 4)."
-            )
+        check_whole_number("NofM.m", self.m, "a whole number of neighbours from 2, for instance NofM(2, 4)", low=2)
+        check_whole_number("NofM.n", self.n, f"a whole number in 1..{self.m - 1}, below m", low=1, high=self.m - 1)
+        check_whole_number("NofM.axis", self.axis, "a whole number from 0", low=0)
 
     def reduce(self, scores: Tensor) -> Tensor:
         """The scores themselves."""
@@ -143,10 +140,8 @@ class Block(Pattern):
 
     def __post_init__(self) -> None:
         """Refuse empty blocks."""
-        if not all(isinstance(side, int) and side > 0 for side in (self.rows, self.columns)):
-            raise ValueError(
-                f"Block(rows={self.rows!r}, columns={self.columns!r}): accepted are whole numbers above 0."
-            )
+        check_whole_number("Block.rows", self.rows, "a whole number of output channels from 1", low=1)
+        check_whole_number("Block.columns", self.columns, "a whole number of input channels from 1", low=1)
 
     def reduce(self, scores: Tensor) -> Tensor:
         """Mean of each block."""
@@ -212,11 +207,9 @@ class Head(Pattern):
 
     def __post_init__(self) -> None:
         """Refuse what is no count."""
-        if not all(isinstance(n, int) and n > 0 for n in (self.num_heads, self.fused)) or self.axis not in (0, 1):
-            raise ValueError(
-                f"Head(num_heads={self.num_heads!r}, axis={self.axis!r}, fused={self.fused!r}): accepted are whole "
-                "numbers above 0, and axis 0 or 1."
-            )
+        check_whole_number("Head.num_heads", self.num_heads, "a whole number of heads from 1", low=1)
+        check_one_of("Head.axis", self.axis, (0, 1), "0 makes queries, keys or values, 1 mixes the heads' outputs.")
+        check_whole_number("Head.fused", self.fused, "a whole number from 1, 3 for queries, keys and values", low=1)
 
     def reduce(self, scores: Tensor) -> Tensor:
         """Mean of each head."""

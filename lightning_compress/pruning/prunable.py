@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_compress.layers import PRUNABLE, Layer, find_layers, matches
+from lightning_compress.layers import PRUNABLE, QUANTIZABLE, Layer, find_layers, matches, modules_by_name, plain_name
 from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.observation import Observation
 from lightning_compress.pruning.patterns import Pattern
 from lightning_compress.pruning.sharding import whole
+from lightning_compress.structure.mirrors import find_mirrors
 
 __all__ = ["check_finite", "find_prunable", "observe", "targets_by_layer", "unseen"]
 
@@ -45,7 +46,12 @@ def find_prunable(
     """
     found, skipped = find_layers(model, PRUNABLE, include, exclude, skip_frozen=True, skip_tied=True)
     layers = []
+    averages = {plain_name(copy): source for copy, source in find_mirrors(model).items() if source is not None}
     for i, layer in enumerate(found):
+        average = next((copy for copy in averages if layer.name.startswith(f"{copy}.")), None)
+        if average is not None:
+            skipped[layer.name] = f"an average of {averages[average]}, which it follows"
+            continue
         reason = criterion.refuses(layer) or pattern.refuses(_shape(layer))
         if keep_first and i == 0:
             reason = "the first layer stays dense (keep_first)"
@@ -86,19 +92,33 @@ def targets_by_layer(name: str, targets: Mapping[str, float], layers: Sequence[L
     return found
 
 
-def check_finite(layers: Sequence[Layer]) -> None:
-    """Raise unless all weights are finite; of sharded ones, on all processes.
+def check_finite(name: str, model: nn.Module) -> None:
+    """Raise unless all weights of a model are finite; of sharded ones, on all processes.
+
+    Args:
+        name: Who is to compress the model, for the message.
+        model: The model.
 
     Raises:
-        ValueError: If a layer has weights that are not.
+        ValueError: If a layer, or a parameter that is trained, holds NaN or an infinity.
     """
-    for layer in layers:
-        bad = layer.weight.numel() - int(whole(torch.isfinite(layer.weight.detach()).sum()))
-        if bad:
-            raise ValueError(
-                f"{layer.name} has {bad} weights that are NaN or infinite before training starts. Start from a "
-                "checkpoint that is finite."
-            )
+    bad = {}
+    for prefix, module in modules_by_name(model).items():
+        for key, value in module._parameters.items():
+            if value is None or isinstance(value, nn.UninitializedParameter) or not value.is_floating_point():
+                continue
+            # A frozen parameter of the user's own may hold an infinity on purpose, as masks do.
+            if not value.requires_grad and not isinstance(module, QUANTIZABLE):
+                continue
+            num = value.numel() - int(whole(torch.isfinite(value.detach()).sum()))
+            if num:
+                bad[f"{prefix}.{key}".removeprefix(".").removesuffix(".weight")] = num
+    if bad:
+        layers = ", ".join(f"{layer} has {num} weights" for layer, num in bad.items())
+        raise ValueError(
+            f"{name}: {layers} that are NaN or infinite before training starts. Accepted are finite ones. Start from a "
+            "checkpoint that is finite."
+        )
 
 
 def observe(name: str, criterion: Criterion, layers: Sequence[Layer], model: nn.Module) -> Observation | None:

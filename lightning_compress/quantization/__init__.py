@@ -7,6 +7,7 @@ from lightning_compress.quantization.learned import LearnedClip, LearnedStep
 from lightning_compress.quantization.levels import AdditivePowerOfTwo, Exponential, Levels, PowerOfTwo
 from lightning_compress.quantization.model import quantization_of
 from lightning_compress.quantization.observers import MSE, Entropy, MinMax, MovingAverage, Observer, Percentile
+from lightning_compress.quantization.per_token import PerToken
 from lightning_compress.quantization.quantizer import QParams, Quantizer
 from lightning_compress.quantization.schemes import (
     Scheme,
@@ -22,9 +23,12 @@ from lightning_compress.quantization.schemes import (
     scheme,
     ternary,
     w2a8,
+    w4_groups,
     w4a8,
+    w4a8_groups,
     w8,
 )
+from lightning_compress.quantization.short_scale import ShortScale
 
 __all__ = [
     "MSE",
@@ -41,11 +45,13 @@ __all__ = [
     "MinMax",
     "MovingAverage",
     "Observer",
+    "PerToken",
     "Percentile",
     "PowerOfTwo",
     "QParams",
     "Quantizer",
     "Scheme",
+    "ShortScale",
     "Ternary",
     "apot4",
     "binary",
@@ -60,6 +66,8 @@ __all__ = [
     "scheme",
     "ternary",
     "w2a8",
+    "w4_groups",
     "w4a8",
+    "w4a8_groups",
     "w8",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compress.checks import check_flag, check_whole_number, refusal
 from lightning_compress.quantization.quantizer import QParams, Quantizer, along
 
 __all__ = ["Affine"]
@@ -43,14 +44,15 @@ class Affine(Quantizer):
     def __post_init__(self) -> None:
         """Refuse widths that no code has, and a top beyond them."""
         name = type(self).__name__
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise ValueError(f"{name}.bits={self.bits!r}: accepted are the whole numbers 2..8, for instance {name}(8).")
+        check_whole_number(f"{name}.bits", self.bits, f"a whole number in 2..8, for instance {name}(8)", low=2, high=8)
+        check_flag(f"{name}.symmetric", self.symmetric)
+        if self.top is None:
+            return
         highest = 2 ** (self.bits - 1) - 1
-        if self.top is not None and not (self.symmetric and type(self.top) is int and 1 <= self.top <= highest):
-            raise ValueError(
-                f"{name}.top={self.top!r}: accepted are None and, for symmetric codes, the whole numbers 1..{highest}, "
-                f"for instance {name}({self.bits}, symmetric=True, top={highest})."
-            )
+        accepted = f"a whole number in 1..{highest} for symmetric codes, or None"
+        check_whole_number(f"{name}.top", self.top, accepted, low=1, high=highest)
+        if not self.symmetric:
+            raise refusal(f"{name}.top", self.top, accepted, "Set symmetric=True, or leave top out.")
 
     @property
     def limits(self) -> tuple[int, int]:

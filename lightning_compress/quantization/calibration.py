@@ -10,6 +10,9 @@ from lightning_compress.quantization.equalize import equalize
 from lightning_compress.quantization.model import ModelQuantization
 from lightning_compress.quantization.pairs import Chains, find_pairs
 from lightning_compress.quantization.processes import Processes
+from lightning_compress.structure.unseen import sizes_of
+from lightning_compress.trace import ran
+from lightning_compress.ways import unseen
 
 __all__ = ["Calibration"]
 
@@ -55,7 +58,7 @@ class Calibration:
         self._correction: BiasCorrection | None = None
 
     def begin_batch(self, wrapped: bool = False) -> None:
-        """Trace the batch that comes, or observe it.
+        """Trace the batch that comes, or observe it, or both while layers have not run.
 
         Args:
             wrapped: Whether another module, such as DDP's wrapper, calls the model.
@@ -64,6 +67,8 @@ class Calibration:
             self.quantization.start_tracing(self.model, wrapped)
             return
         self.quantization.observe(True)
+        if self.quantization.waiting:
+            self.quantization.start_tracing(self.model, wrapped)
         if self.correct_bias and self._correction is None:
             folded = self.quantization.folded(self.model)
             self._correction = BiasCorrection(self.quantization.layers, folded)
@@ -78,9 +83,13 @@ class Calibration:
         """
         watch = self.quantization.watch
         chains: Chains | None = None
-        if self.equalize and watch is not None:
+        if self.equalize and watch is not None and self.quantization.placement is None:
             watch.use(outputs)
             chains = find_pairs(watch.trace, self.model, self.quantization.layers)
+            # what did not run in this batch may read a layer, and would read its values scaled
+            sizes = sizes_of(self.model, unseen(self.model, ran(watch.trace)))
+            widths = {layer.name: layer.num_outputs for layer in self.quantization.layers}
+            chains.pairs = [(first, second) for first, second in chains.pairs if widths[first] not in sizes]
         self.quantization.end_batch(self.model, self.processes)
         if chains is not None:
             equalize(self.model, self.quantization.layers, self.processes.share(chains))

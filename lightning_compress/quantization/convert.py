@@ -9,9 +9,13 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 
+from lightning_compress.checks import check_flag, check_instance, check_one_of
+from lightning_compress.copies import copy_module
 from lightning_compress.layers import Layer, modules_by_name
+from lightning_compress.quantization.call_sites import with_own_call_sites
 from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize
+from lightning_compress.quantization.grouped import TokenCodes, finds_ranges, group_codes, is_grouped
 from lightning_compress.quantization.model import quantization_of
 from lightning_compress.quantization.overflow import fits_pairs
 from lightning_compress.quantization.placement import Placement
@@ -112,9 +116,9 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
         >>> torch.equal(convert(model, activations="int8")(x), model(x))
         True
     """
-    if activations not in _LIMITS:
-        accepted = " and ".join(map(repr, _LIMITS))
-        raise ValueError(f"activations={activations!r}: accepted are {accepted}. Take what the runtime computes in.")
+    check_instance("convert.model", model, nn.Module, "a quantized nn.Module")
+    check_one_of("convert.activations", activations, _LIMITS, "Take what the runtime computes in.")
+    check_flag("convert.rounded_weights", rounded_weights)
     quantization = quantization_of(model)
     if quantization is None or not quantization.enabled:
         raise ValueError(
@@ -126,22 +130,37 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
     assert quantization is not None
     quantization.observe(False)
     placement = quantization.placement or Placement()
-    folds = placement.folds
+    on = {x.name for x in quantization.layers if weights(x.module)[x.parameter].enabled}
+    # a norm behind groups stays: their scales are short numbers, which would not hold its factors
+    grouped = {x.name for x in quantization.layers if is_grouped(x)}
+    folds = {layer: norm for layer, norm in placement.folds.items() if layer in on - grouped}
     modules = modules_by_name(model)
     for name, activation in quantization.activations.items():
         if activation.enabled:
             _check_inputs(name, activation.quantizer, activation.qparams())
     for layer in quantization.layers:
+        if layer.name not in on:  # no data reached it
+            continue
+        if layer.name in grouped:
+            weights(layer.module)[layer.parameter] = group_codes(layer)
+            continue
         feed = quantization.activations.get(placement.feeds.get(layer.name, ""))
         step = float(feed.qparams().scale) if feed is not None and feed.enabled else None
         codes = _codes(layer, modules[folds[layer.name]] if layer.name in folds else None, step)
         weights(layer.module)[layer.parameter] = (_Rounded if rounded_weights else _Codes)(*codes)
     for norm in folds.values():
         _replace(model, norm, _identity_like(modules[norm]))
-    for activation in quantization.activations.values():
-        if activation.enabled:
-            activation.quantize = _QuantizeDequantize(activation, activations)  # type: ignore[method-assign]
+    _write_activations([a for a in quantization.activations.values() if a.enabled], activations)
+    with_own_call_sites(model)
     return model
+
+
+def _write_activations(quantizers: list[ActivationFakeQuantize], kind: Activations) -> None:
+    for activation in quantizers:
+        if not finds_ranges(activation):
+            activation.quantize = _QuantizeDequantize(activation, kind)  # type: ignore[method-assign]
+        elif kind == "int8":  # runtimes of uint8 take its arithmetic as it is
+            activation.quantize = TokenCodes()  # type: ignore[method-assign]
 
 
 def overflowing(converted: nn.Module) -> list[str]:
@@ -156,9 +175,11 @@ def overflowing(converted: nn.Module) -> list[str]:
     found = []
     for layer in quantization.layers:
         feed = quantization.activations.get(feeds.get(layer.name, ""))
-        if feed is None or not feed.enabled:  # computes in float
+        if feed is None or not feed.enabled or finds_ranges(feed):  # computes in float, or in XNNPACK
             continue
         written = weights(layer.module)[layer.parameter]
+        if not written.enabled:
+            continue
         read = feed.quantize
         assert isinstance(read, _QuantizeDequantize)
         if not fits_pairs(written.codes, written.axis, read.largest):
@@ -190,7 +211,10 @@ def check_convertible(model: nn.Module) -> None:
     quantization = quantization_of(model)
     for layer in quantization.layers if quantization is not None else []:
         assert quantization is not None
-        _codes(layer, None, None)
+        if is_grouped(layer):
+            group_codes(layer)
+        else:
+            _codes(layer, None, None)
         inputs = quantization.scheme.for_layer(layer.name).inputs
         if inputs is not None:
             _check_inputs(layer.name, inputs, inputs.qparams(torch.tensor(-1.0), torch.tensor(1.0)))
@@ -211,7 +235,7 @@ def _simulated_only(field: str, quantizer: Quantizer, name: str) -> str:
 
 def to_float(model: Module) -> Module:
     """A copy that computes in float: the float twin that a quantized file is compared with."""
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy_module(model).cpu().eval()
     quantization = quantization_of(model)
     if quantization is not None:
         quantization.observe(False)
@@ -224,11 +248,6 @@ def _codes(layer: Layer, norm: Any, step: float | None) -> tuple[Tensor, Tensor,
     """A weight's codes, scales and their axis, with the norm folded in; step is the scale of the input."""
     fake_quantize = weights(layer.module)[layer.parameter]
     codes, qparams = fake_quantize.codes(layer.weight)
-    if qparams.axis is not None and qparams.scale.numel() != layer.weight.shape[fake_quantize.axis]:
-        raise ValueError(
-            f"group={fake_quantize.group} at {layer.name}: no runtime's kernels take a scale a group, so it is "
-            "simulated only; its bytes are those of save_packed. For export take a scale a channel or a tensor."
-        )
     if qparams.zero_point.any() or not _in_equal_steps(fake_quantize.quantizer, codes.float(), qparams):
         raise ValueError(_simulated_only("weight", fake_quantize.quantizer, layer.name))
     scale = qparams.scale.detach()
@@ -259,8 +278,9 @@ def _codes(layer: Layer, norm: Any, step: float | None) -> tuple[Tensor, Tensor,
 def _identity_like(norm: nn.Module) -> nn.Module:
     """An identity that keeps the norm's hooks."""
     identity = nn.Identity().eval()
-    identity._forward_hooks = norm._forward_hooks
-    identity._forward_pre_hooks = norm._forward_pre_hooks
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        for suffix in ("", "_with_kwargs", *(["_always_called"] if hooks == "_forward_hooks" else [])):
+            setattr(identity, hooks + suffix, getattr(norm, hooks + suffix))
     return identity
 
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import isabstract
 from typing import Any, Literal
 
-from lightning_compress.checks import check_instance
+from lightning_compress.checks import (
+    check_by_name,
+    check_flag,
+    check_instance,
+    check_names,
+    check_whole_number,
+    first_line,
+    shown,
+)
 from lightning_compress.layers import matches
-from lightning_compress.quantization import affine, clusters, float8, learned, levels, observers
+from lightning_compress.quantization import affine, clusters, float8, learned, levels, observers, per_token, short_scale
 from lightning_compress.quantization.affine import Affine
 from lightning_compress.quantization.observers import MovingAverage, Observer
 from lightning_compress.quantization.overflow import portable
@@ -18,7 +27,7 @@ from lightning_compress.quantization.quantizer import Quantizer
 __all__ = ["Scheme"]
 
 # where the classes stand that a checkpoint may name
-_KNOWN = (affine, learned, float8, levels, clusters, observers)
+_KNOWN = (affine, learned, float8, levels, clusters, observers, per_token, short_scale)
 
 
 @dataclass(frozen=True)
@@ -73,21 +82,20 @@ class Scheme:
         inputs = "a Quantizer or None, for instance Affine(8)"
         check_instance("Scheme.inputs", self.inputs, (Quantizer, type(None)), inputs)
         check_instance("Scheme.observer", self.observer, Observer, "an Observer, for instance MovingAverage()")
-        exact = "True or False; take False unless every machine that runs the files has VNNI, or they run in ExecuTorch"
-        check_instance("Scheme.exact_kernels", self.exact_kernels, bool, f"{exact} or LiteRT")
+        meaning = "; take False unless every machine that runs the files has VNNI, or they run in ExecuTorch or LiteRT"
+        check_flag("Scheme.exact_kernels", self.exact_kernels, meaning)
         # lists of a configuration file, so that equal schemes compare equal
         for name in ("include", "exclude"):
+            check_names(f"Scheme.{name}", getattr(self, name))
             object.__setattr__(self, name, tuple(getattr(self, name)))
         size = self.weight_granularity
-        if size not in ("channel", "tensor") and not (type(size) is int and size > 0):
-            raise ValueError(
-                f"Scheme.weight_granularity={size!r}: accepted are 'channel' and 'tensor', or a whole number above 0, "
-                "the size of a group."
-            )
+        if not (isinstance(size, str) and size in ("channel", "tensor")):
+            accepted = "'channel' or 'tensor', or a whole number from 1, the size of a group"
+            check_whole_number("Scheme.weight_granularity", size, accepted, low=1)
+        check_by_name("Scheme.overrides", self.overrides, "a dict of schemes by name pattern, such as {'head': int8()}")
         object.__setattr__(self, "overrides", dict(self.overrides))
         for pattern, nested in self.overrides.items():
-            if not isinstance(nested, Scheme):
-                raise TypeError(f"Scheme.overrides[{pattern!r}]={nested!r}: accepted is a Scheme, for instance int8().")
+            check_instance(f"Scheme.overrides[{pattern!r}]", nested, Scheme, "a Scheme, for instance int8()")
             if nested.include or nested.exclude or nested.overrides:
                 raise ValueError(
                     f"Scheme.overrides[{pattern!r}] has an include, exclude or overrides of its own: accepted is a "
@@ -113,10 +121,16 @@ class Scheme:
         """The scheme of :meth:`to_state`; classes of a user's own must be given again by hand.
 
         Raises:
-            ValueError: If the state names a class that is not part of this package.
+            ValueError: If the state names a class that is not part of this package, or is no scheme's.
         """
-        # a state from before there was a choice of codes is of a model that was trained in the full range
-        return _from_state({"class": "Scheme", "exact_kernels": True, **state})
+        try:
+            # a state from before there was a choice of codes is of a model that was trained in the full range
+            found = _from_state({"class": "Scheme", "exact_kernels": True, **state})
+        except TypeError as error:  # a field that is of another kind, unknown or missing
+            raise ValueError(f"The checkpoint's scheme cannot be read: {first_line(error)}.") from error
+        if not isinstance(found, Scheme):
+            raise ValueError(f"The checkpoint's scheme cannot be read: it is {shown(found)}.")
+        return found
 
 
 def _to_state(value: object) -> Any:
@@ -141,7 +155,8 @@ def _from_state(state: object) -> Any:
         return values
     kinds: dict[str, Any] = {"Scheme": Scheme}
     for module in _KNOWN:
-        kinds |= {key: getattr(module, key) for key in module.__all__}
+        named = {key: getattr(module, key) for key in module.__all__}
+        kinds |= {key: kind for key, kind in named.items() if isinstance(kind, type) and not isabstract(kind)}
     if name not in kinds:
         raise ValueError(f"The checkpoint's scheme uses {name}, a class of your own: pass the scheme to the loader.")
     del values["class"]

@@ -6,17 +6,19 @@ stands in ``state_dict``: a checkpoint of a quantized model loads into the plain
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_compress.layers import Layer
+from lightning_compress.layers import Layer, modules_by_name
+from lightning_compress.quantization.call_sites import attach_call_sites, detach_call_sites, is_call_site
 from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize, WeightFakeQuantize
 from lightning_compress.quantization.quantizer import Quantizer
 
-__all__ = ["activations", "attach", "detach", "downgrade", "upgrade", "weights"]
+__all__ = ["activations", "attach", "detach", "downgrade", "hold_on", "upgrade", "weights"]
 
 _WEIGHTS = "_compress_weights"
 
@@ -53,17 +55,36 @@ def downgrade(layers: Iterable[Layer]) -> None:
 def attach(module: nn.Module, activation: ActivationFakeQuantize) -> None:
     """Let a module quantize its input or output."""
     if activation.of_input:
-        module.register_forward_pre_hook(activation)
+        module.register_forward_pre_hook(activation, with_kwargs=True)
     else:
         module.register_forward_hook(activation)
 
 
+def hold_on(model: nn.Module, placed: Mapping[str, ActivationFakeQuantize]) -> None:
+    """Follow modules that others of the same names have taken the place of, such as synchronized batch norms.
+
+    Args:
+        model: The model.
+        placed: Its activation quantizers by place, the module's name and ``:input``, ``:output`` or a call site.
+    """
+    modules = modules_by_name(model)
+    attach_call_sites(model, placed)
+    for place, activation in placed.items():
+        if is_call_site(place):
+            continue
+        module = modules[place.rpartition(":")[0]]
+        if not any(known is activation for known in activations(module)):
+            attach(module, activation)
+
+
 def detach(model: nn.Module) -> None:
     """Take the activation quantizers off all modules of a model."""
+    detach_call_sites(model)
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, ActivationFakeQuantize)]:
                 del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)  # noqa: SLF001  # torch has no public name for it
 
 
 def weights(module: nn.Module) -> dict[str, Any]:
@@ -103,4 +124,7 @@ def _upgraded(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
             lambda self: [getattr(self, name) for name in self._flat_weights_names], lambda self, value: None
         )
         members["_flat_weights"] = flat
+    if issubclass(base, nn.MultiheadAttention):
+        # compiled, it would be many functions, and not the one that a call site is known by
+        members["forward"] = torch.compiler.disable(base.forward)
     return type(f"FakeQuant{base.__name__}", (base,), members)

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_compress.quantization.observers import Observer
 from lightning_compress.quantization.quantizer import QParams, Quantizer
+from lightning_compress.watch import unwatched
 
 __all__ = ["ActivationFakeQuantize", "WeightFakeQuantize"]
 
@@ -136,8 +138,9 @@ class WeightFakeQuantize(_FakeQuantize):
 
     def __call__(self, weight: Tensor) -> Tensor:
         """The weight, or its fake-quantized value when enabled."""
-        if not self.enabled:
-            return weight
+        return unwatched(self._quantize, weight) if self.enabled else weight
+
+    def _quantize(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
             values, axis = self._grouped(weight.float())
             learned = self._learned(weight.device)
@@ -149,7 +152,7 @@ class WeightFakeQuantize(_FakeQuantize):
 
 
 class ActivationFakeQuantize(_FakeQuantize):
-    """Quantizes the input or the output of a module; a hook.
+    """Quantizes the input or the output of a module, as a hook, or what a function gives.
 
     Args:
         quantizer: How the activation is written.
@@ -208,23 +211,36 @@ class ActivationFakeQuantize(_FakeQuantize):
             values = x.float()
             if self.state.device != x.device:
                 self.state = self.state.to(x.device)
+            # By the range of the batches before: of this one each process has seen but a part, until it ends.
+            quantized = self.quantizer.fake_quantize(values, self.qparams()).to(x.dtype) if self.enabled else x
             if self.observing and self.held is None:
                 self.state = self.observer.update(self.state, values.detach())
-            if not self.enabled:
-                return x
-            return self.quantizer.fake_quantize(values, self.qparams()).to(x.dtype)
+            return quantized
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: object) -> Any:
-        """A forward pre-hook without ``output``, a forward hook with it."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: object) -> Any:
+        """A forward pre-hook that is given the arguments by name, or a forward hook that is given the output."""
+        return unwatched(self._hook, module, args, *rest)
+
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], rest: Any) -> Any:
         if not self.of_input:
-            return self.quantize(output[0])
-        if isinstance(module, nn.MultiheadAttention):
-            done: dict[int, Any] = {}
-            for x in args[:3]:
-                if id(x) not in done:
-                    done[id(x)] = self.quantize(x)
-            return tuple(done[id(x)] for x in args[:3]) + args[3:]
-        return (self.quantize(args[0]), *args[1:]) if args else args
+            return self.quantize(rest)
+        names = ["query", "key", "value"] if isinstance(module, nn.MultiheadAttention) else []
+        done: dict[int, Any] = {}  # attention may be given one tensor three times
+
+        def quantized(x: Any) -> Any:
+            if id(x) not in done:
+                done[id(x)] = self._quantize_packed(x)
+            return done[id(x)]
+
+        num = max(len(names), 1)
+        read = names[len(args) :] if names else [] if args else list(rest)[:1]
+        changed = {key: quantized(rest[key]) for key in read if key in rest}
+        return (*map(quantized, args[:num]), *args[num:]), rest | changed
+
+    def _quantize_packed(self, x: Any) -> Any:
+        if isinstance(x, PackedSequence):
+            return x._replace(data=self.quantize(x.data))
+        return self.quantize(x)
 
 
 def _each(qparams: QParams, change: Callable[[str, Any], Any]) -> QParams:

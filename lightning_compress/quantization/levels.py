@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_compress.checks import check_whole_number
 from lightning_compress.quantization.fitting import SHARES, least_squares, narrow
 from lightning_compress.quantization.quantizer import QParams, Quantizer, along, extent, rows
 
@@ -75,12 +76,9 @@ class LevelsOfBits(Levels):
 
     def __post_init__(self) -> None:
         """Refuse widths that no code has."""
-        if not isinstance(self.bits, int) or not self.fewest <= self.bits <= 8:
-            name = type(self).__name__
-            accepted = f"{self.fewest}..8"
-            raise ValueError(
-                f"{name}.bits={self.bits!r}: accepted are the whole numbers {accepted}, for instance {name}(4)."
-            )
+        name = type(self).__name__
+        accepted = f"a whole number in {self.fewest}..8, for instance {name}(4)"
+        check_whole_number(f"{name}.bits", self.bits, accepted, low=self.fewest, high=8)
 
 
 @dataclass(frozen=True)

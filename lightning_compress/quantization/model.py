@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_compress.checks import check_instance
 from lightning_compress.layers import QUANTIZABLE, find_layers, modules_by_name
-from lightning_compress.quantization.fake_quant import attach, detach, downgrade, upgrade, weights
+from lightning_compress.quantization.call_sites import attach_call_sites
+from lightning_compress.quantization.fake_quant import detach, downgrade, hold_on, upgrade, weights
 from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize, WeightFakeQuantize
-from lightning_compress.quantization.placement import Placement, find_placement
+from lightning_compress.quantization.per_token import at_their_readers
+from lightning_compress.quantization.placement import Placement, find_placement, without_data
 from lightning_compress.quantization.processes import Processes
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.quantization.state import (
@@ -21,6 +24,7 @@ from lightning_compress.quantization.state import (
     check_overrides,
     placement_in,
     schemes_differ,
+    take_ranges,
 )
 from lightning_compress.structure.record import Record, is_removed, kept_by_id
 from lightning_compress.trace import Trace
@@ -69,10 +73,8 @@ class ModelQuantization:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets. A copy is not traced: the watch's hooks are on the modules of the original."""
-        state = dict(self.__dict__)
-        if self.stage == "tracing":
-            state |= {"stage": "plain", "watch": None}
-        return state
+        stage = "plain" if self.stage == "tracing" else self.stage
+        return {**self.__dict__, "stage": stage, "watch": None}
 
     @property
     def enabled(self) -> bool:
@@ -84,15 +86,11 @@ class ModelQuantization:
         return not schemes_differ(self.scheme.to_state(), scheme.to_state())
 
     def start_tracing(self, model: nn.Module, wrapped: bool = False) -> None:
-        """Follow the values of the next batch, to find where activations are quantized.
-
-        Args:
-            model: The model.
-            wrapped: Whether another module, such as DDP's wrapper, calls it.
-        """
+        """Follow the next batch, to find where activations are quantized; ``wrapped`` by DDP, say, the model or not."""
         self.watch = Watch(model, skip_root_calls=int(wrapped))
         self.watch.start()
-        self.stage = "tracing"
+        if self.placement is None:
+            self.stage = "tracing"
 
     def stop_tracing(self) -> Trace | None:
         """Stop following values; what was seen of the batch, or None if no batch was traced."""
@@ -101,23 +99,24 @@ class ModelQuantization:
         trace = self.watch.trace
         self.watch.stop()
         self.watch = None
-        self.stage = "plain"
+        if self.placement is None:
+            self.stage = "plain"
         return trace
 
     def place(self, model: nn.Module, placement: Placement) -> None:
-        """Put the activation quantizers where a placement says."""
-        self.placement = placement
-        modules = modules_by_name(model)
+        """Put the activation quantizers where a placement says, beside those that are there."""
+        placement = at_their_readers(placement, self.scheme)
+        self.placement = placement if self.placement is None else self.placement.beside(placement)
         # of several layers that read one place, the first decides: it is the last to be entered here
-        readers = {place: layer for layer, place in reversed(placement.feeds.items())}
-        for kind, names in (("input", placement.inputs), ("output", placement.outputs)):
-            for name in names:
-                place = f"{name}:{kind}"
-                scheme = self.scheme.for_layer(readers.get(place, name))
-                if scheme.inputs is not None:
-                    self.activations[place] = ActivationFakeQuantize(scheme.inputs, scheme.observer, kind == "input")
-                    attach(modules[name], self.activations[place])
-        self.stage = "observing"
+        readers = {place: layer for layer, place in reversed(self.placement.feeds.items())}
+        for place in self.placement.places:
+            name, _, kind = place.rpartition(":")
+            scheme = self.scheme.for_layer(readers.get(place, name))
+            if scheme.inputs is not None and place not in self.activations:
+                self.activations[place] = ActivationFakeQuantize(scheme.inputs, scheme.observer, kind == "input")
+        hold_on(model, self.activations)
+        if not self.enabled:
+            self.stage = "observing"
         # compiled code does not notice new hooks (torch._dynamo.config.skip_nnmodule_hook_guards)
         torch.compiler.reset()
 
@@ -131,13 +130,7 @@ class ModelQuantization:
             torch.compiler.reset()
 
     def observe(self, on: bool, once: bool = True) -> None:
-        """Let the ranges of the activations follow what they see, or stop.
-
-        Args:
-            on: Whether they follow.
-            once: Whether observers that count values do, too. They count each value once, before the model is
-                quantized; after that only those that had seen nothing yet.
-        """
+        """Let the ranges follow what they see, or stop; without ``once``, those that count values if they saw none."""
         for activation in self.activations.values():
             activation.observing = on and (once or not activation.observer.counts or not activation.has_seen)
 
@@ -148,9 +141,9 @@ class ModelQuantization:
         """
         trace = self.stop_tracing()
         if trace is not None:
-            names = {layer.module_name for layer in self.layers}
-            self.place(model, processes.share(find_placement(trace, model, names)))
-        elif any(activation.observing for activation in self.activations.values()):
+            found = find_placement(trace, model, {layer.module_name for layer in self.layers})
+            self.place(model, processes.share(found))
+        if any(activation.observing for activation in self.activations.values()):
             # a histogram is merged once, when it is complete: merged again, it would count its values twice
             moving = [a for a in self.activations.values() if not a.observer.counts or (self.enabled and a.observing)]
             processes.merge(moving)
@@ -166,15 +159,25 @@ class ModelQuantization:
         self.enable(True)
 
     def enable(self, on: bool) -> None:
-        """Let the layers compute with quantized values, or in float; an activation that saw nothing stays in float."""
+        """Let the layers compute with quantized values, or in float; what saw no data stays in float."""
+        in_float = self.without_data()
         for layer in self.layers:
-            weights(layer.module)[layer.parameter].enabled = on
+            weights(layer.module)[layer.parameter].enabled = on and layer.name not in in_float
         for activation in self.activations.values():
             activation.enabled = on and activation.has_seen
         if not on:
             self.stage = "plain" if self.placement is None else "observing"
         elif self.stage != "frozen":
             self.stage = "quantized"
+
+    @property
+    def waiting(self) -> bool:
+        """Whether layers have not run in any batch that was traced."""
+        return self.placement is not None and any(x.module_name not in self.placement.ran for x in self.layers)
+
+    def without_data(self) -> dict[str, str]:
+        """The layers that stay in float because no data reached them, with the reason."""
+        return without_data(self.placement, self.layers, {name: a.has_seen for name, a in self.activations.items()})
 
     def freeze(self, model: nn.Module) -> None:
         """Stop the ranges and the statistics of folded batch norms; to call before every batch."""
@@ -230,6 +233,7 @@ class ModelQuantization:
             for place in list(self.activations):
                 if is_removed(place.rpartition(":")[0], record):
                     del self.activations[place]
+            attach_call_sites(model, self.activations)
 
     def remove(self, model: nn.Module) -> None:
         """Leave the model as it was before: plain layers, no hooks."""
@@ -259,18 +263,15 @@ class ModelQuantization:
         Raises:
             ValueError: If the model has no module where the checkpoint quantizes one, or its scheme is another.
         """
-        layers = [layer.name for layer in self.layers]
-        placement = placement_in(state, self.scheme, layers, modules_by_name(model).keys())
+        placement = placement_in(state, self.scheme, [x.name for x in self.layers], modules_by_name(model).keys())
         if self.placement != placement:
             self._displace(model)
         if placement is not None:
             if self.placement is None:
                 self.place(model, placement)
-            for name, activation in self.activations.items():
-                activation.state = state["ranges"][name].clone()
-        learned = state.get("learned", {})
+            take_ranges(self.activations, state["ranges"])
         for name, quantizer in self._quantizers().items():
-            quantizer.from_state(learned.get(name, {}))
+            quantizer.from_state(state.get("learned", {}).get(name, {}))
         self.enable(state["enabled"])
 
 
@@ -297,4 +298,5 @@ def quantize_layers(model: nn.Module, scheme: Scheme) -> ModelQuantization:
 
 def quantization_of(model: nn.Module) -> ModelQuantization | None:
     """The quantization of a model, or None if its layers are plain."""
+    check_instance("quantization_of.model", model, nn.Module, "an nn.Module")
     return model.__dict__.get(_ATTRIBUTE)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_compress.checks import check_number
 from lightning_compress.quantization.fitting import SHARES, narrow
 from lightning_compress.quantization.quantizer import QParams, Quantizer
 
@@ -79,8 +80,7 @@ class MovingAverage(Observer):
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""
-        if not 0 < self.rate <= 1:
-            raise ValueError(f"MovingAverage.rate={self.rate!r}: accepted is a share above 0 and up to 1.")
+        check_number("MovingAverage.rate", self.rate, "a share above 0 and up to 1", above=0, high=1)
 
     def update(self, state: Tensor, values: Tensor) -> Tensor:
         """The first batch's range, then the average."""
@@ -151,8 +151,7 @@ class Percentile(Histogram):
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""
-        if not 0 < self.share <= 1:
-            raise ValueError(f"Percentile.share={self.share!r}: accepted is a share above 0 and up to 1.")
+        check_number("Percentile.share", self.share, "a share above 0 and up to 1, such as 0.9999", above=0, high=1)
 
     def choose(self, low: Tensor, high: Tensor, counts: Tensor, width: Tensor, quantizer: Quantizer) -> Tensor:
         """The bins at which the sums of the counts pass the ends of the share."""

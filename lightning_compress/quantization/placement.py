@@ -1,22 +1,22 @@
 """Where activations are quantized: found by watching one batch run, without capturing a graph.
 
-Every tensor that an integer kernel reads is quantized once, at the module that produced it (the end of a conv-bn-relu
-chain) or, where a function produced it, at the outermost module that receives it.
+Every tensor that an integer kernel reads, or that a convolution gives, is quantized once: at the module that produced
+it (the end of a conv-bn-relu chain), else at the outermost module that receives it, else where a function made it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_compress.functions import ADDITIONS, AVERAGES, SAME_VALUES
-from lightning_compress.layers import EMBEDDING, modules_by_name
-from lightning_compress.trace import Began, Ended, Ran, Trace, Value, find_norms
+from lightning_compress.layers import Layer, modules_by_name
+from lightning_compress.quantization.call_sites import is_call_site
+from lightning_compress.quantization.walk import Walk
+from lightning_compress.trace import Trace, Value, find_norms, ran
 
-__all__ = ["Placement", "find_placement"]
+__all__ = ["Placement", "find_placement", "without_data"]
 
 
 @dataclass
@@ -27,13 +27,40 @@ class Placement:
         inputs: Modules whose input is quantized.
         outputs: Modules whose output is quantized.
         folds: Batch norm by the convolution or linear layer right before it.
-        feeds: The place (``name:input`` or ``name:output``) whose values a layer reads, by the layer's name.
+        feeds: The place (``name:input``, ``name:output`` or a call site) whose values a layer reads, by the layer's
+            name; empty where they are in float.
+        ran: Modules with quantized weights that ran; none in a checkpoint of version 0.1.
+        calls: Functions whose result is quantized, by :mod:`lightning_compress.quantization.call_sites`.
+        transformed: Modules that multiply by what they compute from their weight; they stay in float.
     """
 
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     folds: dict[str, str] = field(default_factory=dict)
     feeds: dict[str, str] = field(default_factory=dict)
+    ran: list[str] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    transformed: list[str] = field(default_factory=list)
+
+    def beside(self, other: Placement) -> Placement:
+        """Both in one model, which does not take the same way in every batch; what was placed first stays."""
+
+        def both(first: list[str], second: list[str]) -> list[str]:
+            return list(dict.fromkeys([*first, *second]))
+
+        def agreed(layer: str) -> bool:
+            known = [placement for placement in (self, other) if layer in placement.ran]
+            return len({placement.folds.get(layer) for placement in known}) == 1
+
+        return Placement(
+            both(self.inputs, other.inputs),
+            both(self.outputs, other.outputs),
+            {layer: norm for layer, norm in (other.folds | self.folds).items() if agreed(layer)},
+            other.feeds | self.feeds,
+            both(self.ran, other.ran),
+            both(self.calls, other.calls),
+            both(self.transformed, other.transformed),
+        )
 
     def without(self, is_gone: Callable[[str], bool]) -> Placement:
         """What is left of it where modules are gone; a layer that one of them fed reads floats."""
@@ -43,7 +70,37 @@ class Placement:
 
         inputs = [name for name in self.inputs if not is_gone(name)]
         outputs = [name for name in self.outputs if not is_gone(name)]
-        return Placement(inputs, outputs, left(self.folds), left(self.feeds))
+        ran = [name for name in self.ran if not is_gone(name)]
+        calls = [place for place in self.calls if not is_gone(place.partition(":")[0])]
+        transformed = [name for name in self.transformed if not is_gone(name)]
+        return Placement(inputs, outputs, left(self.folds), left(self.feeds), ran, calls, transformed)
+
+    @property
+    def places(self) -> list[str]:
+        """All places that quantize."""
+        inputs = [f"{name}:input" for name in self.inputs]
+        return [*inputs, *(f"{name}:output" for name in self.outputs), *self.calls]
+
+
+def without_data(placement: Placement | None, layers: Sequence[Layer], seen: Mapping[str, bool]) -> dict[str, str]:
+    """The layers that stay in float because no data reached them, with the reason; none before all is known.
+
+    Args:
+        placement: Where activations are quantized.
+        layers: The layers with quantized weights.
+        seen: Whether a quantizer of activations saw data, by its place.
+    """
+    if placement is None or not placement.ran:
+        return {}
+    found: dict[str, str] = {}
+    for layer in layers:
+        if layer.module_name not in placement.ran:
+            found[layer.name] = "no batch of the calibration ran it, so it stays in float"
+        elif layer.module_name in placement.transformed:
+            found[layer.name] = "it multiplies by what it computes from its weight, so it stays in float"
+        elif any(seen.values()) and not seen.get(placement.feeds.get(layer.module_name, ""), True):
+            found[layer.name] = "no data reached it while ranges were observed, so it stays in float"
+    return found
 
 
 def find_placement(trace: Trace, model: nn.Module, quantized: Collection[str]) -> Placement:
@@ -51,14 +108,13 @@ def find_placement(trace: Trace, model: nn.Module, quantized: Collection[str]) -
 
     Args:
         trace: Of one batch of the model, from :class:`lightning_compress.watch.Watch`.
-        model: The root; its own call is watched, but it never quantizes.
+        model: The root; its own call is watched, but neither its input nor its output is quantized.
         quantized: Names of the modules with quantized weights.
     """
     modules = modules_by_name(model)
-    walk = _Walk(modules, quantized)
-    for time, event in enumerate(trace.events):
-        walk.step(time, event)
-    placement = walk.placement
+    walk = Walk(trace, modules, quantized)
+    names = ran(trace)
+    placement = Placement(ran=[name for name in modules if name in names and name in quantized])
     norms = {name for name, module in modules.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
     for layer, norm in find_norms(trace, quantized, norms)[0].items():
         output = walk.outputs[layer]
@@ -67,97 +123,16 @@ def find_placement(trace: Trace, model: nn.Module, quantized: Collection[str]) -
         is_read_once = walk.num_reads[output.number] == 1
         if is_called_once and is_read_once and has_statistics and _channels_agree(modules[layer], output):
             placement.folds[layer] = norm
+    walk.quantize_outputs(placement.folds)
+    for place in walk.places:
+        name, _, kind = place.rpartition(":")
+        if is_call_site(place):
+            placement.calls.append(place)
+        else:
+            (placement.inputs if kind == "input" else placement.outputs).append(name)
+    placement.feeds = walk.feeds
+    placement.transformed = [name for name in modules if name in walk.transformed]
     return placement
-
-
-@dataclass
-class _Call:
-    name: str
-    receives: int | None
-    began: int
-
-
-class _Walk:
-    """Goes through a trace and places quantizers.
-
-    Values of the same numbers, such as a tensor and its transpose, have one root: the first of them.
-    """
-
-    def __init__(self, modules: dict[str, nn.Module], quantized: Collection[str]) -> None:
-        self.placement = Placement()
-        self.num_calls: Counter[str] = Counter()
-        self.num_reads: Counter[int] = Counter()
-        self.outputs: dict[str, Value] = {}
-        self._modules = modules
-        self._quantized = quantized
-        self._same: dict[int, int] = {}
-        self._producer: dict[int, tuple[str, int]] = {}
-        self._calls: list[_Call] = []
-
-    def step(self, time: int, event: Began | Ended | Ran) -> None:
-        """Take the next event."""
-        if isinstance(event, Began):
-            self._begin(time, event)
-        elif isinstance(event, Ended):
-            self._end(time, event)
-        elif self._calls:  # a loss outside of the model quantizes nothing
-            self._run(event)
-
-    def _begin(self, time: int, event: Began) -> None:
-        first = event.args[0] if event.args else None
-        receives = None if first is None else self._root(first)
-        self.num_calls[event.name] += 1
-        self._calls.append(_Call(event.name, receives, time))
-        module = self._modules[event.name]
-        if event.name in self._quantized and not isinstance(module, EMBEDDING):
-            # attention reads query, key and value
-            num_read = 3 if isinstance(module, nn.MultiheadAttention) else 1
-            for value in event.args[:num_read]:
-                if value is not None and value.dtype.is_floating_point:
-                    self.placement.feeds[event.name] = self._need(value)
-
-    def _end(self, time: int, event: Ended) -> None:
-        call = self._calls.pop()
-        if not self._calls:  # what leaves the model is read there
-            self.num_reads.update(value.number for value in event.outputs)
-        if event.output is None:
-            return
-        self.outputs[event.name] = event.output
-        if not event.name:
-            return
-        root = self._root(event.output)
-        _, since = self._producer.get(root, ("", -1))
-        if root != call.receives and since < call.began:  # made here, neither handed through nor made inside
-            self._producer[root] = (event.name, time)
-
-    def _run(self, event: Ran) -> None:
-        if event.name == "get" or not event.results:  # an attribute such as shape or grad
-            return
-        self.num_reads.update(value.number for value in event.reads)
-        operands = [value for value in event.reads if _is_activation(value)]
-        if event.name in AVERAGES or (event.name in ADDITIONS and len(operands) > 1):
-            for value in operands:
-                self._need(value)
-        if event.name in SAME_VALUES:
-            self._same.update((result.number, self._root(event.reads[0])) for result in event.results)
-
-    def _root(self, value: Value) -> int:
-        return self._same.get(value.number, value.number)
-
-    def _need(self, value: Value) -> str:
-        """Let the module that produced a value, or else the outermost that receives it, quantize it; name the place."""
-        root = self._root(value)
-        producer, _ = self._producer.get(root, ("", 0))
-        if producer:
-            if producer not in self.placement.outputs:
-                self.placement.outputs.append(producer)
-            return f"{producer}:output"
-        for call in self._calls:
-            if call.name and call.receives == root:
-                if call.name not in self.placement.inputs:
-                    self.placement.inputs.append(call.name)
-                return f"{call.name}:input"
-        return ""
 
 
 def _channels_agree(layer: nn.Module, output: Value) -> bool:
@@ -168,7 +143,3 @@ def _channels_agree(layer: nn.Module, output: Value) -> bool:
     if not isinstance(layer, nn.modules.conv._ConvNd) or num_axes != layer.weight.dim():
         return False
     return layer.groups == 1 or not layer.transposed
-
-
-def _is_activation(value: Value) -> bool:
-    return value.dtype.is_floating_point and len(value.shape) >= 2 and not value.is_parameter

@@ -135,6 +135,9 @@ def learned_scale(
     return _LearnedScale.apply(x, scale, values, low, high, only_clipped)
 
 
+_SLACK = 1e-6  # of a range
+
+
 class _LearnedScale(torch.autograd.Function):
     """Values that are quantized already; d value / d scale is (value - x) / scale inside the range."""
 
@@ -149,6 +152,8 @@ class _LearnedScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, values, low, high = ctx.saved_tensors
-        straight = gradient * ((x >= low) & (x <= high))
+        # A range's largest value lies on the bound of its codes: the last bit of a float must not say on which side.
+        slack = _SLACK * (high - low)
+        straight = gradient * ((x >= low - slack) & (x <= high + slack))
         moved = (gradient - straight) * values if ctx.only_clipped else gradient * values - straight * x
         return straight, moved.sum_to_size(scale.shape) / scale, gradient, None, None, None

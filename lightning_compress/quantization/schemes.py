@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
+from lightning_compress.checks import refusal, shown
 from lightning_compress.quantization.affine import Affine
 from lightning_compress.quantization.clusters import Binary, Codebook
 from lightning_compress.quantization.definition import Scheme
 from lightning_compress.quantization.float8 import Float8
 from lightning_compress.quantization.learned import LearnedStep
 from lightning_compress.quantization.levels import AdditivePowerOfTwo, Exponential, PowerOfTwo
+from lightning_compress.quantization.per_token import PerToken
 from lightning_compress.quantization.quantizer import Quantizer
+from lightning_compress.quantization.short_scale import ShortScale
 
 __all__ = [
     "Scheme",
@@ -28,7 +32,9 @@ __all__ = [
     "scheme",
     "ternary",
     "w2a8",
+    "w4_groups",
     "w4a8",
+    "w4a8_groups",
     "w8",
 ]
 
@@ -39,7 +45,9 @@ Overrides = Mapping[str, Scheme] | None
 def _scheme(
     weight: Quantizer, inputs: Quantizer | None, include: Names, exclude: Names, overrides: Overrides, **more: Any
 ) -> Scheme:
-    return Scheme(weight, inputs, include=include, exclude=exclude, overrides=overrides or {}, **more)
+    return Scheme(
+        weight, inputs, include=include, exclude=exclude, overrides={} if overrides is None else overrides, **more
+    )
 
 
 def int8(include: Names = (), exclude: Names = (), overrides: Overrides = None, exact_kernels: bool = False) -> Scheme:
@@ -107,6 +115,34 @@ def w4a8(include: Names = (), exclude: Names = (), overrides: Overrides = None) 
     First and last layer: see :func:`lsq`. Arguments as in :func:`int8`.
     """
     return _scheme(LearnedStep(4, symmetric=True), Affine(8), include, exclude, overrides)
+
+
+def w4_groups(group: int = 32, include: Names = (), exclude: Names = (), overrides: Overrides = None) -> Scheme:
+    """Weights of 4 bits with a scale for every ``group`` inputs, activations in float: linear layers alone.
+
+    Ships as ``MatMulNBits`` in ONNX files, as 8da4w in ExecuTorch (whose kernels quantize activations as they run:
+    :func:`w4a8_groups` trains with that), and by :func:`lightning_compress.save_pack_quantized` to vLLM.
+
+    Args:
+        group: Inputs that share a scale; a divisor of those of every layer. onnxruntime takes 16, 32, 64, 128, 256,
+            ExecuTorch multiples of 32.
+        include: Name patterns of the layers to quantize; empty for all.
+        exclude: Name patterns of layers to leave in float.
+        overrides: Schemes of the layers whose names match a pattern, such as ``{"embedding": w8()}``.
+
+    Example:
+        >>> w4_groups(64).weight_granularity
+        64
+    """
+    return _scheme(ShortScale(4), None, include, exclude, overrides, weight_granularity=group)
+
+
+def w4a8_groups(group: int = 32, include: Names = (), exclude: Names = (), overrides: Overrides = None) -> Scheme:
+    """Weights as in :func:`w4_groups`; activations of 8 bits, by the range of each token as the model runs (8da4w).
+
+    Arguments as in :func:`w4_groups`.
+    """
+    return _scheme(ShortScale(4), PerToken(), include, exclude, overrides, weight_granularity=group)
 
 
 def w2a8(include: Names = (), exclude: Names = (), overrides: Overrides = None) -> Scheme:
@@ -177,7 +213,7 @@ def fp8(include: Names = (), exclude: Names = (), overrides: Overrides = None) -
 
 _WORDS: tuple[Callable[..., Scheme], ...] = (
     *(int8, w8, int4, w4a8, w2a8, ternary, binary),
-    *(log4, exp4, apot4, codebook, fp8, lsq),
+    *(log4, exp4, apot4, codebook, fp8, w4_groups, w4a8_groups, lsq),
 )
 
 
@@ -196,7 +232,13 @@ def scheme(word: str, **arguments: object) -> Scheme:
         True
     """
     words = {function.__name__: function for function in _WORDS}
-    if word not in words:
-        near = get_close_matches(str(word).lower(), words, 1, 0.0)[0]
-        raise ValueError(f"scheme={word!r}: accepted are {', '.join(words)}. Did you mean {near!r}?")
+    if not isinstance(word, str) or word not in words:
+        near = get_close_matches(shown(word).lower(), words, 1, 0.0)[0]
+        raise ValueError(f"scheme={shown(word)}: accepted are {', '.join(words)}. Did you mean {near!r}?")
+    known = list(signature(words[word]).parameters)
+    for name, value in arguments.items():
+        if name not in known:
+            raise refusal(
+                f"scheme({word!r}).{name}", value, f"one of {', '.join(known)}", f"Leave {name} out.", TypeError
+            )
     return words[word](**arguments)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_compress.checks import first_line
 from lightning_compress.layers import matches, plain_name
 from lightning_compress.structure.groups import Forward, tracing
+from lightning_compress.structure.proof import Rehearse
 from lightning_compress.structure.record import Record, apply_record
 from lightning_compress.trace import Began, Ended, Trace
 from lightning_compress.watch import Watch
@@ -75,7 +76,12 @@ def score_block(model: nn.Module, name: str, scores: Mapping[str, Tensor]) -> fl
 
 
 def choose_blocks(
-    model: nn.Module, forward: Forward, names: Sequence[str], scores: Mapping[str, float], num: int
+    model: nn.Module,
+    forward: Forward,
+    names: Sequence[str],
+    scores: Mapping[str, float],
+    num: int,
+    rehearse: Rehearse | None = None,
 ) -> list[str]:
     """The blocks with the lowest scores without which, all together, the model runs; fewer where there are not as many.
 
@@ -85,12 +91,17 @@ def choose_blocks(
         names: The blocks.
         scores: A score for each.
         num: How many to remove.
+        rehearse: Runs a smaller model in all that it is used for.
     """
     outputs = _outputs(copy.deepcopy(model).eval(), forward)
     chosen: list[str] = []
     for name in sorted(names, key=lambda name: scores[name]):
-        if len(chosen) < num and _why_needed(model, forward, [*chosen, name], outputs) is None:
-            chosen.append(name)
+        tried = [*chosen, name]
+        if len(chosen) < num and _why_needed(model, forward, tried, outputs) is None:
+            smaller = copy.deepcopy(model)
+            apply_record(smaller, record_blocks(tried))
+            if rehearse is None or rehearse(smaller) is None:
+                chosen.append(name)
     return chosen
 
 
@@ -107,7 +118,7 @@ def _sort(
     names: dict[str, str] = {}
     for name, _ in model.named_modules():
         names.setdefault(plain_name(name), name)
-    num_calls = Counter(event.name for event in trace.events if isinstance(event, Began))
+    num_calls = _most_calls(trace)
     num_places = Counter(id(child) for module in model.modules() for child in module.children())
     found: list[str] = []
     skipped: dict[str, str] = {}
@@ -128,6 +139,23 @@ def _sort(
         else:
             found.append(names[plain])
     return found, skipped
+
+
+def _most_calls(trace: Trace) -> Counter[str]:
+    """How often each module was called on the way that called it most."""
+    most: Counter[str] = Counter()
+    now: Counter[str] = Counter()
+    depth = 0
+    for event in trace.events:
+        if isinstance(event, Began):
+            depth += 1
+            now[event.name] += 1
+        elif isinstance(event, Ended):
+            depth -= 1
+            if not depth:
+                most |= now
+                now = Counter()
+    return most
 
 
 def _shape_keepers(trace: Trace) -> list[str]:

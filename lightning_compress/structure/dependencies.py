@@ -78,6 +78,8 @@ def find_groups(
             continue
         pruner = graph.get_pruner_of_module(root)
         num = int(pruner.get_out_channels(root))
+        if num == 0:
+            continue
         try:
             places = list(_reach(graph, root, pruner.prune_out_channels, num, names))
         except Exception as error:  # torch-pruning's mappings of views that it does not know

@@ -19,6 +19,7 @@ from lightning_compress.layers import EMBEDDING, PRUNABLE, check_patterns, find_
 from lightning_compress.structure.dependencies import ROOTS, Group, find_groups
 from lightning_compress.structure.heads import find_attentions
 from lightning_compress.structure.refusals import RECURRENT, why_left_alone, without_torn_ties
+from lightning_compress.structure.unseen import without_what_unseen_parts_may_touch
 
 __all__ = ["Coupling", "Forward", "Group", "couple", "tracing"]
 
@@ -59,6 +60,7 @@ def couple(
     exclude: Sequence[str] = (),
     num_heads: Mapping[str, int] | None = None,
     skipped: Mapping[str, str] | None = None,
+    unseen: Sequence[str] = (),
 ) -> Coupling:
     """Find the groups of channels that can be removed.
 
@@ -69,11 +71,11 @@ def couple(
         exclude: Name patterns of layers that keep their output channels.
         num_heads: Heads by the name pattern of an attention, where they cannot be found in its attributes.
         skipped: What was left alone before, with the reason; it stays so.
+        unseen: Names of the modules with weights that nothing has run so far.
 
     Raises:
         ValueError: If a pattern matches nothing.
     """
-    skipped = skipped or {}
     layers, reasons = find_layers(model, (*PRUNABLE, *EMBEDDING), (), ())
     names = list(dict.fromkeys([*(layer.module_name for layer in layers), *reasons]))
     check_patterns(names, include=include, exclude=exclude)
@@ -84,6 +86,8 @@ def couple(
         p.requires_grad_(p.is_floating_point())  # the trace follows gradients
     # Embeddings are taken here, though other methods take them only where they are named.
     reasons = {name: reason for name, reason in reasons.items() if "taken only when" not in reason}
+    # Channels that meet an empty weight have no scores there.
+    skipped = {name: reason for name, reason in reasons.items() if "is empty" in reason} | dict(skipped or {})
     with tracing(), torch.enable_grad():
         try:
             graph, outputs = _trace(model, forward)
@@ -101,6 +105,7 @@ def couple(
         else:
             reasons |= dict.fromkeys(plain, why_not)
     groups = without_torn_ties(model, modules, groups, reasons)
+    groups = without_what_unseen_parts_may_touch(modules, groups, unseen, reasons)
     reasons |= _not_followed(modules, found, [name for name in names if name not in reasons])
     for name, module in modules.items():
         if isinstance(module, nn.MultiheadAttention):  # its output layer is a part of it
@@ -127,13 +132,22 @@ def _not_followed(modules: Mapping[str, nn.Module], found: Sequence[Group], name
 def _trace(model: nn.Module, forward: Forward) -> tuple[tp.DependencyGraph, set[str]]:
     """The dependency graph, and the names of the layers whose outputs leave the model."""
     layer_of: dict[Node | None, str] = {}
+    made: list[Tensor] = []
     results: list[Tensor] = []
 
     def remember(name: str, module: nn.Module, args: object, output: object) -> None:
+        made.extend(_differentiable(output))
         layer_of.update((x.grad_fn, name) for x in _differentiable(output))
 
     def run(model: nn.Module, _: object) -> list[Tensor]:
         results.extend(_differentiable(forward(model)))
+        reached = _nodes([x.grad_fn for x in results])
+        # what a router, say, gives leads to no result that could be differentiated
+        for x in reversed(made):
+            if x.grad_fn not in reached:
+                results.append(x)
+                reached |= _nodes([x.grad_fn])
+        made.clear()
         return list(results)
 
     graph = tp.DependencyGraph()
@@ -158,6 +172,18 @@ def _last_layers(nodes: Sequence[Node | None], layer_of: Mapping[Node | None, st
         if node in layer_of:
             found.add(layer_of[node])
         else:
+            left.extend(before for before, _ in node.next_functions)
+    return found
+
+
+def _nodes(nodes: Sequence[Node | None]) -> set[Node | None]:
+    """Nodes of autograd's graph, and all that they come from."""
+    found: set[Node | None] = {None}
+    left = list(nodes)
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
             left.extend(before for before, _ in node.next_functions)
     return found
 

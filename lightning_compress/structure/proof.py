@@ -15,7 +15,10 @@ from lightning_compress.structure.choose import Drops, Limits, drop_fewest, drop
 from lightning_compress.structure.groups import Coupling, Forward, Group, tracing
 from lightning_compress.structure.record import Record, apply_record, tensors_by_name
 
-__all__ = ["choose_channels", "prove", "prove_groups"]
+Rehearse = Callable[[nn.Module], str | None]
+"""Runs a model that was changed, and says why it does not run; None where it does."""
+
+__all__ = ["Rehearse", "choose_channels", "prove", "prove_groups"]
 
 
 def prove(model: nn.Module, forward: Forward, record: Record) -> str | None:
@@ -69,7 +72,9 @@ def _difference(expected: Tensor, found: Tensor) -> str | None:
     return None
 
 
-def prove_groups(model: nn.Module, forward: Forward, coupling: Coupling, limits: Limits) -> Coupling:
+def prove_groups(
+    model: nn.Module, forward: Forward, coupling: Coupling, limits: Limits, rehearse: Rehearse | None = None
+) -> Coupling:
     """Prove that every group can lose channels; leave those alone that cannot, each with its reason.
 
     Args:
@@ -77,6 +82,7 @@ def prove_groups(model: nn.Module, forward: Forward, coupling: Coupling, limits:
         forward: Calls a model and returns its outputs.
         coupling: The model's groups.
         limits: How far the groups may shrink.
+        rehearse: Runs a smaller model in all that it is used for.
     """
     skipped = dict(coupling.skipped)
     groups: list[Group] = []
@@ -87,12 +93,9 @@ def prove_groups(model: nn.Module, forward: Forward, coupling: Coupling, limits:
             groups.append(chosen)
         else:
             skipped |= _left_alone(group, why)
-    # The proofs go from one for all groups to one per group: nearly always the first is enough.
-    if groups and _try(model, forward, groups, limits) is not None:
-        reasons = {group.name: _try(model, forward, [group], limits) for group in groups}
-        groups = _without(groups, reasons, skipped)
-        if groups and _try(model, forward, groups, limits) is not None:
-            groups = _growing(model, forward, groups, limits, skipped)
+    groups = _surviving(groups, lambda some: prove(model, forward, _half(model, some, limits)), skipped)
+    if rehearse is not None:
+        groups = _surviving(groups, lambda some: _rehearse(model, _half(model, some, limits), rehearse), skipped)
     for group in groups:
         for place in group.places:
             if place.side == "raw":
@@ -104,30 +107,39 @@ def _left_alone(group: Group, why: str) -> dict[str, str]:
     return dict.fromkeys(map(plain_name, group.layers), why)
 
 
-def _without(groups: Sequence[Group], reasons: Mapping[str, str | None], skipped: dict[str, str]) -> list[Group]:
-    """The groups without a reason to leave them alone; the others are added to what is skipped."""
-    proven = []
-    for group in groups:
-        why = reasons[group.name]
-        if why is None:
-            proven.append(group)
-        else:
-            skipped |= _left_alone(group, why)
-    return proven
-
-
-def _growing(
-    model: nn.Module, forward: Forward, groups: Sequence[Group], limits: Limits, skipped: dict[str, str]
+def _surviving(
+    groups: Sequence[Group], try_: Callable[[Sequence[Group]], str | None], skipped: dict[str, str]
 ) -> list[Group]:
-    """Groups that shrink together, one more at a time; the others are added to what is skipped."""
-    proven: list[Group] = []
-    for group in groups:
-        why = _try(model, forward, [*proven, group], limits)
-        if why is None:
-            proven.append(group)
-        else:
-            skipped |= _left_alone(group, why)
-    return proven
+    """The groups that pass a trial together; the others are added to what is skipped.
+
+    The trials go from one for all groups to halves of them and on to single ones: nearly always the first is enough.
+    """
+    why = try_(groups) if groups else None
+    if why is None:
+        return list(groups)
+    if len(groups) == 1:
+        skipped |= _left_alone(groups[0], why)
+        return []
+    middle = len(groups) // 2
+    halves = [_surviving(half, try_, skipped) for half in (groups[:middle], groups[middle:])]
+    passed = halves[0]
+    if all(halves) and try_([*passed, *halves[1]]) is not None:
+        # Each half passes by itself, so one group more is tried at a time.
+        for group in halves[1]:
+            why = try_([*passed, group])
+            if why is None:
+                passed = [*passed, group]
+            else:
+                skipped |= _left_alone(group, why)
+        return passed
+    return [*passed, *halves[1]]
+
+
+def _rehearse(model: nn.Module, record: Record, rehearse: Rehearse) -> str | None:
+    """Why a model does not run without what a record removes, in all that it is used for; None where it does."""
+    smaller = copy.deepcopy(model)
+    apply_record(smaller, record)
+    return rehearse(smaller)
 
 
 def _settle(model: nn.Module, forward: Forward, group: Group, limits: Limits) -> tuple[Group, str | None]:
@@ -138,22 +150,22 @@ def _settle(model: nn.Module, forward: Forward, group: Group, limits: Limits) ->
         for attention in attentions:
             attention.sizes = () if drop_sizes else attention.sizes
         tried = Group(group.name, group.layers, group.places, group.atoms, attentions)
-        why = _try(model, forward, [tried], limits)
+        why = prove(model, forward, _half(model, [tried], limits))
         if why is None:
             return tried, None
         reasons.append(why)
     return group, reasons[0]
 
 
-def _try(model: nn.Module, forward: Forward, groups: Sequence[Group], limits: Limits) -> str | None:
-    """Why groups cannot lose half of their channels; None where they can."""
+def _half(model: nn.Module, groups: Sequence[Group], limits: Limits) -> Record:
+    """The record that takes half of the channels of groups."""
     in_order = {group.name: torch.arange(len(group.sizes)).float() for group in groups}
     drops = drop_lowest(groups, in_order, 0.5, Limits(limits.floor, limits.round_to, None, "local"))
     for group in groups:
         # Of few large atoms none may fit into the half: one goes all the same.
         if not drops[group.name].any():
             drops[group.name][0] = True
-    return prove(model, forward, record_of(model, groups, drops))
+    return record_of(model, groups, drops)
 
 
 def choose_channels(
@@ -163,6 +175,7 @@ def choose_channels(
     scores: Mapping[str, Tensor],
     limits: Limits,
     reached: Callable[[Drops, Record], bool],
+    rehearse: Rehearse | None = None,
 ) -> tuple[Record, Drops, bool]:
     """Choose the channels that reach a target, and prove that the model computes the same without them.
 
@@ -175,26 +188,26 @@ def choose_channels(
         scores: A criterion's scores by the name of the weight's tensor.
         limits: How far the groups may shrink.
         reached: Says whether a choice reaches the target.
+        rehearse: Runs a smaller model in all that it is used for.
 
     Returns:
         The record, what it drops, and whether that reaches the target.
     """
     groups = coupling.groups
     values = score_groups(groups, model, scores)
+
+    def why_not(some: Sequence[Group], drops: Drops) -> str | None:
+        record = record_of(model, some, drops)
+        why = prove(model, forward, record) if record.kept else None
+        return _rehearse(model, record, rehearse) if why is None and rehearse is not None and record.kept else why
+
     while True:
         drops, enough = drop_fewest(groups, values, limits, partial(_reached, model, groups, reached))
-        record = record_of(model, groups, drops)
-        if not record.kept or prove(model, forward, record) is None:
-            return record, drops, enough
-        alone = {group.name: prove(model, forward, record_of(model, [group], drops)) for group in groups}
-        if not any(alone.values()):
-            # Each is proven by itself, so one less is tried: the loop ends at the latest without groups.
-            alone[groups[-1].name] = "it cannot shrink together with the others"
-        for group in groups:
-            why = alone[group.name]
-            if why is not None:
-                coupling.skipped.update(dict.fromkeys(map(plain_name, group.layers), why))
-        groups = [group for group in groups if alone[group.name] is None]
+        left = _surviving(groups, lambda some, drops=drops: why_not(some, drops), coupling.skipped)  # type: ignore[misc]
+        if len(left) == len(groups):
+            return record_of(model, groups, drops), drops, enough
+        # Without those that failed the others have more to give: the loop ends at the latest without groups.
+        groups = left
         coupling.groups[:] = groups
 
 

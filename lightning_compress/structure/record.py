@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.layers import plain_name
+from lightning_compress.structure.mirrors import mirrored
 from lightning_compress.structure.optimizers import cut, cut_state_of, forget
+from lightning_compress.structure.saved import Structure, Value, check_saved
 
 __all__ = [
     "Record",
@@ -26,9 +28,6 @@ __all__ = [
     "structure_of",
     "tensors_by_name",
 ]
-
-Value = int | tuple[int, ...]
-"""A module's attribute that counts channels, such as ``out_features`` or ``normalized_shape``."""
 
 _ATTRIBUTE = "_compress_structure"
 
@@ -46,20 +45,6 @@ class Record:
     kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     attributes: dict[str, dict[str, Value]] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
-
-
-class Structure(TypedDict, total=False):
-    """How a model differs from its dense self, in plain values: what a checkpoint holds.
-
-    Args:
-        attributes: Values of attributes, by the module's name.
-        shapes: Dense shapes, by the tensor's name.
-        removed: Names of removed blocks.
-    """
-
-    attributes: dict[str, dict[str, Value]]
-    shapes: dict[str, list[int]]
-    removed: list[str]
 
 
 class Skip(nn.Identity):
@@ -103,6 +88,7 @@ def apply_record(
         copies: Other models with the same names, such as an average of its weights.
     """
     optimizers = list(optimizers)
+    record = mirrored(model, record)
     kept = kept_by_id(model, record)
     before = {id(p) for p in model.parameters()}
     # Before the parameters: state is known by having their shape.
@@ -153,7 +139,11 @@ def restore_structure(model: nn.Module, structure: Mapping[str, Any], state_dict
         model: Any instance of the model.
         structure: What :func:`structure_of` gave; empty for the dense model.
         state_dict: The weights that are to be loaded; they give the shapes.
+
+    Raises:
+        ValueError: If the structure is none of :func:`structure_of`; the model is then as it was.
     """
+    check_saved(model, structure)
     # In this order: attributes are those of the blocks that are there, and shapes those of their tensors.
     _restore_blocks(model, structure.get("removed", []))
     _restore_attributes(model, structure.get("attributes", {}))

@@ -8,6 +8,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_compress.checks import check_flag
+from lightning_compress.files import check_folder
+
 __all__ = ["build", "build_all", "check", "start"]
 
 
@@ -24,26 +27,40 @@ def build_all(group: DictConfig | None) -> list[Any]:
 def start(cfg: DictConfig, callbacks: list[Any], loggers: object, **options: object) -> tuple[Any, Any, Any]:
     """A Trainer, and the model as it starts: from scratch by the seed, or from the weights of a checkpoint."""
     import lightning.pytorch as pl
-    import torch
-
-    from lightning_compress.checkpoint import check_structure
 
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     model = build(cfg.model)
     data = build(cfg.data)
     if cfg.init_from is not None:
-        weights = torch.load(cfg.init_from, map_location="cpu", weights_only=True)["state_dict"]
-        check_structure(model, weights)
-        model.load_state_dict(weights)
+        _init(model, cfg)
     trainer = build(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers, **options)
     return trainer, model, data
 
 
+def _init(model: Any, cfg: DictConfig) -> None:
+    """Load the weights of ``cfg.init_from``, and say what was done to them."""
+    from lightning.pytorch.utilities import rank_zero_info
+
+    from lightning_compress.checkpoint import check_structure
+    from lightning_compress.weights import read_weights, that_fit
+
+    of = f"init_from={str(cfg.init_from)!r}"
+    weights, renamed = read_weights("init_from", cfg.init_from, model, cfg.weights_only)
+    if not cfg.init_strict:
+        weights, left = that_fit(of, model, weights)
+        renamed = "; ".join(said for said in (renamed, left) if said)
+    check_structure(model, weights, strict=cfg.init_strict, of=of)
+    model.load_state_dict(weights, strict=cfg.init_strict)
+    if renamed:
+        rank_zero_info(f"{of}: {renamed}")
+
+
 def check(cfg: DictConfig) -> None:
-    """Refuse a configuration that would train something else than asked for.
+    """Refuse a configuration that would train something else than asked for, or whose results had no place.
 
     Raises:
-        ValueError: If compression is not a group of callbacks, or model or data name no class.
+        ValueError: If compression is not a group of callbacks, model or data name no class, or the folder of the run
+            cannot be written to.
         FileNotFoundError: If a checkpoint does not exist.
     """
     if cfg.compression is not None and not isinstance(cfg.compression, DictConfig):
@@ -58,8 +75,12 @@ def check(cfg: DictConfig) -> None:
                 f"{field} names no class. Give {field}._target_=your.module.Class, or an experiment such as "
                 "experiment=mnist_prune_int8."
             )
+    check_flag("init_strict", cfg.init_strict)
+    if cfg.weights_only is not None:
+        check_flag("weights_only", cfg.weights_only, ", or null for that of torch.load")
     for field in ("init_from", "ckpt_path"):
         if cfg[field] is not None and not Path(cfg[field]).is_file():
             raise FileNotFoundError(
                 f"{field}={cfg[field]!r}: there is no such checkpoint. Give the path of a .ckpt file."
             )
+    check_folder("dir", cfg.dir, cfg.dir)

@@ -29,13 +29,18 @@ def show(folder: Path, options: Any) -> None:
     from rich.console import Console
 
     from lightning_compress.analysis.pareto import frontier, read_runs
-    from lightning_compress.callbacks.evaluate import more_is_better
+    from lightning_compress.callbacks.judgement import settle_mode
+    from lightning_compress.callbacks.outputs import written
 
-    metric, runs = read_runs(folder)
-    found = frontier(metric, runs, options.cost, options.max_drop, more_is_better(metric))
-    found.write(folder)
+    left_out: dict[str, str] = {}
+    metric, runs = read_runs(folder, options.monitor, left_out)
+    mode = settle_mode("pareto", metric, options.mode)
+    found = frontier(metric, runs, options.cost, options.max_drop, mode == "max")
     console = Console()
     console.print(found.table())
+    for name, reason in left_out.items():
+        console.print(f"left out {name}: {reason}", soft_wrap=True, markup=False)
     if found.runs[found.chosen].command:
         console.print(f"again: {found.runs[found.chosen].command}", soft_wrap=True, markup=False)
-    console.print(f"frontier: {folder / 'pareto.html'}", soft_wrap=True)
+    if written(folder / "pareto.html", lambda: found.write(folder)):
+        console.print(f"frontier: {folder / 'pareto.html'}", soft_wrap=True)

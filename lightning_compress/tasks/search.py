@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_compress.checks import is_number
+from lightning_compress.files import free_folder, write_whole
 from lightning_compress.tasks.compose import check, start
+from lightning_compress.tasks.device import check_budget, rehearse
 from lightning_compress.tasks.trial import Candidate, trial
-from lightning_compress.tasks.validation import validator
+from lightning_compress.tasks.validation import judge_before_training, validator
 
 if TYPE_CHECKING:
     from lightning_compress.analysis.allocation import Allocation, Point
 
 __all__ = ["Search", "search"]
 
-BUDGETS = ("bytes", "bytes_zstd", "latency_ms", "macs", "metric_drop")
+_FILE = ("bytes", "bytes_zstd", "flash")
+BUDGETS = ("bytes", "bytes_zstd", "latency_ms", "macs", "metric_drop", "sram", "flash")
 
 
 def search(cfg: DictConfig) -> float:
@@ -42,18 +46,19 @@ def search(cfg: DictConfig) -> float:
     from rich.console import Console
 
     check(cfg)
-    budget = {name: float(value) for name, value in cfg.budget.items() if value is not None}
-    if not budget or any(name not in BUDGETS or value <= 0 for name, value in budget.items()):
+    budget = {name: value for name, value in cfg.budget.items() if value is not None}
+    if not budget or any(name not in BUDGETS or not is_number(value) or value <= 0 for name, value in budget.items()):
         raise ValueError(
             f"budget={dict(cfg.budget)}: accepted is one or more of {', '.join(BUDGETS)}, "
-            "each above 0. Give budget.bytes=20000, for instance."
+            "each above 0 and a number. Give budget.bytes=20000, for instance."
         )
-    run = Search(cfg, budget)
+    check_budget(budget, cfg.search.format)
+    run = Search(cfg, {name: float(value) for name, value in budget.items()})
     console = Console()
     found = run.within_file_budgets() if "metric_drop" not in budget else run.within_drop()
-    run.write(found)
     console.print(run.table(found))
-    console.print(f"search: {run.folder / 'search.json'}", soft_wrap=True)
+    if run.write(found):
+        console.print(f"search: {run.folder / 'search.json'}", soft_wrap=True)
     return found.metric
 
 
@@ -68,11 +73,13 @@ class Search:
     def __init__(self, cfg: DictConfig, budget: Mapping[str, float]) -> None:
         self.cfg = cfg.copy()
         self.budget = dict(budget)
-        self.folder = Path(cfg.dir)
+        self.folder = free_folder(cfg.dir, ["search.json"])
         self.tried: list[Candidate] = []
         self._probed: dict[int, Candidate] = {}
         self._trained: dict[int, Candidate] = {}
         self._grown = dict.fromkeys(BUDGETS, 1.0)  # by how much a trained file exceeds what was measured before
+        self._judge = judge_before_training(cfg, "search")
+        rehearse(cfg)
         if cfg.init_from is None:
             trainer, model, data = start(cfg, [], False)
             trainer.fit(model, data)
@@ -82,7 +89,6 @@ class Search:
 
     def _points(self) -> list[Point]:
         from lightning_compress.analysis.allocation import allocate
-        from lightning_compress.callbacks.evaluate import choose_metric, more_is_better
         from lightning_compress.deploy.formats import FORMATS, check_formats
         from lightning_compress.forward import record_inputs, with_batch
         from lightning_compress.layers import PRUNABLE, find_layers
@@ -95,9 +101,9 @@ class Search:
         model = model.cpu().eval()
         validate = validator(self.cfg, data)
         logged = validate(model)
-        self.metric = choose_metric("search.monitor", options.monitor, list(logged))
+        self.metric = self._judge.see(list(logged))
         self.dense = logged[self.metric]
-        self.more_is_better = more_is_better(self.metric)
+        self._judge.check_finite(self.dense, "")
         inputs = record_inputs(model, lambda: validate(model))
         if inputs is None:
             raise ValueError("search watches the model's forward, but validation_step never calls self(...). Call it.")
@@ -110,9 +116,9 @@ class Search:
             lambda model: validate(model)[self.metric],
             _cost(wanted, model, with_batch(inputs, 2), of.weight.bits, FORMATS[options.format].weight_bits),
             shares=list(options.levels),
-            bits=fewer if wanted & {"bytes", "bytes_zstd"} else {},
+            bits=fewer if wanted & set(_FILE) else {},
             sparsities=list(options.sparsities) if "bytes_zstd" in wanted else [],
-            more_is_better=self.more_is_better,
+            more_is_better=self._judge.mode == "max",
         )
 
     def within_file_budgets(self) -> Candidate:
@@ -197,13 +203,15 @@ class Search:
     def fit(self, plan: Allocation, folder: Path, trained: bool, **options: object) -> Candidate:
         """A plan, tried."""
         found = trial(self.cfg, plan, folder, self.metric, trained, **options)
-        drop = self.dense - found.metric if self.more_is_better else found.metric - self.dense
+        drop = self.dense - found.metric if self._judge.mode == "max" else found.metric - self.dense
         found.metric_drop = round(drop, 7)
         return found
 
-    def write(self, found: Candidate | None) -> None:
-        """search.json in the run's folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def write(self, found: Candidate | None) -> bool:
+        """search.json in the run's folder; whether it could be written."""
+        from lightning_compress.callbacks.outputs import written
+
+        path = self.folder / "search.json"
         state = {
             "budget": self.budget,
             "metric": self.metric,
@@ -214,7 +222,7 @@ class Search:
             "points": [asdict(point) for point in self.points],
             "config": OmegaConf.to_container(self.cfg.search, resolve=True),
         }
-        (self.folder / "search.json").write_text(json.dumps(state, indent=2) + "\n")
+        return written(path, lambda: write_whole(path, json.dumps(state, indent=2) + "\n"))
 
     def table(self, found: Candidate) -> Any:
         """What was tried, the found one marked."""
@@ -226,12 +234,13 @@ class Search:
         wanted = ", ".join(f"{name} {value:g}" for name, value in self.budget.items())
         title = f"budget: {wanted}; dense {self.metric} {self.dense:.4f}"
         shown = Table(title=title, box=box.SIMPLE_HEAD, padding=0, header_style="bold")
-        for name in ("", "weights", "bits", "zeros", "bytes", "zstd", "ms @1", "MACs", self.metric, "drop"):
+        time = "ms @1" if all(c.arena_bytes is None for c in self.tried) else "arena"
+        for name in ("", "weights", "bits", "zeros", "bytes", "zstd", time, "MACs", self.metric, "drop"):
             shown.add_column(name, justify="right" if name else "left", no_wrap=True)
         for c in self.tried:
             mark = "found" if c is found else "trained" if c.trained else "probed"
             cells = [short(c.num_params), f"{c.bits:.2f}", f"{c.sparsity:.0%}", f"{c.bytes:,}", f"{c.bytes_zstd:,}"]
-            cells += [f"{c.latency_ms:.3f}", short(c.macs)]
+            cells += [f"{c.arena_bytes:,}" if c.latency_ms is None else f"{c.latency_ms:.3f}", short(c.macs)]
             cells += [f"{c.metric:.4f}", f"{c.metric_drop:.4f}"] if c.trained else ["-", "-"]
             shown.add_row(mark, *(f" {cell}" for cell in cells), style="bold" if c is found else None)
         return shown
@@ -244,10 +253,10 @@ def _cost(wanted: Iterable[str], dense: Any, inputs: Any, bits: int, stored: tup
     from lightning_compress.analysis.inspect import count_macs
 
     def amount(name: str, model: Any, plan: Allocation) -> float:
-        if name in ("bytes", "bytes_zstd"):
+        if name in _FILE:
             return file_bytes(model, plan, bits, stored, compressed=name == "bytes_zstd")
-        return float(count_macs(model, inputs)[""])  # which latency follows
+        return float(count_macs(model, inputs)[""])  # which latency and the values in memory follow
 
-    kinds = {"macs" if name == "latency_ms" else name for name in wanted}
+    kinds = {"macs" if name in ("latency_ms", "sram") else name for name in wanted}
     whole = {name: amount(name, dense, Allocation()) for name in kinds}
     return lambda model, plan: sum(amount(name, model, plan) / whole[name] for name in kinds)

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from lightning_compress.files import free_folder
 from lightning_compress.tasks.compose import build_all, check, start
-from lightning_compress.tasks.validation import validator
+from lightning_compress.tasks.remembered import Remembered
+from lightning_compress.tasks.validation import judge_before_training, validator
 
 if TYPE_CHECKING:
     from lightning_compress.analysis.sensitivity import Sensitivity
+    from lightning_compress.callbacks.judgement import Judge
 
 __all__ = ["measure", "sensitivity"]
 
@@ -20,7 +23,8 @@ __all__ = ["measure", "sensitivity"]
 def sensitivity(cfg: DictConfig) -> None:
     """Compress one layer at a time and validate; without ``cfg.init_from`` the dense model is trained first.
 
-    Prints a table, and writes sensitivity.json and, with matplotlib, sensitivity.png into ``cfg.dir``.
+    Prints a table, and writes sensitivity.json and, with matplotlib, sensitivity.png into ``cfg.dir``. Until then what
+    was evaluated stands in sensitivity.cache.json: the same command with the same ``hydra.run.dir`` goes on there.
 
     Args:
         cfg: The composed configuration; conf/config.yaml names its fields.
@@ -30,30 +34,36 @@ def sensitivity(cfg: DictConfig) -> None:
     """
     from rich.console import Console
 
+    from lightning_compress.analysis.page import save_picture
     from lightning_compress.analysis.sensitivity import heat_map, table
+    from lightning_compress.callbacks.outputs import written
 
     check(cfg)
+    judge = judge_before_training(cfg, "sensitivity")
     trainer, model, data = start(cfg, build_all(cfg.callbacks), build_all(cfg.logger))
     if cfg.init_from is None:
         trainer.fit(model, data)
-    found, metric = measure(cfg, model, data)
-    folder = Path(cfg.dir)
-    found.write(folder / "sensitivity.json")
+    found, metric, remembered = measure(cfg, model, data, judge)
     console = Console()
     console.print(table(found, metric))
+    folder = free_folder(cfg.dir, ["sensitivity.json"])
+    path = folder / "sensitivity.json"
     try:
-        heat_map(found, metric).savefig(folder / "sensitivity.png", dpi=110)
+        picture = heat_map(found, metric)
+        written(folder / "sensitivity.png", lambda: save_picture(picture, folder / "sensitivity.png"))
     except ModuleNotFoundError:
         console.print("The heat map needs matplotlib. Run: pip install 'lightning-compress[report]'")
-    console.print(f"sensitivity: {folder / 'sensitivity.json'}", soft_wrap=True)
+    if written(path, lambda: found.write(path)):
+        remembered.forget()
+        console.print(f"sensitivity: {path}", soft_wrap=True)
 
 
-def measure(cfg: DictConfig, model: Any, data: Any) -> tuple[Sensitivity, str]:
-    """The sensitivities of a LightningModule on its validation data, and the name of the metric."""
+def measure(cfg: DictConfig, model: Any, data: Any, judge: Judge) -> tuple[Sensitivity, str, Remembered]:
+    """The sensitivities of a LightningModule on its validation data, the metric's name, and what was evaluated."""
     import torch
 
     from lightning_compress.analysis.sensitivity import hessian_traces, sensitivity
-    from lightning_compress.callbacks.evaluate import choose_metric, copied, more_is_better
+    from lightning_compress.callbacks.evaluate import copied
     from lightning_compress.forward import record_inputs
     from lightning_compress.layers import PRUNABLE, find_layers
 
@@ -62,15 +72,18 @@ def measure(cfg: DictConfig, model: Any, data: Any) -> tuple[Sensitivity, str]:
     model = copied(model).cpu().eval()
     model._trainer = None  # noqa: SLF001  # the property raises where there is none
     logged = validate(model)
-    metric = choose_metric("sensitivity.monitor", options.monitor, list(logged))
+    metric = judge.see(list(logged))
+    judge.check_finite(logged[metric], "")
+    of = f"{metric} of seed {cfg.seed}, {OmegaConf.to_container(cfg.data, resolve=True)}"
+    remembered = Remembered(lambda model: validate(model)[metric], Path(cfg.dir, "sensitivity.cache.json"), of)
     found = sensitivity(
         model,
-        lambda model: validate(model)[metric],
+        remembered,
         sparsities=list(options.sparsities),
         bits=list(options.bits),
         include=list(options.include),
         exclude=list(options.exclude),
-        more_is_better=more_is_better(metric),
+        more_is_better=judge.mode == "max",
         inputs=record_inputs(model, lambda: validate(model)),
     )
     if options.hessian:
@@ -83,4 +96,4 @@ def measure(cfg: DictConfig, model: Any, data: Any) -> tuple[Sensitivity, str]:
             return out["loss"] if isinstance(out, dict) else out
 
         found.traces = hessian_traces(loss, layers)
-    return found, metric
+    return found, metric, remembered

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_compress.checks import check_flag, check_one_of
+from lightning_compress.metrics import MODES
 from lightning_compress.tasks.compose import build_all, check, start
+from lightning_compress.tasks.objective import check_objective, value_of
+from lightning_compress.tracking import finish_run
 
 __all__ = ["train"]
 
@@ -24,44 +29,58 @@ def train(cfg: DictConfig) -> Any:
         a list of values for a list of names; nan of a run that ``cfg.hopeless`` ended.
 
     Raises:
-        ValueError: If the compression group was not found, or a checkpoint does not fit the model.
+        ValueError: If the compression group was not found, the objective names nothing, or a checkpoint does not fit
+            the model.
         FileNotFoundError: If a checkpoint does not exist.
     """
-    from lightning_compress.callbacks import CompressionReport
+    from lightning_compress.callbacks import CompressionReport, Export
     from lightning_compress.callbacks.sweep import RunStopped, StopUnderperforming
 
     check(cfg)
-    control = _train_control(cfg) if cfg.control else None
     callbacks = build_all(cfg.compression) + build_all(cfg.callbacks)
+    _tell(cfg, callbacks)
     reports = [callback for callback in callbacks if isinstance(callback, CompressionReport)]
-    for report in reports:
-        report.control = control
+    names = list(cfg.objective) if OmegaConf.is_list(cfg.objective) else [cfg.objective]
+    for name in names if reports else ():
+        check_objective(name)
+    for callback in callbacks:  # the folder of the run, and not that of the logger in it
+        if isinstance(callback, CompressionReport | Export) and callback.dirpath is None:
+            callback.dirpath = Path(cfg.dir, "deploy" if isinstance(callback, Export) else "")
+    control = _train_control(cfg) if cfg.control else None
+    for callback in reports:
+        callback.control = control
     if cfg.hopeless is not None:
-        callbacks.append(StopUnderperforming(cfg.dir, cfg.hopeless))
+        callbacks.append(StopUnderperforming(cfg.dir, cfg.hopeless, cfg.monitor, cfg.mode))
     loggers = build_all(cfg.logger)
     trainer, model, data = start(cfg, callbacks, loggers)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     try:
-        trainer.fit(model, data, ckpt_path=cfg.ckpt_path)
+        trainer.fit(model, data, ckpt_path=cfg.ckpt_path, weights_only=cfg.weights_only)
     except RunStopped:
         return [math.nan for _ in cfg.objective] if OmegaConf.is_list(cfg.objective) else math.nan
     finally:
         if "wandb" in sys.modules:  # else the next job of a sweep goes on in this job's run
-            sys.modules["wandb"].finish()
-    found: Any = reports[0].report if reports else {name: float(v) for name, v in trainer.callback_metrics.items()}
-    if OmegaConf.is_list(cfg.objective):
-        return [_value(found, name) for name in cfg.objective]
-    return _value(found, cfg.objective)
+            finish_run()
+    report = reports[0].report if reports else None
+    values = [value_of(report, trainer.callback_metrics, name) for name in names]
+    return values if OmegaConf.is_list(cfg.objective) else values[0]
 
 
-def _value(found: Any, name: str) -> Any:
-    """A value of the report, or of the logged metrics."""
-    if isinstance(found, dict) and name in found:
-        return found[name]
-    for key in str(name).split("."):
-        found = (found[int(key)] if isinstance(found, list) else found.get(key)) if found else None
-    return found
+def _tell(cfg: DictConfig, callbacks: list[Any]) -> None:
+    """Let callbacks take what is said of the whole run: the metric, if they name none; whether targets are strict."""
+    from lightning_compress.callbacks import AccuracyGuard, CompressionReport, Export
+    from lightning_compress.callbacks.protocol import Targeted
+
+    check_one_of("mode", cfg.mode, MODES, "Take 'max' if higher is better.")
+    check_flag("strict", cfg.strict)
+    for callback in callbacks:
+        if cfg.strict and isinstance(callback, Targeted):
+            callback.strict = True  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, AccuracyGuard | CompressionReport | Export) and callback.monitor is None:
+            callback.monitor = cfg.monitor
+            callback.mode = callback.mode or cfg.mode
 
 
 def _train_control(cfg: DictConfig) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Candidate:
         plan: What its layers gave up.
         bytes: Of the file on disk.
         bytes_zstd: Of the file compressed by zstd.
-        latency_ms: Median milliseconds of one sample, one thread.
+        latency_ms: Median milliseconds of one sample, one thread; None where they are not those of the device.
         macs: Multiply-accumulates of one sample.
         num_params: Weights left.
         bits: Mean bits of a weight.
@@ -34,12 +34,13 @@ class Candidate:
         metric: Over the validation data, by the file.
         trained: Whether it was trained, or only calibrated to measure its file.
         metric_drop: How much worse than the dense model in float.
+        arena_bytes: RAM that TensorFlow Lite Micro takes to run the file; None in other runtimes.
     """
 
     plan: Allocation
     bytes: int
     bytes_zstd: int
-    latency_ms: float
+    latency_ms: float | None
     macs: int
     num_params: int
     bits: float
@@ -47,6 +48,17 @@ class Candidate:
     metric: float
     trained: bool
     metric_drop: float = 0.0
+    arena_bytes: int | None = None
+
+    @property
+    def flash(self) -> int:
+        """Bytes that a microcontroller keeps the file in."""
+        return self.bytes
+
+    @property
+    def sram(self) -> int | None:
+        """Bytes that it computes in."""
+        return self.arena_bytes
 
 
 def mixed(scheme: Scheme, bits: Mapping[str, int]) -> Scheme:
@@ -84,7 +96,7 @@ def trial(
         KnowledgeDistillation,
         QuantizationAwareTraining,
     )
-    from lightning_compress.callbacks.evaluate import example_inputs
+    from lightning_compress.callbacks.examples import example_inputs
     from lightning_compress.phase import Phase
     from lightning_compress.quantization import scheme
     from lightning_compress.quantization.convert import to_float
@@ -104,7 +116,7 @@ def trial(
     if cfg.search.teacher and trained:
         callbacks.append(KnowledgeDistillation())
     if trained:
-        callbacks.append(CompressionReport(dirpath=folder, monitor=monitor, show=False))
+        callbacks.append(CompressionReport(dirpath=folder, monitor=monitor, show=False, mode=cfg.search.mode))
     export = Export([cfg.search.format], dirpath=folder / "deploy", rehearse=False)
     shown = {"enable_checkpointing": False, "enable_model_summary": False}
     options = {"max_epochs": cfg.search.epochs or cfg.trainer.max_epochs, **shown, **options}
@@ -121,11 +133,12 @@ def trial(
         plan,
         artifact.bytes,
         artifact.bytes_zstd,
-        artifact.latency_ms["1"],
+        artifact.latency_ms.get("1"),
         count_macs(to_float(model), inputs)[""],
         sum(p.numel() for p in model.parameters()),
         mean_bits(weights),
         sparsity(weights),
         float(export.metrics[artifact.format][monitor]),
         trained,
+        arena_bytes=artifact.arena_bytes,
     )

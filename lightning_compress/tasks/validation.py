@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-__all__ = ["validator"]
+from lightning_compress.tasks.compose import start
+
+if TYPE_CHECKING:
+    from lightning_compress.callbacks.judgement import Judge
+
+__all__ = ["judge_before_training", "validator"]
+
+
+def judge_before_training(cfg: DictConfig, section: str) -> Judge:
+    """The metric that decides in a task, seen in a validation of the model as it starts.
+
+    Args:
+        cfg: The composed configuration.
+        section: The task's section of it, with ``monitor`` and ``mode``.
+
+    Raises:
+        ValueError: If validation does not log it, or its name does not tell which way is better.
+    """
+    from lightning_compress.callbacks.judgement import Judge
+
+    judge = Judge(section, cfg[section].monitor, cfg[section].mode)
+    _, model, data = start(cfg, [], False)
+    judge.see(list(validator(cfg, data)(model)))
+    return judge
 
 
 def validator(cfg: DictConfig, data: Any) -> Callable[[Any], dict[str, float]]:

@@ -78,9 +78,11 @@ def fit(folder: Path, module: Small, *callbacks: Any, saved: tuple[int, ...] = (
 def facts(module: Small) -> dict[str, Any]:
     """What a model is, whatever the callbacks say."""
     quantization = quantization_of(module)
+    layers = [layer for layer in weight_layers(module) if not layer.name.startswith("average.")]
+    params = {name: p for name, p in module.named_parameters() if not name.startswith("average.")}
     return {
-        "sparsity": sparsity(weight_layers(module)),
+        "sparsity": sparsity(layers),
         "blocks": sum(isinstance(block, Block) for block in module.blocks),
-        "parameters": sum(p.numel() for p in module.parameters()),
+        "parameters": sum(p.numel() for p in params.values()),
         "quantized": quantization is not None and quantization.enabled,
     }

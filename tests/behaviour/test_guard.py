@@ -20,6 +20,7 @@ from lightning_compress.analysis.inspect import sparsity, weight_layers
 from lightning_compress.callbacks import (
     AccuracyGuard,
     ChannelPruning,
+    CompressionReport,
     GradualPruning,
     KnowledgeDistillation,
     PostTrainingQuantization,
@@ -138,6 +139,69 @@ def test_killed_anywhere_it_resumes_bit_identically(tmp_path: Path, bits: bool) 
         assert not differences(found, expected), (i, outcomes[i])
 
 
+def test_it_judges_what_lightning_leaves_out_of_a_run_that_is_resumed(tmp_path: Path) -> None:
+    """A step checkpoint on a validation is saved before it."""
+    step = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1, auto_insert_metric_name=False)
+    whole, module = make(tmp_path, AccuracyGuard(0.01), step, enable_checkpointing=True), priced()
+    whole.fit(module)
+    expected = callback_of(whole, AccuracyGuard).history
+    outcomes = [entry["outcome"] for entry in expected]
+    chosen = {outcomes.index("misses, is rolled back"), outcomes.index("holds"), len(outcomes) - 1}
+    for i in sorted(chosen):
+        seen: list[int] = []
+        trainer, again = make(tmp_path, AccuracyGuard(0.01), Validations(seen)), priced(seed=1)
+        trainer.fit(again, ckpt_path=tmp_path / f"{expected[i]['step']}.ckpt", weights_only=True)
+        assert expected[i]["step"] not in seen  # if Lightning validates here one day, the guard need not
+        assert callback_of(trainer, AccuracyGuard).history == expected
+        assert not differences(dict(again.state_dict()), dict(module.state_dict()))
+
+
+class Validations(pl.Callback):
+    def __init__(self, seen: list[int]) -> None:
+        self.seen = seen
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen.append(trainer.global_step)
+
+
+@pytest.mark.parametrize("begin", [1, 2])
+@pytest.mark.parametrize("first", ["guard", "pruning"])
+def test_what_is_judged_is_what_stands(first: str, begin: int, tmp_path: Path) -> None:
+    """Whoever comes first, and also where the phase begins with the last batch before a validation."""
+    stood: dict[int, float] = {}
+
+    class Stands(pl.Callback):
+        def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            stood[trainer.global_step] = sparsity(weight_layers(pl_module))
+
+    guard = AccuracyGuard(0.01)
+    pruning = GradualPruning(0.99, phase=Phase(begin / (EPOCHS * BATCHES), 1.0))
+    pair = [guard, pruning] if first == "guard" else [pruning, guard]
+    trainer = make_trainer(
+        tmp_path, callbacks=[Stands(), SeedEachBatch(), *pair], max_epochs=EPOCHS, val_check_interval=0.5
+    )
+    trainer.fit(priced())
+    assert len(guard.history) >= 2 * EPOCHS - 2
+    for entry in guard.history:
+        assert stood[entry["step"]] == pytest.approx(entry["sparsity"], abs=2e-3), entry
+
+
+def test_after_ctrl_c_the_run_is_where_it_last_held_and_reported(tmp_path: Path) -> None:
+    class Interrupts(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            if guard.history and "miss" in guard.history[-1]["outcome"]:
+                raise KeyboardInterrupt
+
+    guard, report, record, module = AccuracyGuard(0.01), CompressionReport(show=False), Record(), priced()
+    with pytest.raises(SystemExit):
+        make(tmp_path, guard, report, record, Interrupts()).fit(module)
+    held = next(entry for entry in reversed(guard.history) if entry["outcome"] == "holds")
+    assert not differences(dict(module.state_dict()), record.states[held["step"]]["weights"])
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["compressed"]["sparsity"] == pytest.approx(held["sparsity"], abs=2e-3)
+    assert {row["callback"] for row in found["targets"]} == {"AccuracyGuard", "GradualPruning"}
+
+
 def test_bits_are_lowered_until_the_metric_falls(tmp_path: Path) -> None:
     Priced.allowed_bits = 3  # two bits show three values, three bits seven
     guard, module = AccuracyGuard(0.01), priced()
@@ -247,7 +311,7 @@ def test_two_processes_decide_alike(tmp_path: Path) -> None:
     ],
 )
 def test_bad_values_are_named(options: dict[str, Any], field: str) -> None:
-    with pytest.raises(ValueError, match=rf"AccuracyGuard\.{field}=.*accepted"):
+    with pytest.raises(ValueError, match=rf"AccuracyGuard\.{field}.*=.*accepted"):
         AccuracyGuard(**options)
 
 

@@ -76,7 +76,7 @@ def test_inductor(tmp_path: Path) -> None:
     torch.compiler.reset()
     module = make_module("mlp")
     module.net = torch.compile(module.net)
-    trainer = make_trainer(tmp_path)
+    trainer = make_trainer(tmp_path, limit_val_batches=1)
     trainer.fit(module)
     assert sparsity(callback_of(trainer, GradualPruning).masks.layers) >= SPARSITY
     assert quantization_of(module).enabled

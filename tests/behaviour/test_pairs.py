@@ -90,6 +90,8 @@ def assert_reached(module: Small, callbacks: list[Any]) -> None:
                 assert 0 < stands <= asked
             elif key == "bits":
                 assert stands == asked
+            elif key == "exchanged weights":
+                assert stands >= asked
             else:  # or, of 60 channels and 1,300 weights, a little more
                 assert asked <= stands < asked + 0.06
             if key == "sparsity":

@@ -86,9 +86,14 @@ def test_ours_answers_like_the_model_and_is_not_doubted(tmp_path: Path) -> None:
 
 
 def test_thresholds_are_the_users(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="differs from the model by .* of its output's range; 0.00% is allowed"):
-        export, _ = fit(tmp_path, int8(), ["onnx"], max_difference=0.0)
-    assert export.artifacts[0].warnings
+    with pytest.warns(UserWarning, match="Export: target not reached: asked difference 0, reached .* of its output's"):
+        export, report = fit(tmp_path, int8(), ["onnx"], max_difference=0.0)
+    assert "0.00% is allowed" in export.artifacts[0].warnings[0]
+    (row,) = [row for row in report["targets"] if row["target"] == "difference"]
+    assert row["missed"]
+    assert (
+        row["reached"] == report["artifacts"][0]["judged"]["difference"]["reached"] == export.artifacts[0].max_rel_diff
+    )
 
 
 @pytest.mark.parametrize("fields", [{"min_agreement": 1.5}, {"max_difference": -0.1}, {"min_agreement": True}])

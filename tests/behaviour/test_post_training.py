@@ -148,8 +148,10 @@ def test_a_run_that_stops_before_it_calibrates_says_so(tmp_path: Path) -> None:
             trainer.should_stop = True
 
     callbacks = [PostTrainingQuantization("int8", Phase(0.5, 1.0)), Stop()]
-    with pytest.raises(ValueError, match=r"calibrated on no batches.*Let calibrate span two batches at least"):
-        make_trainer(tmp_path, callbacks=callbacks).fit(make_module("mlp"))
+    module = make_module("mlp")
+    with pytest.warns(UserWarning, match=r"target not reached: asked bits 8, reached 32, because trainer.should_stop"):
+        make_trainer(tmp_path, callbacks=callbacks).fit(module)
+    assert not quantization_of(module).enabled
 
 
 def test_fit_quantizes_at_its_end_before_the_export(tmp_path: Path) -> None:
@@ -295,4 +297,24 @@ def test_each_of_the_two_callbacks_reads_what_the_other_wrote(tmp_path: Path) ->
     validate(trainer, module)
     trainer.save_checkpoint(tmp_path / "ptq.ckpt")
     validate(make_trainer(tmp_path, callbacks=[QuantizationAwareTraining()]), looked, ckpt_path=tmp_path / "ptq.ckpt")
+    assert_equal_outputs(looked, module)
+
+
+def test_bits_that_were_lowered_are_read_by_the_scheme_of_that_many(tmp_path: Path) -> None:
+    """A checkpoint whose bits a guard has lowered: refused by the scheme it was trained with, taken by the lower."""
+    module = make_module("mlp")
+    trained = QuantizationAwareTraining("int8", calibrate=Phase(0.0, 0.2), phase=Phase(0.2, 1.0))
+    trained.lower(4)
+    trainer = make_trainer(tmp_path, callbacks=[trained])
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "lowered.ckpt")
+    with pytest.raises(ValueError, match="scheme"):
+        validate(
+            make_trainer(tmp_path, callbacks=[PostTrainingQuantization("int8")]),
+            make_module("mlp"),
+            ckpt_path=tmp_path / "lowered.ckpt",
+        )
+    looked = make_module("mlp")
+    of_four = PostTrainingQuantization(trained.scheme)
+    validate(make_trainer(tmp_path, callbacks=[of_four]), looked, ckpt_path=tmp_path / "lowered.ckpt")
     assert_equal_outputs(looked, module)

@@ -1,4 +1,4 @@
-"""Calls functions of the tests in each of two processes; run by torch.distributed.run, see ``harness``.
+"""Calls functions of the tests in each of two processes; see ``harness``.
 
 What is read is a JSON list of ``[module, function, arguments]``. Every function is called with its arguments and with a
 folder that the processes share, and raises where something is wrong. What is written is a list as long as the calls
@@ -34,7 +34,7 @@ def main(calls: list[tuple[str, str, list[str]]], path: Path) -> None:
         part.replace(path)
     if failed:
         sys.stdout.flush()
-        os._exit(1)  # no waiting for the other process; torch.distributed.run ends it
+        os._exit(1)  # no waiting for the other process, which is ended
     # A process that ends with gloo's threads running is at times aborted by them (pytorch#179291).
     torch.distributed.destroy_process_group()
 

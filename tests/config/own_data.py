@@ -1,5 +1,6 @@
-"""A user's own data."""
+"""A user's own data and model."""
 
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from ..zoo import MLP
@@ -8,3 +9,11 @@ from ..zoo import MLP
 def dataset() -> TensorDataset:
     """Eight batches."""
     return TensorDataset(*(t.repeat(8, *[1] * (t.dim() - 1)) for t in MLP().tensors()))
+
+
+class Relu(MLP):
+    """Of operators that microcontrollers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[4] = nn.ReLU()

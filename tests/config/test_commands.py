@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -18,20 +17,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress import cli
 from lightning_compress.analysis.compare import offline_runs
+from lightning_compress.callbacks.verdict import TargetMissed
 from lightning_compress.deploy.size import weigh
+from lightning_compress.deploy.tflm import Runner
+
+from ..processes import in_a_process
 
 ROOT = Path(__file__).parents[2]
-FAST = ["trainer.max_epochs=2", "+trainer.limit_train_batches=30"]
+FAST = ["trainer.max_epochs=2", "+trainer.limit_train_batches=15", "+trainer.limit_val_batches=2"]
 
 
 def run(*command: str, cwd: Path = ROOT, ok: bool = True) -> str:
     """Output of a command of this environment."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "COLUMNS": "80", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
-    )
-    text = done.stdout + done.stderr
-    assert (done.returncode == 0) == ok, text[-4000:]
+    text, code = in_a_process(list(command), cwd, environment)
+    assert (code == 0) == ok, text[-4000:]
     return text
 
 
@@ -49,6 +49,48 @@ def composed(*overrides: str, **options: Any) -> DictConfig:
 def in_process(*overrides: str) -> Any:
     """What our command does, without a new interpreter."""
     return cli._main(composed(*overrides))
+
+
+# What others read out of report.json: keys may be added, and none of these may go.
+REPORT_KEYS = {
+    "artifacts",
+    "compressed",
+    "control",
+    "dense",
+    "latency_ms_pytorch",
+    "layers",
+    "metric",
+    "packed",
+    "seconds",
+    "targets",
+    "warnings",
+}
+ARTIFACT_KEYS = {
+    "agreement",
+    "arena_bytes",
+    "batch",
+    "bytes",
+    "bytes_zstd",
+    "bytes_zstd_float",
+    "cpu",
+    "deployed_minus_trained",
+    "format",
+    "inputs",
+    "integer_kernels",
+    "integers",
+    "judged",
+    "latency_ms",
+    "latency_ms_float",
+    "left_out",
+    "max_abs_diff",
+    "max_rel_diff",
+    "metric",
+    "num_kernels",
+    "overflowing",
+    "path",
+    "runtime",
+    "warnings",
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +115,7 @@ def test_demo_writes_what_the_contract_names(demo: tuple[Path, str]) -> None:
 def test_report_has_the_contract_keys_and_true_values(demo: tuple[Path, str]) -> None:
     folder, _ = demo
     report = json.loads((folder / "report.json").read_text())
+    assert set(report) == REPORT_KEYS
     totals = {"metric", "num_params", "num_nonzero", "sparsity", "macs", "bytes", "bytes_zstd"}
     for key in ("dense", "control", "compressed"):
         assert set(report[key]) == totals
@@ -82,7 +125,7 @@ def test_report_has_the_contract_keys_and_true_values(demo: tuple[Path, str]) ->
     assert all(set(row) == layer for row in report["layers"])
     assert {row["weight_bits"] for row in report["layers"]} == {row["input_bits"] for row in report["layers"]} == {8}
     (artifact,) = report["artifacts"]
-    assert {"format", "runtime", "path", "bytes", "bytes_zstd", "metric", "max_abs_diff", "agreement"} < set(artifact)
+    assert set(artifact) == ARTIFACT_KEYS
     assert set(artifact["latency_ms"]) == set(artifact["latency_ms_float"]) == {"1", "64"}
     assert artifact["bytes"] == (folder / "deploy" / "model.onnx").stat().st_size
     assert artifact["agreement"] >= 0.99
@@ -126,11 +169,14 @@ def test_offline_run_holds_config_history_summary_table_and_images(demo: tuple[P
 @pytest.mark.xdist_group("demo")
 def test_resume_and_init_from_take_the_demo_checkpoint(demo: tuple[Path, str], tmp_path: Path) -> None:
     last = demo[0] / "checkpoints" / "last.ckpt"
-    options = [*FAST, "control=false", "logger=none", f"hydra.run.dir={tmp_path}"]
-    command("experiment=mnist_prune_int8", "compression=finetune", f"init_from={last}", *options)
+    options = [*FAST, "control=false", "logger=none", f"hydra.run.dir={tmp_path / 'resumed'}"]
+    tuned = ["compression=finetune", f"init_from={last}", f"dir={tmp_path}"]
+    in_process("experiment=mnist_prune_int8", *tuned, *options[:-1])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["compressed"]["sparsity"] >= 0.9
-    text = command("experiment=mnist_prune_int8", f"ckpt_path={last}", *options, "trainer.max_epochs=3")
+    text = command(
+        "experiment=mnist_prune_int8", f"ckpt_path={last}", *options, "trainer.max_epochs=3", "~compression.export"
+    )
     assert "Restored all states" in text
 
 
@@ -139,11 +185,12 @@ def test_a_sweep_is_one_run_per_job_in_one_group_and_one_table(tmp_path: Path) -
     text = command(
         *("-m", "experiment=mnist_prune_int8", "sweep=sparsity", "trainer.max_epochs=1", "hydra/launcher=joblib"),
         *("+trainer.limit_train_batches=20", "+trainer.limit_val_batches=1", "control=false"),
+        "~compression.export",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     )
     runs = offline_runs(tmp_path)
     assert [r.name.split()[0] for r in runs] == ["0", "1", "2"]
-    assert [r.name.split()[-1] for r in runs] == ["sparsity=0.5", "sparsity=0.8", "sparsity=0.9"]
+    assert [r.name.partition("sparsity=")[2].split()[0] for r in runs] == ["0.5", "0.8", "0.9"]
     assert len({r.run_id for r in runs}) == 3
     assert len({r.group for r in runs}) == 1
     assert runs[0].group
@@ -153,7 +200,12 @@ def test_a_sweep_is_one_run_per_job_in_one_group_and_one_table(tmp_path: Path) -
 
 def test_sweep_returns_the_objective(tmp_path: Path) -> None:
     overrides = ["experiment=mnist_prune_int8", "compression=magnitude", "control=false", "logger=none"]
-    overrides += ["trainer.max_epochs=1", "+trainer.limit_train_batches=20", f"dir={tmp_path}"]
+    overrides += [
+        "trainer.max_epochs=1",
+        "+trainer.limit_train_batches=20",
+        "+trainer.limit_val_batches=2",
+        f"dir={tmp_path}",
+    ]
     value = in_process(*overrides, "objective=artifacts.0.metric")
     report = json.loads((tmp_path / "report.json").read_text())
     assert value == report["artifacts"][0]["metric"]
@@ -222,14 +274,38 @@ def test_search_meets_its_budgets_as_measured_on_the_file(tmp_path: Path) -> Non
     assert "found" in text
 
 
+@pytest.mark.runtimes
+def test_search_for_a_microcontroller_is_proven_by_its_interpreter(tmp_path: Path) -> None:
+    options = ["model._target_=tests.config.own_data.Relu", "trainer.max_epochs=2", "search.teacher=false"]
+    options += ["search.levels=[0.25,0.5,0.75]", "search.format=tflm", "search.rounds=2"]
+    budgets = {"flash": 5000, "sram": 2000}
+    text = command(
+        *("task=search", *OWN, *options, *(f"budget.{name}={value}" for name, value in budgets.items())),
+        f"hydra.run.dir={tmp_path}",
+    )
+    state = json.loads((tmp_path / "search.json").read_text())
+    found = state["found"]
+    assert state["met"]
+    (file,) = tmp_path.glob("point*/deploy/model.tflite")
+    assert found["bytes"] == file.stat().st_size <= budgets["flash"]
+    runner = Runner(file, torch.zeros(1, 4))
+    assert found["arena_bytes"] == runner.arena_bytes <= budgets["sram"]
+    assert found["latency_ms"] is None
+    largest = [c for c in state["tried"] if c["arena_bytes"] > budgets["sram"] or c["bytes"] > budgets["flash"]]
+    assert largest
+    assert "arena" in text
+
+
 def test_search_for_a_download_takes_zeros_bits_and_channels_layer_by_layer(tmp_path: Path) -> None:
     options = ["trainer.max_epochs=4", "search.teacher=false", "search.levels=[0.5]", "search.bits=[4,2]"]
     options += ["search.sparsities=[0.5,0.9]"]
     command("task=search", *OWN, *options, "budget.bytes_zstd=1500", f"hydra.run.dir={tmp_path}")
     found = json.loads((tmp_path / "search.json").read_text())["found"]
-    (file,) = tmp_path.glob("point*/deploy/model.onnx")
-    assert found["bytes_zstd"] == weigh(file)[1] <= 1500
-    layers = {row["name"]: row for row in json.loads(next(tmp_path.glob("point*/report.json")).read_text())["layers"]}
+    # what the first points that are trained measure may lie above the budget
+    files = tmp_path.glob("point*/deploy/model.onnx")
+    (file,) = [path for path in files if weigh(path)[1] == found["bytes_zstd"]]
+    assert found["bytes_zstd"] <= 1500
+    layers = {row["name"]: row for row in json.loads((file.parents[1] / "report.json").read_text())["layers"]}
     for name, row in layers.items():
         assert row["weight_bits"] == found["plan"]["bits"].get(name, 8)
         assert row["sparsity"] >= found["plan"]["sparsities"].get(name, 0.0) - 1 / row["num_params"]
@@ -242,6 +318,9 @@ def test_search_for_a_download_takes_zeros_bits_and_channels_layer_by_layer(tmp_
     [
         ([], "accepted is one or more of bytes, bytes_zstd, latency_ms, macs, metric_drop"),
         (["budget.bytes=-1"], "each above 0"),
+        (["budget.sram=4000"], "budget.sram=4000 is proven by the interpreter of microcontrollers"),
+        (["budget.flash=4000", "search.format=openvino"], "search.format='openvino' is none"),
+        (["budget.latency_ms=1", "search.format=tflm"], "say nothing of a board"),
         (["budget.bytes=100"], "cannot be met with int8; the nearest reaches bytes"),
         (["budget.macs=1000", "search.monitor=val_f1"], "search.monitor='val_f1': validation does not log it"),
     ],
@@ -293,7 +372,7 @@ def test_plain_trainer_script(tmp_path: Path) -> None:
 
 def test_lightning_cli(tmp_path: Path) -> None:
     options = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "20"]
-    options += ["--trainer.default_root_dir", str(tmp_path)]
+    options += ["--trainer.limit_val_batches", "2", "--trainer.default_root_dir", str(tmp_path)]
     run("-m", "experiments.foreign.cli", "fit", "--config", "experiments/foreign/cli.yaml", *options, cwd=ROOT)
     report = json.loads((tmp_path / "report.json").read_text())
     bits = {row["name"]: row["weight_bits"] for row in report["layers"]}
@@ -302,7 +381,12 @@ def test_lightning_cli(tmp_path: Path) -> None:
 
 
 def test_foreign_hydra_application(tmp_path: Path) -> None:
-    options = ["trainer.max_epochs=2", "+trainer.limit_train_batches=20", f"hydra.run.dir={tmp_path}"]
+    options = [
+        "trainer.max_epochs=2",
+        "+trainer.limit_train_batches=20",
+        "+trainer.limit_val_batches=2",
+        f"hydra.run.dir={tmp_path}",
+    ]
     run("-m", "experiments.foreign.app", "+compression=prune_int8", "callbacks.prune.sparsity=0.8", *options)
     assert 0.8 <= json.loads((tmp_path / "report.json").read_text())["compressed"]["sparsity"] < 0.81
 
@@ -375,3 +459,15 @@ def test_the_sweep_of_wandb_asks_for_what_hydra_takes() -> None:
     assert OmegaConf.select(cfg, name) == values["values"][0]
     assert ours.hydra.sweeper.params[name] == ",".join(map(str, values["values"]))
     assert sweep["metric"]["name"] == "compress/final_metric"
+
+
+def test_a_strict_run_that_misses_its_target_is_an_error_and_leaves_its_report(tmp_path: Path) -> None:
+    stopped = ["trainer.max_epochs=1", "+trainer.limit_train_batches=4", "+trainer.max_time=00:00:00:00"]
+    fast = ["+trainer.limit_val_batches=1", "~compression.export", "control=false", f"dir={tmp_path}"]
+    with pytest.raises(TargetMissed, match=r"asked sparsity 0\.9, reached 0, because max_time ended the run"):
+        in_process("experiment=mnist_prune_int8", *stopped, *fast, "strict=true")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["target"] for row in report["targets"] if row["missed"]] == ["sparsity", "bits"]
+    (run_,) = offline_runs(tmp_path)
+    assert [row["compress/targets_missed"] for row in run_.history if "compress/targets_missed" in row] == [2]
+    assert "asked sparsity 0.9" in run_.summary["compress/targets"]

@@ -70,8 +70,12 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_frontier(tmp_path: Path) ->
     study = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path / 'killed' / 'study.db'}")
     states = [trial.state.name for trial in study.trials]
     assert (states.count("COMPLETE"), states.count("FAIL")) == (14, 1)
-    # asked for again when it is complete, nothing is left to do
-    assert sweep(tmp_path, "killed", "hydra.sweeper.num_trials=14")[1] == resumed
+    # a job that had ended when the sweep was killed counts, and then nothing is left to do
+    left = study.ask()
+    (tmp_path / "killed" / ".returned").mkdir(exist_ok=True)
+    (tmp_path / "killed" / ".returned" / f"{left.number}.json").write_text("[0.25, 3.0]")
+    assert sweep(tmp_path, "killed", "hydra.sweeper.num_trials=15")[1] == resumed
+    assert study.trials[left.number].values == [0.25, 3.0]
 
 
 def test_a_broken_trial_is_not_the_end_of_the_study(tmp_path: Path) -> None:

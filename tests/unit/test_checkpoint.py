@@ -91,7 +91,7 @@ def test_a_loaded_model_is_as_sparse_as_it_was_trained(trained: Any) -> None:
 
 def test_arguments_reach_the_class(trained: Any) -> None:
     assert load_from_checkpoint(Module, trained[1]).hparams.width == 10
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match=r"last.ckpt' does not fit Module.*\n?.*size mismatch"):
         load_from_checkpoint(Module, trained[1], width=4)
 
 
@@ -132,8 +132,8 @@ def test_weights_that_fit_are_accepted() -> None:
     ("other", "message"),
     [
         (nn.Linear(4, 2), r"weight is \(2, 4\) there and \(2, 3\) here"),
-        (nn.Linear(3, 2, bias=False), "bias is missing there"),
-        (nn.Sequential(nn.Linear(3, 2)), r"0\.weight is unknown here"),
+        (nn.Linear(3, 2, bias=False), r"1 missing there \(bias\)"),
+        (nn.Sequential(nn.Linear(3, 2)), r"2 unknown here \(0\.weight, 0\.bias\)"),
     ],
 )
 def test_weights_of_another_structure_are_refused_and_the_difference_is_named(other: nn.Module, message: str) -> None:
@@ -148,5 +148,5 @@ def test_names_may_differ_where_that_is_asked_for_but_shapes_may_not() -> None:
 
 
 def test_many_differences_are_counted() -> None:
-    with pytest.raises(ValueError, match=r"\(and 3 more\)"):
+    with pytest.raises(ValueError, match=r"8 missing there \(0\.weight, 0\.bias, 1\.weight and 5 more\)"):
         check_structure(nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))), {})

@@ -205,7 +205,7 @@ def test_whatever_has_equal_steps_converts(scheme: Scheme) -> None:
         pytest.param(Scheme(weight=Float8()), "Scheme.weight=Float8.*simulated only", id="fp8"),
         pytest.param(
             Scheme(weight=Affine(4, symmetric=True), weight_granularity=9),
-            "group=9 at 0: no runtime's kernels take a scale a group",
+            "weight_granularity=9: accepted is 'channel' or 'tensor' for 0, a Conv2d",
             id="groups",
         ),
     ],

@@ -61,7 +61,7 @@ def test_the_cheapest_within_the_drop_is_taken() -> None:
 def test_a_run_without_the_cost_is_left_out_and_an_unknown_cost_refused() -> None:
     runs = [run("a", 0.9, 10, None), run("b", 0.8, 20, 2.0)]
     assert [r.name for r in frontier("m", runs, "latency_ms").runs] == ["b"]
-    with pytest.raises(ValueError, match=r"pareto.cost='weight': accepted are bytes"):
+    with pytest.raises(ValueError, match=r"pareto.cost='weight': accepted are 'bytes'"):
         frontier("m", runs, "weight")
     with pytest.raises(ValueError, match="no run has it"):
         frontier("m", runs[:1], "latency_ms")
@@ -111,3 +111,17 @@ def test_written_as_json_page_and_picture(tmp_path: Path) -> None:
     text = captured.get()
     assert all(name in text for name in ("val_acc", *COSTS.values()))
     assert re.search(r"\*\s+a<b", text)
+
+
+def test_a_run_that_missed_a_target_is_marked(tmp_path: Path) -> None:
+    row = {"callback": "GradualPruning", "target": "sparsity", "asked": 0.9, "reached": 0.2, "missed": True}
+    targets = [{**row, "because": "the run ended"}, {**row, "target": "other", "missed": False, "because": ""}]
+    report(tmp_path / "a", 0.9, 100)
+    report(tmp_path / "b", 0.8, 50, targets=targets)
+    metric, runs = read_runs(tmp_path)
+    found = frontier(metric, runs)
+    found.write(tmp_path)
+    page = (tmp_path / "pareto.html").read_text()
+    assert page.count("(target missed)") == 1
+    assert "b: GradualPruning: target not reached: asked sparsity 0.9, reached 0.2, because the run ended." in page
+    assert [run["missed"] != [] for run in json.loads((tmp_path / "pareto.json").read_text())["runs"]] == [True, False]

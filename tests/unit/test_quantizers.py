@@ -172,7 +172,9 @@ def test_a_width_that_no_code_has_is_refused(kind: type[Affine], bits: object) -
         kind(bits)
 
 
-LEARNED = [kind(bits, symmetric) for kind in (LearnedStep, LearnedClip) for bits in (2, 4, 8) for symmetric in (1, 0)]
+LEARNED = [
+    kind(bits, symmetric) for kind in (LearnedStep, LearnedClip) for bits in (2, 4, 8) for symmetric in (True, False)
+]
 every_learned = pytest.mark.parametrize("quantizer", LEARNED, ids=str)
 
 

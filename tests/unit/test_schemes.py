@@ -23,9 +23,11 @@ from lightning_compress.quantization import (
     MinMax,
     MovingAverage,
     Percentile,
+    PerToken,
     PowerOfTwo,
     Quantizer,
     Scheme,
+    ShortScale,
     Ternary,
     codebook,
     int4,
@@ -37,6 +39,7 @@ from lightning_compress.quantization import (
 )
 
 WORDS = ["int8", "w8", "int4", "w4a8", "w2a8", "ternary", "binary", "log4", "exp4", "apot4", "codebook", "fp8", "lsq"]
+WORDS += ["w4_groups", "w4a8_groups"]
 SCHEMES = [
     *(scheme(word) for word in WORDS),
     int8(overrides={"head": w8(), "body.*": lsq(3)}),
@@ -75,6 +78,8 @@ LEARNED, PLAIN = LearnedStep(4, symmetric=True), Affine(8)
         ("apot4", AdditivePowerOfTwo(4), PLAIN, "channel"),
         ("codebook", Codebook(4), PLAIN, "tensor"),
         ("fp8", Float8("e4m3"), Float8("e4m3"), "channel"),
+        ("w4_groups", ShortScale(4), None, 32),
+        ("w4a8_groups", ShortScale(4), PerToken(), 32),
     ],
 )
 def test_a_word_says_how(word: str, weight: Quantizer, inputs: Quantizer | None, granularity: str) -> None:
@@ -166,5 +171,5 @@ def test_a_part_of_the_wrong_kind_is_refused(field: str, value: object) -> None:
 
 @pytest.mark.parametrize("granularity", ["row", 0, -4, 2.0, True, None])
 def test_an_unknown_granularity_is_refused(granularity: object) -> None:
-    with pytest.raises(ValueError, match="'channel' and 'tensor', or a whole number above 0"):
+    with pytest.raises(ValueError, match="'channel' or 'tensor', or a whole number from 1"):
         Scheme(weight_granularity=granularity)

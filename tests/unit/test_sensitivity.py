@@ -146,9 +146,9 @@ def test_a_model_that_cannot_be_captured_is_evaluated_whole() -> None:
 
 
 def test_bad_levels_and_patterns_are_named() -> None:
-    with pytest.raises(ValueError, match=r"sensitivity.sparsities=\[1.5\]: accepted"):
+    with pytest.raises(ValueError, match=r"sensitivity.sparsities\[0\]=1.5: accepted"):
         sensitivity(net(), score, sparsities=[1.5])
-    with pytest.raises(ValueError, match=r"sensitivity.bits=\[16\]: accepted"):
+    with pytest.raises(ValueError, match=r"sensitivity.bits\[0\]=16: accepted"):
         sensitivity(net(), score, bits=[16])
     with pytest.raises(ValueError, match="matches no layer"):
         sensitivity(net(), score, include=["tail"])

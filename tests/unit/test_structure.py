@@ -175,7 +175,7 @@ def test_optimizer_state_is_cut_like_the_weights(kind: str) -> None:
         "amsgrad": lambda: torch.optim.Adam(params, amsgrad=True),
         "lion": lambda: Lion(params),
     }[kind]()
-    check_optimizer(optimizer)
+    assert check_optimizer("ChannelPruning", optimizer) == []
     model(x).square().mean().backward()
     optimizer.step()
     record, _ = planned(model, x)
@@ -197,21 +197,6 @@ def test_optimizer_state_is_cut_like_the_weights(kind: str) -> None:
     assert cut > 10
     model(x).square().mean().backward()
     optimizer.step()
-
-
-class Shampoo(torch.optim.Optimizer):
-    def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
-
-    def step(self) -> None:
-        for p in self.param_groups[0]["params"]:
-            self.state[p]["left"] = torch.eye(p.shape[0])
-
-
-@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.Adafactor, Shampoo])
-def test_optimizers_whose_state_has_other_shapes_are_refused(kind: Any) -> None:
-    with pytest.raises(ValueError, match="cannot shrink with its parameters"):
-        check_optimizer(kind(nn.Linear(3, 2).parameters()))
 
 
 UNSAFE: dict[str, tuple[Any, torch.Size, dict[str, str]]] = {

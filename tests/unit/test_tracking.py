@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning_compress.tracking import (
     OfflineRun,
     _why_offline,
     define_metric,
+    finish_run,
     log_files,
     log_histograms,
     read_offline_run,
@@ -52,6 +54,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.log({"compress/weights": wandb.Image(np.zeros((4, 5, 3), np.uint8))}, step=len(METRICS))
         run.config.update({"late": True})
         run.finish()
+        wandb.teardown()  # waits until what writes the file has ended
     (path,) = folder.rglob("*.wandb")
     return path
 
@@ -108,11 +111,28 @@ def test_a_file_that_is_still_being_written_is_waited_for(run: OfflineRun, writt
     """W&B's finish() returns up to some milliseconds before the file is whole."""
     path, whole = tmp_path / written.name, written.read_bytes()
     path.write_bytes(whole[:7])
-    later = threading.Timer(0.3, path.write_bytes, [whole])
+    os.utime(path, (time.time() - 5, time.time() - 5))  # opened when the run began
+    later = threading.Timer(3, path.write_bytes, [whole])
     later.start()
     found = read_offline_run(path)
     later.join()
     assert found == run
+
+
+def test_a_run_is_ended_when_its_file_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where W&B is slow, and where the file was last written long ago."""
+    finish = wandb.finish
+    run = wandb_logger(tmp_path, project="p").experiment
+    (path,) = tmp_path.rglob("*.wandb")
+    run.log({"loss": 1.0})
+    os.utime(path, (0, 0))
+    later = threading.Timer(0.5, finish)
+    later.start()
+    monkeypatch.setattr(wandb, "finish", lambda: None)
+    finish_run()
+    later.join()
+    os.utime(path, (0, 0))  # not waited for
+    assert read_offline_run(path).summary["loss"] == 1.0
 
 
 def test_a_killed_run_of_a_machine_whose_clock_is_ahead_is_read_soon(written: Path, tmp_path: Path) -> None:
@@ -122,8 +142,12 @@ def test_a_killed_run_of_a_machine_whose_clock_is_ahead_is_read_soon(written: Pa
     assert read_offline_run(path) == OfflineRun()
 
 
+HEADER = b":W&B\xe1\xbe\0"
+
+
 def chunk(kind: int, data: bytes) -> bytes:
-    return bytes(4) + len(data).to_bytes(2, "little") + bytes([kind]) + data
+    checksum = zlib.crc32(bytes([kind]) + data)
+    return checksum.to_bytes(4, "little") + len(data).to_bytes(2, "little") + bytes([kind]) + data
 
 
 @pytest.mark.parametrize("left", range(8))
@@ -137,12 +161,22 @@ def test_a_record_at_the_end_of_a_block_leaves_the_next_one_readable(left: int, 
     end = {0: b"", 7: chunk(2, b"")}.get(left, bytes(left))
     path = tmp_path / "run-x.wandb"
     path.write_bytes(
-        bytes(7) + chunk(1, first.SerializeToString()) + end + chunk(4 if left == 7 else 1, second.SerializeToString())
+        HEADER + chunk(1, first.SerializeToString()) + end + chunk(4 if left == 7 else 1, second.SerializeToString())
     )
     os.utime(path, (0, 0))
     run = read_offline_run(path)
     assert run.run_id == first.run.run_id
     assert run.history == [{"loss": 0.5}]
+
+
+def test_a_damaged_byte_is_a_value_error_with_the_files_name(written: Path, tmp_path: Path) -> None:
+    """Never other numbers; only W&B's version, which this reader does not ask for, goes unnoticed."""
+    whole, path = written.read_bytes(), tmp_path / "run-x.wandb"
+    for place in [*range(0, 200, 7), len(whole) // 2, len(whole) - 20]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        os.utime(path, (0, 0))
+        with pytest.raises(ValueError, match=r"run-x.wandb' cannot be read as an offline run"):
+            read_offline_run(path)
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:

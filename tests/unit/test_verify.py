@@ -100,6 +100,16 @@ def test_a_comparison_stands_in_for_the_forward_and_gives_the_files_outputs() ->
     assert comparison.max_abs_diff == pytest.approx(1.0)
 
 
+def test_both_compute_in_single_precision_where_the_step_casts() -> None:
+    model = nn.Linear(8, 4)
+    x = noise(5, 8)
+    plain = model(x).detach()
+    comparison = Comparison(model, lambda inputs: plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        comparison(x)
+    assert comparison.max_abs_diff == 0
+
+
 def test_arguments_by_name_reach_the_model_and_the_file() -> None:
     seen: list[Inputs] = []
     comparison = Comparison(Passes(), lambda inputs: (seen.append(inputs), inputs.kwargs["x"])[1])

@@ -1,5 +1,5 @@
 """Packed checkpoints: small files that load back bit for bit."""
 
-from lightning_compress.deploy.packed.file import load_packed, save_packed
+from lightning_compress.deploy.packed.file import is_packed, load_packed, read_packed, save_packed
 
-__all__ = ["load_packed", "save_packed"]
+__all__ = ["is_packed", "load_packed", "read_packed", "save_packed"]

@@ -20,13 +20,15 @@ import torch
 import zstandard
 from torch import Tensor
 
+from lightning_compress.deploy.packed.claims import dtype_of
+
 __all__ = ["decode", "encode", "encode_quantized", "same_bits"]
 
 # Weights repeat themselves by chance alone: short matches cost more than the entropy coder that they bypass.
 _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(9, strategy=zstandard.STRATEGY_DFAST, min_match=7)
 _SMALL = 2**10  # bytes below which a frame for each part costs more than it wins
 _FEW = 256  # values that a byte tells apart
-_ENCODINGS = {"bytes", "bitmask", "gaps", "signs", "table"}
+_AT_ONCE = 2**20  # indices that are looked up at once
 
 
 def encode(value: Tensor) -> tuple[dict[str, Any], bytes]:
@@ -70,22 +72,19 @@ def encode(value: Tensor) -> tuple[dict[str, Any], bytes]:
 
 
 def decode(entry: Mapping[str, Any], blob: np.ndarray) -> Tensor:
-    """The tensor of an entry of the index and its bytes.
+    """The tensor of an entry of the index, whose claims have been checked, and its bytes.
 
     Raises:
-        ValueError: If the encoding is unknown, or there are more or fewer bytes than the entry says.
+        ValueError: If there are more or fewer bytes than the entry says, or they contradict it.
     """
     encoding = entry["encoding"].split("+")
-    unknown = set(encoding) - _ENCODINGS
-    if unknown:
-        raise ValueError(f"encoding {sorted(unknown)[0]!r} is not known to this version")
     if "scale" in entry:
         end = entry["scale"]["bytes"]
         levels = {**entry, "dtype": entry["scale"]["levels"]}
         del levels["scale"]
         scaled = _scaled(decode(levels, blob[end:]), decode(entry["scale"], blob[:end]), entry["scale"]["axis"])
-        return scaled.to(getattr(torch, entry["dtype"]))
-    dtype = getattr(torch, entry["dtype"])
+        return scaled.to(dtype_of(entry["dtype"]))
+    dtype = dtype_of(entry["dtype"])
     itemsize = _word_size(dtype)
     num = math.prod(entry["shape"]) * (2 if dtype.is_complex else 1)
     num_values = entry.get("num_values", num)
@@ -99,24 +98,33 @@ def decode(entry: Mapping[str, Any], blob: np.ndarray) -> Tensor:
     sizes |= {f"plane {i}": num_words for i in reversed(range(itemsize))}
     if "table" in encoding:
         sizes["index"] = math.ceil(num_values / _digits(num_words))
-    data = np.frombuffer(
-        zstandard.ZstdDecompressor().stream_reader(blob.data, read_across_frames=True).read(), np.uint8
-    )
-    if len(data) != sum(sizes.values()):
-        raise ValueError(f"{len(data)} bytes where {sum(sizes.values())} were expected")
+    expected = sum(sizes.values())
+    reader = zstandard.ZstdDecompressor().stream_reader(blob.data, read_across_frames=True)
+    # no more than one byte too many: a few bytes may go on for gigabytes
+    data = np.frombuffer(reader.read(expected + 1), np.uint8)
+    if len(data) != expected:
+        raise ValueError(f"{len(data)} bytes or more where {expected} were expected")
     parts = dict(zip(sizes, np.split(data, np.cumsum([*sizes.values()])[:-1]), strict=True))
-    words = np.stack([parts[f"plane {i}"] for i in range(itemsize)], 1).reshape(-1).view(f"u{itemsize}")
-    words = words[_split(parts["index"], num_words)[:num_values]] if "table" in encoding else words
+    words = np.stack([parts.pop(f"plane {i}") for i in range(itemsize)], 1).reshape(-1).view(f"u{itemsize}")
+    if "table" in encoding:
+        words = _look_up(words, parts.pop("index"))[:num_values]
+    del data
     if num_values < num or "bitmask" in encoding:
         kept = _from_gaps(parts["gaps"], num) if "gaps" in encoding else _unpack(parts["bitmask"], num)
+        if np.count_nonzero(kept) != num_values:
+            raise ValueError(f"places of {np.count_nonzero(kept)} values where {num_values} were expected")
         values = words
         words = np.zeros(num, values.dtype)
         words[kept] = values
         if "signs" in encoding:
             words[~kept] = _unpack(parts["signs"], num - num_values)
+    if dtype == torch.bool and words.max(initial=0) > 1:
+        raise ValueError(f"a byte of {words.max()} where 0 or 1 was expected")
     if dtype.is_floating_point or dtype.is_complex:
         # the sign goes back to the front
-        words = (words >> 1) | (words << (8 * itemsize - 1))
+        signs = words << (8 * itemsize - 1)
+        words >>= 1
+        words |= signs
     return torch.from_numpy(words.view(np.uint8)).view(dtype).view(entry["shape"])
 
 
@@ -157,8 +165,11 @@ def _to_gaps(kept: np.ndarray) -> np.ndarray:
 
 def _from_gaps(gaps: np.ndarray, num: int) -> np.ndarray:
     places = np.cumsum(gaps, dtype=np.int64)[gaps < 255]
+    places += np.arange(len(places))
+    if len(places) and places[-1] >= num:
+        raise ValueError(f"a value at place {places[-1]} of {num}")
     kept = np.zeros(num, bool)
-    kept[places + np.arange(len(places))] = True
+    kept[places] = True
     return kept
 
 
@@ -177,8 +188,14 @@ def _join(index: np.ndarray, base: int) -> np.ndarray:
     return (np.pad(index, (0, -len(index) % len(weights))).reshape(-1, len(weights)) @ weights).astype(np.uint8)
 
 
-def _split(joined: np.ndarray, base: int) -> np.ndarray:
-    return (joined[:, None] // base ** np.arange(_digits(base)) % base).reshape(-1)
+def _look_up(table: np.ndarray, joined: np.ndarray) -> np.ndarray:
+    """The levels that bytes of joined indices stand for."""
+    weights = len(table) ** np.arange(_digits(len(table)))
+    rows = table[np.arange(256)[:, None] // weights % len(table)]
+    found = np.empty((len(joined), len(weights)), table.dtype)
+    for i in range(0, len(joined), _AT_ONCE):  # numpy takes eight bytes for each index
+        found[i : i + _AT_ONCE] = rows[joined[i : i + _AT_ONCE]]
+    return found.reshape(-1)
 
 
 def _planes(words: np.ndarray) -> list[np.ndarray]:

@@ -7,27 +7,30 @@ JSON that says what they are (:mod:`~lightning_compress.deploy.packed.codec`).
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import zstandard
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_compress.checks import check_instance, check_path, first_line
+from lightning_compress.deploy.packed.claims import check_content, read_index
 from lightning_compress.deploy.packed.codec import decode, encode, encode_quantized, same_bits
+from lightning_compress.files import write_whole
 from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.model import quantization_of, quantize_layers
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.structure.record import restore_structure, structure_of
 
-__all__ = ["load_packed", "save_packed"]
+__all__ = ["is_packed", "load_packed", "read_packed", "save_packed"]
 
 _KEY = "lightning_compress.packed"
 _VERSION = 2
@@ -55,6 +58,8 @@ def save_packed(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> No
         >>> {name: tuple(value.shape) for name, value in load_packed(path).items()}
         {'bias': (2,), 'weight': (2, 3)}
     """
+    check_instance("save_packed.model", model, (nn.Module, Mapping), "an nn.Module or its state dict")
+    check_path("save_packed.path", path, "the path of the file to write")
     state = model.state_dict() if isinstance(model, nn.Module) else model
     quantized = dict(_quantized(model)) if isinstance(model, nn.Module) else {}
     blobs: list[bytes] = []
@@ -82,7 +87,7 @@ def save_packed(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> No
     }
     index = zstandard.ZstdCompressor(level=19, write_checksum=True).compress(_dump(content).encode())
     parts = {"data": b"".join(blobs), "index": index}
-    _write(Path(path), save({k: np.frombuffer(v, np.uint8) for k, v in parts.items()}, {_KEY: str(_VERSION)}))
+    write_whole(path, save({k: np.frombuffer(v, np.uint8) for k, v in parts.items()}, {_KEY: str(_VERSION)}))
 
 
 def load_packed(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -109,24 +114,64 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> dict[str, T
         >>> torch.equal(model.weight, trained.weight)
         True
     """
+    check_path("load_packed.path", path, "the path of a file of save_packed")
+    if model is not None:
+        check_instance("load_packed.model", model, nn.Module, "an nn.Module, or None for the state dict alone")
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={str(path)!r}: there is no such file. Give the path of a file of save_packed.")
-    try:
+    with _damage(path):
         state, content = _read(Path(path))
-        structure = content["structure"]
-    except (SafetensorError, zstandard.ZstdError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"path={str(path)!r}: this is no whole file of save_packed ({error}). Accepted is what save_packed of this "
-            "or an earlier version wrote: save it again, or load other checkpoints by torch.load or safetensors."
-        ) from error
     if model is not None:
-        if structure or any(structure_of(model).values()):
-            restore_structure(model, structure, state)
+        with _damage(path):
+            structure = content["structure"]
+            if structure or any(structure_of(model).values()):
+                restore_structure(model, structure, state)
         _check_fits(state, model.state_dict(), path)
         model.load_state_dict(state)
-        if content.get("quantization"):
-            _quantize(model, content["quantization"])
+        with _damage(path):
+            if content.get("quantization"):  # not in a file from before they were kept
+                _quantize(model, content["quantization"])
     return state
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether a safetensors file is one of :func:`save_packed`.
+
+    Raises:
+        SafetensorError: If it is no safetensors file.
+    """
+    with safe_open(path, "np") as file:
+        return _KEY in (file.metadata() or {})
+
+
+def read_packed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict of a packed file, and how its model differs from a dense one.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    with _damage(path):
+        state, content = _read(Path(path))
+    return state, content["structure"]
+
+
+@contextmanager
+def _damage(path: str | Path) -> Iterator[None]:
+    """Whatever a file that is damaged, or of another kind, leads to is one error with the file's name."""
+    try:
+        yield
+    except OSError:  # of the disk, not of what it holds
+        raise
+    except Exception as error:
+        # raised by the code that takes a value for what it is not, whose words would explain nothing
+        is_blind = isinstance(error, AttributeError | IndexError | KeyError | RecursionError | TypeError)
+        of_other_kinds = "what it says of its tensors is of other kinds than save_packed writes"
+        reason = of_other_kinds if is_blind else first_line(error)
+        raise ValueError(
+            f"path={str(path)!r}: this is no whole file of save_packed ({reason}). Accepted is what "
+            "save_packed of this or an earlier version wrote: save it again, or load other checkpoints by torch.load "
+            "or safetensors."
+        ) from error
 
 
 @torch.no_grad()
@@ -158,6 +203,8 @@ def _quantization(model: nn.Module) -> dict[str, Any]:
         return {}
     state: Any = quantization.state_dict()
     for layer in quantization.layers:  # held, the parameters give the weights of the file again
+        if not weights(layer.module)[layer.parameter].enabled:
+            continue
         _, qparams = weights(layer.module)[layer.parameter].codes(layer.weight)
         state["learned"].setdefault(layer.name, {k: v for k, v in qparams._asdict().items() if v is not None})
     return state
@@ -202,28 +249,11 @@ def _to_plain(value: Tensor) -> dict[str, Any]:
     return {"dtype of tensor": str(value.dtype).removeprefix("torch."), "values": value.detach().cpu().tolist()}
 
 
-def _from_plain(value: dict[str, Any]) -> Any:
-    kind = value.get("dtype of tensor")
-    return value if kind is None else torch.tensor(value["values"], dtype=getattr(torch, kind))
-
-
 def _shown_alike(a: Shown | None, b: Shown | None) -> bool:
     """Whether two names of one weight show it alike: both plain, or quantized to the same values."""
     if a is None or b is None:
         return a is b
     return same_bits(a[0], b[0])
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -234,9 +264,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(f"its metadata has no {_KEY!r}")
         if version != str(_VERSION):
             raise ValueError(f"version {version}, and this package reads version {_VERSION}")
-        index = zstandard.ZstdDecompressor().decompress(file.get_tensor("index").tobytes())
-        data = file.get_tensor("data")
-    content = json.loads(index, object_hook=_from_plain)
+        content = read_index(file.get_tensor("index").tobytes())
+        data = file.get_tensor("data").reshape(-1).view(np.uint8)
+    check_content(content, path.stat().st_size)
     state: dict[str, Tensor] = {}
     begin = 0
     for name, entry in content["tensors"].items():
