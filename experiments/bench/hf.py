@@ -35,7 +35,6 @@ _TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "v
 _BERT = _TEXT | {"intermediate_size": 64, "max_position_embeddings": 64}
 _LM = _TEXT | {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
 _COLUMNS = ("inputs", "outputs", "batch sizes", "lengths", "agreement", "max difference", "deployed minus trained")
-_COLUMNS = ("inputs", "outputs", "batch sizes", "lengths", "agreement", "max difference", "deployed minus trained")
 _NOT_WRITTEN: dict[str, Any] = {"written": False} | dict.fromkeys((*_COLUMNS, "judged", "integer kernels"), "")
 Make = Callable[[Any, int, int], dict[str, Tensor]]
 

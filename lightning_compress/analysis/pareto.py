@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_compress.analysis.page import html_table, picture, save_picture, write_page
-from lightning_compress.analysis.report import describe_missed
+from lightning_compress.analysis.report import change, describe_missed
 from lightning_compress.checks import (
     check_flag,
     check_list,
@@ -51,6 +51,7 @@ class Run:
         sparsity: Share of zero weights.
         command: What makes the run again.
         missed: What it was asked for and did not reach, in sentences.
+        deployed_minus_trained: The metric of the file less that of the trained model in PyTorch.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Run:
     sparsity: float | None
     command: str
     missed: tuple[str, ...] = ()
+    deployed_minus_trained: float | None = None
 
 
 @dataclass
@@ -109,14 +111,15 @@ class Frontier:
         return f"{len(self.runs)} runs, {self.metric} against {COSTS[self.cost]}: {len(self.best)} on the frontier"
 
     def _names(self) -> list[str]:
-        return ["run", self.metric, "sparsity", *COSTS.values()]
+        return ["run", self.metric, "deployed minus trained", "sparsity", *COSTS.values()]
 
     def _cells(self, run: Run) -> list[str]:
         whole = [("-" if v is None else f"{v:,}") for v in (run.bytes, run.bytes_zstd)]
         latency = "-" if run.latency_ms is None else f"{run.latency_ms:.3f}"
         sparsity = "-" if run.sparsity is None else f"{run.sparsity:.1%}"
         name = f"{run.name} (target missed)" if run.missed else run.name
-        return [name, f"{run.metric:.4f}", sparsity, *whole, latency, "-" if run.macs is None else f"{run.macs:,}"]
+        macs = "-" if run.macs is None else f"{run.macs:,}"
+        return [name, f"{run.metric:.4f}", change(run.deployed_minus_trained), sparsity, *whole, latency, macs]
 
     def table(self) -> Table:
         """The same for a terminal: dominated runs are dim, the one to take is bold."""
@@ -227,6 +230,7 @@ def _read_run(path: Path, name: str) -> tuple[str, Run | None]:
         totals.get("sparsity"),
         _command(path.parent),
         tuple(describe_missed(row) for row in targets if row["missed"]),
+        None if first is None else first.get("deployed_minus_trained"),
     )
     for field in ("metric", *COSTS, "sparsity"):
         value = getattr(run, field)

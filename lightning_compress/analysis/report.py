@@ -16,6 +16,7 @@ __all__ = [
     "Report",
     "Target",
     "Totals",
+    "change",
     "describe_missed",
     "headers",
     "short",
@@ -151,6 +152,11 @@ def short(value: float | None) -> str:
         return "-"
     shown = ((f"{value / size:.3g}", letter) for letter, size in _LETTERS)
     return "".join(next(pair for pair in shown if float(pair[0]) < 1000 or pair[1] == "T"))
+
+
+def change(value: float | None) -> str:
+    """A difference with its sign."""
+    return "-" if value is None else f"{value:+.4f}"
 
 
 def headers(report: Report) -> list[str]:

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from lightning_compress.analysis.page import html_table, picture, write_page
-from lightning_compress.analysis.report import Report, describe_missed, headers, short, summary_rows
+from lightning_compress.analysis.report import Report, change, describe_missed, headers, short, summary_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ def write_html(report: Report, pictures: Mapping[str, Figure], path: Path) -> No
                 Path(a["path"]).name,
                 a["runtime"],
                 *(_show(a[k]) for k in ("metric", "agreement", "max_abs_diff", "max_rel_diff")),
-                *(_change(a.get("deployed_minus_trained")), _judged(a.get("judged", {}))),
+                *(change(a.get("deployed_minus_trained")), _judged(a.get("judged", {}))),
             ),
             *(f"{a['integer_kernels']} of {a['num_kernels']}" if a.get("num_kernels") else "-", a.get("batch", "")),
             a.get("cpu", ""),
@@ -135,10 +135,6 @@ def _facts(report: Report) -> str:
 
 def _speed(ratio: float, where: str) -> tuple[str, str]:
     return (f"{ratio:.2f}x", f"faster {where}") if ratio >= 1 else (f"{1 / ratio:.2f}x", f"slower {where}")
-
-
-def _change(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.4f}"
 
 
 def _judged(judged: Mapping[str, Judgement]) -> str:

@@ -67,16 +67,14 @@ class Affine(Quantizer):
     def qparams(self, low: Tensor, high: Tensor, axis: int | None = None) -> QParams:
         """Scale and zero point for a range."""
         lowest, highest = self.limits
+        # a channel of zeros has no range: any scale gives its values back, one of 0 would divide by 0
+        if self.symmetric:
+            scale = (torch.maximum(-low, high) / highest).clamp(min=1e-12)
+            return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), axis)
         low = low.clamp(max=0)
         high = high.clamp(min=0)
-        if self.symmetric:
-            scale = torch.maximum(-low, high) / highest
-            zero_point = torch.zeros_like(scale)
-        else:
-            scale = (high - low) / (highest - lowest)
-            zero_point = (-low / scale.clamp(min=1e-12)).round()
-        # a channel of zeros has no range: any scale gives its values back, one of 0 would divide by 0
-        return QParams(scale.clamp(min=1e-12), zero_point.to(torch.int32), axis)
+        scale = ((high - low) / (highest - lowest)).clamp(min=1e-12)
+        return QParams(scale, (-low / scale).round().to(torch.int32), axis)
 
     def quantize(self, x: Tensor, qparams: QParams) -> Tensor:
         """Codes as whole numbers in a float tensor."""
@@ -95,9 +93,10 @@ class Affine(Quantizer):
         """The round trip, whose gradient is 0 outside the range."""
         scale, zero_point, axis, *_ = qparams
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            # a whole number where it is known: the ends of the codes are then numbers, too, which clamp in one pass
+            if axis is None:
+                return _RoundTrip.apply(x, float(scale), float(scale.reciprocal()), int(zero_point), *self.limits)
             code_of_zero = 0 if self.symmetric else along(zero_point, axis, x)
-            return _RoundTrip.apply(x, along(scale, axis, x), code_of_zero, *self.limits)
+            return _RoundTripOfChannels.apply(x, along(scale, axis, x), code_of_zero, *self.limits)
         if axis is None:
             return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *self.limits)
         return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *self.limits)
@@ -111,31 +110,42 @@ class Affine(Quantizer):
 
 
 class _RoundTrip(torch.autograd.Function):
-    """torch's fused operation bit for bit, in vectorized steps: on a CPU a tenth of its time."""
+    """torch's fused operation bit for bit, in vectorized steps: on a CPU a tenth of its time.
+
+    Scale and ends are numbers of double precision, which round to what a float32 tensor of the scale would give.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: float, inverse: float, zero_point: int, lowest: int, highest: int
+    ) -> Tensor:
+        low = lowest - zero_point
+        high = highest - zero_point
+        ctx.save_for_backward(x)
+        # half a step beyond the outermost codes: so far values round to them, and are not clipped
+        ctx.ends = (low - 0.5) * scale, (high + 0.5) * scale
+        return x.mul(inverse).round_().clamp_(low, high).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.ops.aten.hardtanh_backward(gradient, *ctx.saved_tensors, *ctx.ends), *[None] * 5
+
+
+class _RoundTripOfChannels(torch.autograd.Function):
+    """The same with a scale for each channel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | int, lowest: int, highest: int) -> Tensor:
-        low: Any = lowest - zero_point
-        high: Any = highest - zero_point
-        if not (isinstance(low, Tensor) and low.dim()):
-            low = int(low)
-            high = int(high)
-        y = (x * (1 / scale)).round_().clamp_(low, high)
+        ctx.ends = lowest - zero_point, highest - zero_point
         ctx.save_for_backward(x, scale)
-        ctx.ends = low, high
-        return y.mul_(scale)
+        return (x * (1 / scale)).round_().clamp_(*ctx.ends).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
-        # half a step beyond the outermost codes: so far values round to them, and are not clipped
         low = (ctx.ends[0] - 0.5) * scale
         high = (ctx.ends[1] + 0.5) * scale
-        if low.dim() == 0:
-            straight = torch.ops.aten.hardtanh_backward(gradient, x, float(low), float(high))
-        else:
-            straight = gradient * ((x > low) & (x < high))
-        return straight, None, None, None, None
+        return gradient * ((x > low) & (x < high)), None, None, None, None
 
 
 class _Round(torch.autograd.Function):

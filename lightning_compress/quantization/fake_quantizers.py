@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -141,7 +142,7 @@ class WeightFakeQuantize(_FakeQuantize):
         return unwatched(self._quantize, weight) if self.enabled else weight
 
     def _quantize(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
+        with _in_float32(weight):
             values, axis = self._grouped(weight.float())
             learned = self._learned(weight.device)
             if learned is None:
@@ -207,7 +208,7 @@ class ActivationFakeQuantize(_FakeQuantize):
         """The value observed and fake-quantized, as the flags say; what is not a float tensor passes."""
         if not isinstance(x, Tensor) or not torch.is_floating_point(x) or not (self.observing or self.enabled):
             return x
-        with torch.autocast(x.device.type, enabled=False):
+        with _in_float32(x):
             values = x.float()
             if self.state.device != x.device:
                 self.state = self.state.to(x.device)
@@ -241,6 +242,13 @@ class ActivationFakeQuantize(_FakeQuantize):
         if isinstance(x, PackedSequence):
             return x._replace(data=self.quantize(x.data))
         return self.quantize(x)
+
+
+def _in_float32(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast on the device of a tensor."""
+    device = x.device.type
+    # where none is on there is none to turn off, which takes as long as to round a weight
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _each(qparams: QParams, change: Callable[[str, Any], Any]) -> QParams:

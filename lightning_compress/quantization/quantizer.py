@@ -116,11 +116,8 @@ def rows(x: Tensor, axis: int | None) -> Tensor:
 
 def extent(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     """The lowest and the highest value, per tensor (``axis=None``) or per channel."""
-    if axis is None:
-        low, high = torch.aminmax(x)
-        return low, high
-    channels = rows(x, axis)
-    return channels.amin(1), channels.amax(1)
+    low, high = torch.aminmax(x) if axis is None else torch.aminmax(rows(x, axis), dim=1)
+    return low, high
 
 
 def learned_scale(

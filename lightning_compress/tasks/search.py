@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Search", "search"]
 
 _FILE = ("bytes", "bytes_zstd", "flash")
+_SHIPPED = "deployed minus trained"
 BUDGETS = ("bytes", "bytes_zstd", "latency_ms", "macs", "metric_drop", "sram", "flash")
 
 
@@ -229,19 +230,20 @@ class Search:
         from rich import box
         from rich.table import Table
 
-        from lightning_compress.analysis.report import short
+        from lightning_compress.analysis.report import change, short
 
         wanted = ", ".join(f"{name} {value:g}" for name, value in self.budget.items())
         title = f"budget: {wanted}; dense {self.metric} {self.dense:.4f}"
         shown = Table(title=title, box=box.SIMPLE_HEAD, padding=0, header_style="bold")
         time = "ms @1" if all(c.arena_bytes is None for c in self.tried) else "arena"
-        for name in ("", "weights", "bits", "zeros", "bytes", "zstd", time, "MACs", self.metric, "drop"):
-            shown.add_column(name, justify="right" if name else "left", no_wrap=True)
+        for name in ("", "weights", "bits", "zeros", "bytes", "zstd", time, "MACs", self.metric, "drop", _SHIPPED):
+            shown.add_column(name, justify="right" if name else "left", no_wrap=name != _SHIPPED)
         for c in self.tried:
             mark = "found" if c is found else "trained" if c.trained else "probed"
             cells = [short(c.num_params), f"{c.bits:.2f}", f"{c.sparsity:.0%}", f"{c.bytes:,}", f"{c.bytes_zstd:,}"]
             cells += [f"{c.arena_bytes:,}" if c.latency_ms is None else f"{c.latency_ms:.3f}", short(c.macs)]
             cells += [f"{c.metric:.4f}", f"{c.metric_drop:.4f}"] if c.trained else ["-", "-"]
+            cells += [change(c.deployed_minus_trained)]
             shown.add_row(mark, *(f" {cell}" for cell in cells), style="bold" if c is found else None)
         return shown
 

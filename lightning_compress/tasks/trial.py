@@ -35,6 +35,7 @@ class Candidate:
         trained: Whether it was trained, or only calibrated to measure its file.
         metric_drop: How much worse than the dense model in float.
         arena_bytes: RAM that TensorFlow Lite Micro takes to run the file; None in other runtimes.
+        deployed_minus_trained: The metric of the file less that of the trained model in PyTorch.
     """
 
     plan: Allocation
@@ -49,6 +50,7 @@ class Candidate:
     trained: bool
     metric_drop: float = 0.0
     arena_bytes: int | None = None
+    deployed_minus_trained: float | None = None
 
     @property
     def flash(self) -> int:
@@ -117,7 +119,7 @@ def trial(
         callbacks.append(KnowledgeDistillation())
     if trained:
         callbacks.append(CompressionReport(dirpath=folder, monitor=monitor, show=False, mode=cfg.search.mode))
-    export = Export([cfg.search.format], dirpath=folder / "deploy", rehearse=False)
+    export = Export([cfg.search.format], dirpath=folder / "deploy", monitor=monitor, rehearse=False)
     shown = {"enable_checkpointing": False, "enable_model_summary": False}
     options = {"max_epochs": cfg.search.epochs or cfg.trainer.max_epochs, **shown, **options}
     loggers = build_all(cfg.logger) if trained else False
@@ -141,4 +143,5 @@ def trial(
         float(export.metrics[artifact.format][monitor]),
         trained,
         arena_bytes=artifact.arena_bytes,
+        deployed_minus_trained=artifact.deployed_minus_trained,
     )
