@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,8 @@ def write_report(report: Report, pictures: Mapping[str, Figure], folder: Path) -
     return page if written(page, lambda: write_html(report, pictures, page)) else None
 
 
-# one branch per kind of logger
-def send(logger: Any, report: Report, history: History, pictures: Mapping[str, Figure], step: int) -> None:  # noqa: C901
-    """Give a logger the report; one that refuses a part of it costs a warning, not the run.
+def send(logger: Any, report: Report, history: History, pictures: Mapping[str, Figure], step: int) -> None:
+    """Give a logger the report; a part of it that the logger refuses costs a warning, and no other part.
 
     Args:
         logger: Any of Lightning's.
@@ -44,46 +44,59 @@ def send(logger: Any, report: Report, history: History, pictures: Mapping[str, F
         step: The optimizer step.
     """
     final = {f"compress/final_{k}": v for k, v in (report["compressed"] or {}).items() if v is not None}
+    parts: dict[str, Callable[[], object]] = {"numbers": lambda: logger.log_metrics(final, step=step)}
+    for name, figure in pictures.items():
+        parts[f"picture {name!r}"] = partial(_send_picture, logger, name, figure, step)
+    for name, (columns, rows) in _tables(report, history).items():
+        parts[f"table {name!r}"] = partial(_send_table, logger, name, columns, rows)
+    if isinstance(logger, WandbLogger):
+        bins = {"before": history.before, "after": history.after}
+        parts["histograms"] = lambda: log_histograms(logger.experiment, history.bins, bins)
+        parts["files"] = lambda: log_files(logger.experiment, report["artifacts"], report["packed"])
+    for part, give in parts.items():
+        _give(logger, f"the report's {part}", give)
+
+
+def _give(logger: Any, what: str, give: Callable[[], object]) -> None:
     try:
-        logger.log_metrics(final, step=step)
-        if hasattr(logger, "log_image"):
-            for name, figure in pictures.items():
-                logger.log_image(f"compress/{name}", [_pixels(figure)])
-        elif hasattr(logger.experiment, "add_figure"):
-            for name, figure in pictures.items():
-                logger.experiment.add_figure(f"compress/{name}", figure, global_step=step)
-        elif hasattr(logger.experiment, "log_figure"):
-            for name, figure in pictures.items():
-                logger.experiment.log_figure(logger.run_id, figure, f"compress/{name}.png")
-        for name, (columns, rows) in _tables(report, history).items():
-            if hasattr(logger, "log_table"):
-                logger.log_table(f"compress/{name}", columns=columns, data=rows)
-            elif hasattr(logger.experiment, "log_table"):
-                data = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
-                logger.experiment.log_table(logger.run_id, data, f"compress/{name}.json")
-        if isinstance(logger, WandbLogger):
-            log_histograms(logger.experiment, history.bins, {"before": history.before, "after": history.after})
-            log_files(logger.experiment, report["artifacts"], report["packed"])
+        give()
     except Exception as error:  # whatever a logger raises
-        rank_zero_warn(f"{type(logger).__name__} did not take the report: {type(error).__name__}: {error}")
+        rank_zero_warn(f"{type(logger).__name__} did not take {what}: {type(error).__name__}: {error}")
+
+
+def _send_picture(logger: Any, name: str, figure: Figure, step: int) -> None:
+    if hasattr(logger, "log_image"):
+        logger.log_image(f"compress/{name}", [_pixels(figure)])
+    elif hasattr(logger.experiment, "add_figure"):
+        logger.experiment.add_figure(f"compress/{name}", figure, global_step=step)
+    elif hasattr(logger.experiment, "log_figure"):
+        logger.experiment.log_figure(logger.run_id, figure, f"compress/{name}.png")
+
+
+def _send_table(logger: Any, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    if hasattr(logger, "log_table"):
+        logger.log_table(f"compress/{name}", columns=columns, data=rows)
+    elif hasattr(logger.experiment, "log_table"):
+        data = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
+        logger.experiment.log_table(logger.run_id, data, f"compress/{name}.json")
 
 
 def send_targets(logger: Any, targets: Sequence[Target], step: int) -> None:
     """Tell a logger how many targets were missed, and which, where it takes text; a refusal costs a warning."""
     missed = [describe_missed(row) for row in targets if row["missed"]]
-    try:
-        logger.log_metrics({"compress/targets_missed": float(len(missed))}, step=step)
-        if not missed:
-            return
-        text = " ".join(missed)
-        if isinstance(logger, WandbLogger):
-            logger.experiment.summary["compress/targets"] = text
-        elif hasattr(logger.experiment, "add_text"):
-            logger.experiment.add_text("compress/targets", text, global_step=step)
-        elif hasattr(logger.experiment, "log_text"):
-            logger.experiment.log_text(logger.run_id, text, "compress/targets.txt")
-    except Exception as error:  # whatever a logger raises
-        rank_zero_warn(f"{type(logger).__name__} did not take the targets: {type(error).__name__}: {error}")
+    counted = {"compress/targets_missed": float(len(missed))}
+    _give(logger, "the number of targets missed", lambda: logger.log_metrics(counted, step=step))
+    if missed:
+        _give(logger, "the targets", lambda: _send_text(logger, " ".join(missed), step))
+
+
+def _send_text(logger: Any, text: str, step: int) -> None:
+    if isinstance(logger, WandbLogger):
+        logger.experiment.summary["compress/targets"] = text
+    elif hasattr(logger.experiment, "add_text"):
+        logger.experiment.add_text("compress/targets", text, global_step=step)
+    elif hasattr(logger.experiment, "log_text"):
+        logger.experiment.log_text(logger.run_id, text, "compress/targets.txt")
 
 
 def _tables(report: Report, history: History) -> dict[str, tuple[list[str], list[list[Any]]]]:

@@ -9,7 +9,6 @@ import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -175,12 +174,19 @@ def finish_run() -> None:
     W&B writes in blocks of 32 KiB, and its finish() returns before the last one, of which the artifacts are, is there.
     """
     import wandb
+    from lightning.pytorch.utilities import rank_zero_warn
 
     path = Path(wandb.run.settings.sync_file) if wandb.run is not None and wandb.run.offline else None
     wandb.finish()
-    if path is not None:
-        with suppress(OSError, ValueError):  # of a run that could not be written: nothing to wait for
-            _wait_for_end(path, _FLUSH)
+    if path is None:
+        return
+    try:
+        whole = any(_ends(record) for record in _wait_for_end(path, _FLUSH))
+        why = f"its end is not there after {_FLUSH:g} s"
+    except (OSError, ValueError) as error:
+        whole, why = False, first_line(error)
+    if not whole:
+        rank_zero_warn(f"W&B's file {path} is not whole: {why}. What it lacks can't be synced; report.json has it all.")
 
 
 @dataclass
@@ -274,9 +280,13 @@ def _wait_for_end(path: Path, patience: float) -> list[Any]:
     until = time.monotonic() + patience
     while True:
         records = list(_records(path))
-        if any(record.WhichOneof("record_type") == "exit" for record in records) or time.monotonic() >= until:
+        if any(map(_ends, records)) or time.monotonic() >= until:
             return records
         time.sleep(0.01)
+
+
+def _ends(record: Any) -> bool:
+    return record.WhichOneof("record_type") == "exit"
 
 
 def _records(path: Path) -> Iterator[Any]:

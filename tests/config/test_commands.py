@@ -27,16 +27,17 @@ ROOT = Path(__file__).parents[2]
 FAST = ["trainer.max_epochs=2", "+trainer.limit_train_batches=15", "+trainer.limit_val_batches=2"]
 
 
-def run(*command: str, cwd: Path = ROOT, ok: bool = True) -> str:
-    """Output of a command of this environment."""
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "COLUMNS": "80", "PYTHONPATH": str(ROOT)}
+def run(*command: str, cwd: Path = ROOT, ok: bool = True, warned: bool = False) -> str:
+    """Output of a command of this environment, with its warnings or without."""
+    warnings = {} if warned else {"PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **warnings, "COLUMNS": "80", "PYTHONPATH": str(ROOT)}
     text, code = in_a_process(list(command), cwd, environment)
     assert (code == 0) == ok, text[-4000:]
     return text
 
 
-def command(*overrides: str, ok: bool = True) -> str:
-    return run("-m", "lightning_compress.cli", *overrides, ok=ok)
+def command(*overrides: str, **options: Any) -> str:
+    return run("-m", "lightning_compress.cli", *overrides, **options)
 
 
 def composed(*overrides: str, **options: Any) -> DictConfig:
@@ -97,7 +98,10 @@ ARTIFACT_KEYS = {
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The demo, shortened."""
     folder = tmp_path_factory.mktemp("demo")
-    return folder, command("experiment=mnist_prune_int8", *FAST, f"hydra.run.dir={folder}")
+    text = command("experiment=mnist_prune_int8", *FAST, f"hydra.run.dir={folder}", warned=True)
+    assert "did not take" not in text, text[-4000:]
+    assert "is not whole" not in text, text[-4000:]
+    return folder, text
 
 
 @pytest.mark.xdist_group("demo")
