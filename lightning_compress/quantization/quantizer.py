@@ -116,8 +116,12 @@ def rows(x: Tensor, axis: int | None) -> Tensor:
 
 def extent(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     """The lowest and the highest value, per tensor (``axis=None``) or per channel."""
-    low, high = torch.aminmax(x) if axis is None else torch.aminmax(rows(x, axis), dim=1)
-    return low, high
+    if axis is None:
+        low, high = torch.aminmax(x)
+        return low, high
+    channels = rows(x, axis)
+    # along an axis aminmax takes ten times as long
+    return channels.amin(1), channels.amax(1)
 
 
 def learned_scale(
