@@ -75,7 +75,8 @@ def _dequantize(value: Any, moves: tuple[str, ...]) -> Any:
 
 def _is_wide(node: Any) -> bool:
     """Whether the codes have 16 bits."""
-    return len(node.inputs) > 2 and node.inputs[2].const_value.numpy().dtype == np.int16
+    known = len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].const_value is not None
+    return known and node.inputs[2].const_value.numpy().dtype == np.int16
 
 
 def multiply_out(graph: Any) -> None:
