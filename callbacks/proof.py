@@ -16,6 +16,7 @@ from lightning_compress.deploy.interface import Taken, taken_by_file
 from lightning_compress.deploy.size import weigh
 from lightning_compress.deploy.verify import Artifact, Comparison
 from lightning_compress.forward import Inputs, input_names, replaced_forward
+from lightning_compress.quantization.activation_codes import code_types
 
 from .evaluate import copied, evaluate
 from .examples import example_inputs, no_inputs
@@ -65,7 +66,7 @@ def prove(
     artifact.integer_kernels, artifact.num_kernels = pair.integer_kernels()
     artifact.arena_bytes = pair.arena_bytes
     artifact.batch = "dynamic" if kind.dynamic_batch else str(kind.batch_sizes[0])
-    artifact.integers = kind.activations if quantized else None
+    artifact.integers = code_types(reference, kind.activations) if quantized else None
     artifact.inputs = input_names(reference, taken.inputs)
     artifact.left_out = [*taken.labels, *taken.lost]
     artifact.warnings = words_of_caution(artifact) if quantized else []

@@ -206,7 +206,7 @@ _TABLE: dict[Callable[..., Any], Mapping[str, Sequence[Any]]] = {
     Phase: {"begin": (*_NUMBER, -1, None), "end": (*_NUMBER, -1, 2, None), "unit": ("day", "steps", None, 1)},
     Scheme: {
         **_LAYERS,
-        "weight": (8, "int8", None, quantization.Affine),
+        "weight": (8, "int8", None, quantization.Affine, quantization.Affine(16)),
         "inputs": (8, "int8", quantization.Affine),
         "observer": ("minmax", None, quantization.MinMax, quantization.Affine()),
         "weight_granularity": ("row", 0, -1, 2.0, None, True, ["channel"]),
@@ -217,7 +217,7 @@ _TABLE: dict[Callable[..., Any], Mapping[str, Sequence[Any]]] = {
     int8: {**_LAYERS, "exact_kernels": _FLAG},
     lightning_compress.lsq: {"bits": _BITS},
     lightning_compress.codebook: {"bits": _BITS},
-    quantization.Affine: {"bits": _BITS, "symmetric": _FLAG, "top": (0, 64.0, "64", True, 64)},
+    quantization.Affine: {"bits": (*_BITS[:1], 17, *_BITS[3:]), "symmetric": _FLAG, "top": (0, 64.0, "64", True, 64)},
     quantization.ShortScale: {"bits": _BITS, "symmetric": _FLAG[:3]},
     quantization.PerToken: {"bits": _BITS, "symmetric": _FLAG[:3]},
     quantization.LearnedStep: {"bits": _BITS, "symmetric": _FLAG[:3]},

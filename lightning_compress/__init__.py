@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         w4a8,
         w4a8_groups,
         w8,
+        w8a16,
     )
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ __all__ = [
     "w4a8",
     "w4a8_groups",
     "w8",
+    "w8a16",
 ]
 
 _SCHEMES = (
@@ -76,6 +78,7 @@ _SCHEMES = (
     "w4a8",
     "w4a8_groups",
     "w8",
+    "w8a16",
 )
 # Nothing heavy at import: Hydra imports this package only to find its configuration files.
 _WHERE = {

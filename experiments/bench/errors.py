@@ -127,7 +127,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     **{
         f"{kind.__name__}({bits!r})": lambda _, kind=kind, bits=bits: kind(bits)  # type: ignore[misc]
         for kind in _WIDTHS
-        for bits in (1, 9)
+        for bits in (1, 17 if kind is Affine else 9)
     },
     "Exponential(2)": lambda _: Exponential(2),
     "Affine(4.0)": lambda _: Affine(4.0),  # type: ignore[arg-type]
@@ -135,6 +135,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "MovingAverage(0)": lambda _: MovingAverage(0),
     "Percentile(99.9)": lambda _: Percentile(99.9),
     "Scheme(weight=8)": lambda _: Scheme(weight=8),  # type: ignore[arg-type]
+    "Scheme(weight=Affine(16))": lambda _: Scheme(weight=Affine(16)),
     "Scheme(inputs='int8')": lambda _: Scheme(inputs="int8"),  # type: ignore[arg-type]
     "Scheme(observer=Affine())": lambda _: Scheme(observer=Affine()),  # type: ignore[arg-type]
     "Scheme(weight_granularity='row')": lambda _: Scheme(weight_granularity="row"),  # type: ignore[arg-type]

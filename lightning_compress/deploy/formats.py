@@ -12,7 +12,9 @@ from torch import nn
 
 from lightning_compress.checks import check_names, check_one_of
 from lightning_compress.deploy.nbits import check_groups
-from lightning_compress.quantization.convert import Activations, convert
+from lightning_compress.deploy.wide import Wide, check_wide
+from lightning_compress.quantization.activation_codes import Activations
+from lightning_compress.quantization.convert import convert
 
 __all__ = ["FORMATS", "Format", "check_formats", "installed_formats", "pip_command"]
 
@@ -35,6 +37,7 @@ class Format:
             timed, and a file is written only where the format is named.
         groups: Sizes of the groups of weights that its kernels take a scale for.
         group_bits: Bits of such a weight at most.
+        wide: Which activations of more than 8 bits it takes.
         has_metadata: Whether the file has a place for what it says of itself.
     """
 
@@ -50,6 +53,7 @@ class Format:
     board: bool = False
     groups: Sequence[int] = ()
     group_bits: int = 8
+    wide: Wide = "none"
     has_metadata: bool = False
 
     @property
@@ -68,7 +72,7 @@ class Format:
         return [package for package in self.packages if find_spec(package) is None]
 
     def check(self, model: nn.Module) -> None:
-        """Raise if the scheme of a model has groups that the format's kernels do not take.
+        """Raise if the scheme of a model has groups or activations that the format's kernels do not take.
 
         Raises:
             ValueError: With the layer's name.
@@ -77,6 +81,7 @@ class Format:
         some = ", ".join(map(str, self.groups[:5]))
         accepted = f"groups of {some} and at most {self.group_bits} bits" if some else "'channel' or 'tensor'"
         check_groups(model, runtime, accepted, self.groups, self.group_bits)
+        check_wide(model, runtime, self.wide)
 
     def convert(self, model: nn.Module) -> nn.Module:
         """A quantized model with the integers that this format takes."""
@@ -92,16 +97,21 @@ _ONNX_WEIGHTS: dict[str, Any] = {"weight_bits": (8, 4), "groups": _BLOCKS}
 _8DA4W: dict[str, Any] = {"groups": range(32, 4097, 32), "group_bits": 4}
 FORMATS = {
     "onnx": Format(
-        ".onnx", "onnx", (*_ONNX, "onnxruntime"), _HERE + "onnx", weight_bits=(8, 4), has_metadata=True, groups=_BLOCKS
+        *(".onnx", "onnx", (*_ONNX, "onnxruntime"), _HERE + "onnx"),
+        weight_bits=(8, 4),
+        has_metadata=True,
+        groups=_BLOCKS,
+        wide="any",
     ),
     "openvino": Format(".xml", "openvino", (*_ONNX, "openvino"), _HERE + "openvino", has_metadata=True, groups=_BLOCKS),
     "executorch": Format(".pte", "executorch", ("executorch",), _HERE + "executorch", "int8", False, **_8DA4W),
-    "litert": Format(".tflite", "litert", _LITERT, _HERE + "litert", "int8", False, True),
-    "torch": Format(".pt2", "", (), _HERE + "torch_export", has_metadata=True),
+    "litert": Format(".tflite", "litert", _LITERT, _HERE + "litert", "int8", False, True, wide="symmetric"),
+    "torch": Format(".pt2", "", (), _HERE + "torch_export", has_metadata=True, wide="any"),
     "tflm": Format(
         *(".tflite", "tflm", (*_LITERT, "tflite_micro"), _HERE + "tflm", "int8", False, True),
         batch_sizes=(1,),
         board=True,
+        wide="symmetric",
     ),
 }
 

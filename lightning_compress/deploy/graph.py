@@ -21,7 +21,15 @@ from torch.utils._pytree import tree_leaves
 from lightning_compress.deploy.interface import Axes, batch_axes
 from lightning_compress.forward import ForwardOnly, Inputs
 
-__all__ = ["capture", "has_quantized_values", "quantize_inputs_at_run_time", "quantize_outputs", "tensors_of"]
+__all__ = [
+    "capture",
+    "has_quantized_values",
+    "has_wide_values",
+    "multiply_out",
+    "quantize_inputs_at_run_time",
+    "quantize_outputs",
+    "tensors_of",
+]
 
 _ATEN = torch.ops.aten
 _QDQ = torch.ops.quantized_decomposed
@@ -184,9 +192,36 @@ def has_quantized_values(graph: GraphModule) -> bool:
     return any("quantized_decomposed" in str(node.target) for node in graph.graph.nodes)
 
 
+def has_wide_values(graph: GraphModule) -> bool:
+    """Whether the graph holds activations of 16 bits."""
+    return any(node.target is _QUANTIZE and node.args[5] is torch.int16 for node in graph.graph.nodes)
+
+
+def multiply_out(graph: GraphModule) -> None:
+    """Weights that meet activations of 16 bits as codes times steps.
+
+    Inductor takes another form for its kernels of 8 bits, without asking for the type of the activations.
+    """
+    call = graph.graph.call_function
+    for node in [node for node in graph.graph.nodes if node.target in _HEAVY and _is_wide(node.args[0])]:
+        weight = node.args[1]
+        if weight.target is not _QDQ.dequantize_per_channel.default:
+            continue
+        codes, scale, _, axis = weight.args[:4]
+        shape = [-1 if i == axis else 1 for i in range(weight.meta["val"].dim())]
+        with graph.graph.inserting_before(node):
+            values = call(_ATEN.to.dtype, (codes, torch.float32))
+            values = call(_ATEN.mul.Tensor, (values, call(_ATEN.view.default, (scale, shape))))
+        node.replace_input_with(weight, values)
+    graph.recompile()
+
+
 def quantize_outputs(graph: GraphModule, samples: Iterable[tuple[Tensor, ...]]) -> None:
-    """Quantize the outputs of operations that have none, with their range on samples (for LiteRT's kernels)."""
-    ends = {last for _, last in _unquantized_outputs(graph)}
+    """Quantize the outputs of operations that have none, with their range on samples (for LiteRT's kernels).
+
+    In the integers that the operation reads: those of 16 bits around 0.
+    """
+    ends = {last: _is_wide(node.args[0]) for node, last in _unquantized_outputs(graph)}
     ranges: dict[Node, tuple[float, float]] = {}
 
     class _Observe(Interpreter):
@@ -201,10 +236,21 @@ def quantize_outputs(graph: GraphModule, samples: Iterable[tuple[Tensor, ...]]) 
         for tensors in samples:
             _Observe(graph).run(*tensors)
     for node, (low, high) in ranges.items():
+        if ends[node]:
+            scale = max(-low, high, 1e-9) * _MARGIN / (2**15 - 1)
+            _quantize(graph, node, (scale, 0, -(2**15), 2**15 - 1, torch.int16))
+            continue
         scale = max(high - low, 1e-9) * _MARGIN / 255
         _quantize(graph, node, (scale, round(-128 - low * _MARGIN / scale), -128, 127, torch.int8))
     _dequantize_for_each_user(graph)
     graph.recompile()
+
+
+def _is_wide(source: object) -> bool:
+    """Whether a value comes from codes of 16 bits, by way of what only moves values or drops none."""
+    while isinstance(source, Node) and source.target is not _DEQUANTIZE:
+        source = source.args[0] if source.args else None
+    return isinstance(source, Node) and source.args[5] is torch.int16
 
 
 class _PlainAttention(TorchFunctionMode):

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from lightning_compress.deploy.graph import capture, has_quantized_values, quantize_outputs, tensors_of
+from lightning_compress.deploy.graph import capture, has_quantized_values, has_wide_values, quantize_outputs, tensors_of
 from lightning_compress.deploy.interface import filled
 from lightning_compress.deploy.runner import Kernels, in_batches, pieces_of
+from lightning_compress.deploy.tflite_biases import widen_biases
 from lightning_compress.files import write_whole
 from lightning_compress.forward import Inputs, with_batch
 
@@ -53,7 +54,8 @@ def export(model: nn.Module, inputs: Inputs, path: Path, batch_size: int = 1) ->
             config = QuantConfig(pt2e_quantizer=PT2EQuantizer().set_global(symmetric))
         converted = litert_torch.convert(_Captured(graph).eval(), tensors_of(example), quant_config=config)
         # its own way to a file ends the process where the disk is full
-        write_whole(path, converted._exporter.to_bytes())  # noqa: SLF001
+        file = bytes(converted._exporter.to_bytes())  # noqa: SLF001
+    write_whole(path, widen_biases(file) if has_wide_values(graph) else file)
 
 
 class _Captured(nn.Module):
@@ -137,12 +139,13 @@ class Runner:
         return self.interpreter.invoke
 
     def integer_kernels(self) -> Kernels:
-        """Counted from the interpreter's operations: the types of input and weight."""
+        """Counted from the interpreter's operations: the types of input, of 8 bits or 16, and weight, of 8."""
         types = {d["index"]: d["dtype"] for d in self.interpreter.get_tensor_details()}
         # the interpreter shows its operations nowhere else
         heavy = [op for op in self.interpreter._get_ops_details() if op["op_name"] in _HEAVY]  # noqa: SLF001
         read = [op["inputs"][1:3] if op["op_name"] == "TRANSPOSE_CONV" else op["inputs"][:2] for op in heavy]
-        return Kernels(sum(all(types[int(i)] == np.int8 for i in pair) for pair in read), len(heavy))
+        pairs = [{types[int(i)] for i in pair} for pair in read]
+        return Kernels(sum(np.int8 in pair and pair <= {np.int8, np.int16} for pair in pairs), len(heavy))
 
 
 def _number(name: str) -> int:

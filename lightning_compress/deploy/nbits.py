@@ -18,6 +18,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lightning_compress.checks import refusal
+from lightning_compress.quantization.activation_codes import is_wide
 from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.grouped import GroupCodes, group_codes, is_grouped
 from lightning_compress.quantization.model import quantization_of
@@ -55,11 +56,16 @@ def check_groups(model: nn.Module, runtime: str, accepted: str, sizes: Sequence[
 
 
 def export_options(model: nn.Module) -> dict[str, Any]:
-    """What ``torch.onnx.export`` needs for weights in groups: ONNX's own operation in blocks, of operator set 21."""
+    """What ``torch.onnx.export`` needs for weights in groups: ONNX's own operation in blocks, of operator set 21.
+
+    That set is the first to know activations of 16 bits, too.
+    """
     quantization = quantization_of(model)
-    layers = quantization.layers if quantization is not None else []
-    if not any(isinstance(weights(layer.module)[layer.parameter], GroupCodes) for layer in layers):
+    if quantization is None or not quantization.enabled:
         return {}
+    if not any(isinstance(weights(x.module)[x.parameter], GroupCodes) for x in quantization.layers):
+        wide = any(is_wide(activation.quantizer) for activation in quantization.activations.values())
+        return {"opset_version": 21} if wide else {}
     from onnxscript import opset21
 
     def blocked(codes: Any, scales: Any, zero_points: Any, low: int, high: int, *rest: Any) -> Any:

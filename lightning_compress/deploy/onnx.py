@@ -21,7 +21,14 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_compress.deploy.interface import Axes, axes_to_try, filled, first_to_work, output_names
 from lightning_compress.deploy.nbits import export_options, matmul_nbits
-from lightning_compress.deploy.onnx_codes import codes_behind_moves, own_weights, own_zero_points, stored
+from lightning_compress.deploy.onnx_codes import (
+    codes_behind_moves,
+    integer_biases,
+    multiply_out,
+    own_weights,
+    own_zero_points,
+    stored,
+)
 from lightning_compress.deploy.runner import Kernels
 from lightning_compress.files import replacing
 from lightning_compress.forward import ForwardOnly, Inputs, input_names, with_batch
@@ -57,9 +64,10 @@ def export(model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, 
         program.model.metadata_props.update(metadata or {})
         matmul_nbits(program.model)
         _select_codes(program.model.graph)
-        _integer_biases(program.model.graph)
+        integer_biases(program.model.graph)
         own_weights(program.model.graph)
         own_zero_points(program.model.graph)
+        multiply_out(program.model.graph)
         codes_behind_moves(program.model.graph)
         _pack_four_bits(program.model)
         _drop_notes(program.model.graph)
@@ -126,36 +134,6 @@ def _select_codes(graph: Any) -> None:
         after.replace_input_with(0, out)
         node.replace_input_with(0, codes)
         graph.insert_after(node, after)
-
-
-def _integer_biases(graph: Any) -> None:
-    """Biases of linear layers in 32 bits, in steps of input times weight.
-
-    For onnxruntime, which would else keep a last layer, whose output is not quantized, in float.
-    """
-    import onnx_ir as ir
-
-    for i, node in enumerate([node for node in graph if node.op_type == "Gemm" and len(node.inputs) == 3]):
-        scales = [_scale(graph, value) for value in node.inputs[:2]]
-        bias = graph.initializers.get(node.inputs[2].name)
-        if bias is None or any(scale is None for scale in scales):
-            continue
-        step = (scales[0] * scales[1]).astype(np.float32)
-        codes = np.round(bias.const_value.numpy() / step).astype(np.int32)
-        parts = [stored(graph, f"bias_{i}_{key}", x) for key, x in (("codes", codes), ("scale", step))]
-        dequantize = ir.Node("", "DequantizeLinear", parts, [ir.AttrInt64("axis", 0)])
-        dequantize.outputs[0].name = f"bias_{i}"
-        graph.insert_before(node, dequantize)
-        node.replace_input_with(2, dequantize.outputs[0])
-
-
-def _scale(graph: Any, value: Any) -> Any:
-    """The step of a value that was quantized, and perhaps reshaped; None of another."""
-    node = value.producer()
-    while node is not None and node.op_type in ("Reshape", "Flatten", "Transpose"):
-        node = node.inputs[0].producer()
-    known = node is not None and node.op_type == "DequantizeLinear" and node.inputs[1].name in graph.initializers
-    return node.inputs[1].const_value.numpy() if known else None
 
 
 def _pack_four_bits(model: Any) -> None:

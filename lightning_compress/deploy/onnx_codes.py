@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["codes_behind_moves", "own_weights", "own_zero_points", "stored"]
+__all__ = ["codes_behind_moves", "integer_biases", "multiply_out", "own_weights", "own_zero_points", "stored"]
 
 _HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # What moves values and changes none, and what of it onnxruntime takes no codes through by itself.
@@ -34,6 +34,76 @@ def codes_behind_moves(graph: Any) -> None:
         _like(values.outputs[0], moved, f"moved_{i}")
         graph.insert_before(node, [codes, values])
         node.replace_input_with(0, values.outputs[0])
+
+
+def integer_biases(graph: Any) -> None:
+    """Biases of linear layers in 32 bits, in steps of input times weight.
+
+    For onnxruntime, which would else keep a last layer, whose output is not quantized, in float; it does where
+    activations have 16 bits, whose steps are too small for that.
+    """
+    import onnx_ir as ir
+
+    for i, node in enumerate([node for node in graph if node.op_type == "Gemm" and len(node.inputs) == 3]):
+        scales = [_scale(graph, value) for value in node.inputs[:2]]
+        bias = graph.initializers.get(node.inputs[2].name)
+        if bias is None or any(scale is None for scale in scales):
+            continue
+        step = (scales[0] * scales[1]).astype(np.float32)
+        codes = np.round(bias.const_value.numpy() / step).astype(np.int32)
+        parts = [stored(graph, f"bias_{i}_{key}", x) for key, x in (("codes", codes), ("scale", step))]
+        dequantize = ir.Node("", "DequantizeLinear", parts, [ir.AttrInt64("axis", 0)])
+        dequantize.outputs[0].name = f"bias_{i}"
+        graph.insert_before(node, dequantize)
+        node.replace_input_with(2, dequantize.outputs[0])
+
+
+def _scale(graph: Any, value: Any) -> Any:
+    """The step of a value that was quantized to 8 bits, and perhaps reshaped; None of another."""
+    node = _dequantize(value, ("Reshape", "Flatten", "Transpose"))
+    known = node is not None and node.inputs[1].name in graph.initializers and not _is_wide(node)
+    return node.inputs[1].const_value.numpy() if known else None
+
+
+def _dequantize(value: Any, moves: tuple[str, ...]) -> Any:
+    """The operation that dequantized a value, behind what moved it; None of another value."""
+    node = value.producer()
+    while node is not None and node.op_type in moves:
+        node = node.inputs[0].producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _is_wide(node: Any) -> bool:
+    """Whether the codes have 16 bits."""
+    known = len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].const_value is not None
+    return known and node.inputs[2].const_value.numpy().dtype == np.int16
+
+
+def multiply_out(graph: Any) -> None:
+    """Weights of matrix products that meet activations of 16 bits as codes times steps.
+
+    onnxruntime would make a MatMulNBits of another form, which quantizes the activations to 8 bits as it runs.
+    """
+    import onnx_ir as ir
+
+    for i, product in enumerate([node for node in graph if node.op_type == "MatMul"]):
+        source = _dequantize(product.inputs[0], (*_MOVES, *_OPAQUE, "Gather"))
+        weight = _dequantize(product.inputs[1], ("Transpose",))
+        if source is None or weight is None or not _is_wide(source) or weight.inputs[0].const_value is None:
+            continue
+        codes, scale = weight.inputs[:2]
+        axis = weight.attributes["axis"].value
+        shape = [-1 if j == axis else 1 for j in range(codes.const_value.numpy().ndim)]
+        steps = stored(graph, f"steps_{i}", scale.const_value.numpy().reshape(shape))
+        cast = ir.Node("", "Cast", [codes], [ir.AttrInt64("to", int(ir.DataType.FLOAT))])
+        cast.outputs[0].name = f"multiplied_{i}"
+        values = ir.Node("", "Mul", [cast.outputs[0], steps])
+        _like(values.outputs[0], weight.outputs[0], f"weight_{i}")
+        graph.insert_before(weight, [cast, values])
+        weight.outputs[0].replace_all_uses_with(values.outputs[0])
+        graph.remove(weight, safe=True)
+    for value in [v for v in graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
+        del graph.initializers[value.name]
 
 
 def own_weights(graph: Any) -> None:

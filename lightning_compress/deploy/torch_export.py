@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._inductor.graph import GraphLowering
 from torch.utils._pytree import tree_leaves
 
-from lightning_compress.deploy.graph import capture, tensors_of
+from lightning_compress.deploy.graph import capture, multiply_out, tensors_of
 from lightning_compress.deploy.interface import Axes, axes_to_try, filled, first_to_work
 from lightning_compress.deploy.runner import Kernels, in_batches
 from lightning_compress.files import replacing
@@ -52,6 +52,7 @@ def export(model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, 
 
 def _capture(model: nn.Module, inputs: Inputs, axes: Axes) -> Any:
     graph = capture(model, inputs, axes)
+    multiply_out(graph)
     shapes = tuple(dict.fromkeys(found, torch.export.Dim.DYNAMIC) or None for found in axes)
     with torch.no_grad():
         return torch.export.export(graph, tensors_of(inputs), dynamic_shapes=shapes)

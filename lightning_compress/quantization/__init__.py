@@ -27,6 +27,7 @@ from lightning_compress.quantization.schemes import (
     w4a8,
     w4a8_groups,
     w8,
+    w8a16,
 )
 from lightning_compress.quantization.short_scale import ShortScale
 
@@ -70,4 +71,5 @@ __all__ = [
     "w4a8",
     "w4a8_groups",
     "w8",
+    "w8a16",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,13 +22,14 @@ class Affine(Quantizer):
     -top .. top around the zero point 0.
 
     Args:
-        bits: Bits per code, 2..8.
-        symmetric: Codes around zero, for weights; otherwise 0 .. 2^n - 1, for activations.
+        bits: Bits per code, 2..16; more than 8 for activations only, since weights are stored as int8 or uint8.
+        symmetric: Codes around zero, for weights and for activations of 16 bits, which LiteRT takes in no other form;
+            otherwise 0 .. 2^n - 1, for activations.
         top: Largest code of the symmetric form; None for 2^(n-1) - 1. A :class:`Scheme` sets it where kernels need
             smaller codes.
 
     Raises:
-        ValueError: If bits lies outside 2..8, or top outside 1 .. 2^(n-1) - 1, or codes with a top are not symmetric.
+        ValueError: If bits lies outside 2..16, or top outside 1 .. 2^(n-1) - 1, or codes with a top are not symmetric.
 
     Example:
         >>> q = Affine(bits=8)
@@ -40,11 +41,13 @@ class Affine(Quantizer):
     bits: int = 8
     symmetric: bool = False
     top: int | None = None
+    most_bits: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
         """Refuse widths that no code has, and a top beyond them."""
         name = type(self).__name__
-        check_whole_number(f"{name}.bits", self.bits, f"a whole number in 2..8, for instance {name}(8)", low=2, high=8)
+        accepted = f"a whole number in 2..{self.most_bits}, for instance {name}(8)"
+        check_whole_number(f"{name}.bits", self.bits, accepted, low=2, high=self.most_bits)
         check_flag(f"{name}.symmetric", self.symmetric)
         if self.top is None:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.ao.quantization.fx._decomposed
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_compress.checks import check_flag, check_instance, check_one_of
 from lightning_compress.copies import copy_module
 from lightning_compress.layers import Layer, modules_by_name
+from lightning_compress.quantization.activation_codes import INTEGERS, Activations, QuantizeDequantize, ends, is_wide
 from lightning_compress.quantization.call_sites import with_own_call_sites
 from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize
@@ -22,9 +23,6 @@ from lightning_compress.quantization.placement import Placement
 from lightning_compress.quantization.quantizer import QParams, Quantizer, along
 
 __all__ = ["Activations", "check_convertible", "convert", "overflowing", "to_float"]
-
-Activations = Literal["uint8", "int8"]
-_LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -59,38 +57,6 @@ class _Rounded(_Codes):
         return ops.dequantize_per_channel(ops.quantize_per_channel(self.values, *rest), *rest)
 
 
-class _QuantizeDequantize:
-    """The operations that stand where an activation's fake quantization stood.
-
-    Args:
-        activation: The fake quantization.
-        kind: The integers of the file; a type shifts the zero point by 128 against the other, which is exact.
-    """
-
-    def __init__(self, activation: ActivationFakeQuantize, kind: Activations) -> None:
-        qparams = activation.qparams()
-        first, last = _ends(activation.quantizer, qparams)
-        self.largest = last - first
-        self.lowest, self.highest = _LIMITS[kind]
-        self.dtype = torch.uint8 if kind == "uint8" else torch.int8
-        self.scale = float(qparams.scale)
-        self.zero_point = int(qparams.zero_point) - first + self.lowest
-        self.limits = None
-        if self.largest < 255:  # the operation saturates at 8 bits only
-            begin = (first - int(qparams.zero_point)) * self.scale
-            self.limits = begin, begin + self.largest * self.scale
-
-    def __call__(self, x: object) -> Any:
-        if not isinstance(x, Tensor) or not torch.is_floating_point(x):
-            return x
-        if self.limits is not None:
-            x = x.clamp(*self.limits)
-        ops = torch.ops.quantized_decomposed
-        rest = (self.lowest, self.highest, self.dtype)
-        q = ops.quantize_per_tensor(x, self.scale, self.zero_point, *rest)
-        return ops.dequantize_per_tensor(q, self.scale, self.zero_point, *rest)
-
-
 def convert(model: Module, activations: Activations = "uint8", rounded_weights: bool = False) -> Module:
     """A copy for export: integer weights, explicit QDQ operations, batch norm folded, in eval mode on the CPU.
 
@@ -100,7 +66,7 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
     Args:
         model: The quantized model.
         activations: Integers that the activations' codes are written as, ``"uint8"`` or ``"int8"``; both compute the
-            same.
+            same. Codes of more than 8 bits are int16 beside either.
         rounded_weights: Write weights as floats on their grid with a quantize operation, for converters that fold it.
 
     Raises:
@@ -117,7 +83,7 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
         True
     """
     check_instance("convert.model", model, nn.Module, "a quantized nn.Module")
-    check_one_of("convert.activations", activations, _LIMITS, "Take what the runtime computes in.")
+    check_one_of("convert.activations", activations, INTEGERS, "Take what the runtime computes in.")
     check_flag("convert.rounded_weights", rounded_weights)
     quantization = quantization_of(model)
     if quantization is None or not quantization.enabled:
@@ -158,7 +124,7 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
 def _write_activations(quantizers: list[ActivationFakeQuantize], kind: Activations) -> None:
     for activation in quantizers:
         if not finds_ranges(activation):
-            activation.quantize = _QuantizeDequantize(activation, kind)  # type: ignore[method-assign]
+            activation.quantize = QuantizeDequantize(activation, kind)  # type: ignore[method-assign]
         elif kind == "int8":  # runtimes of uint8 take its arithmetic as it is
             activation.quantize = TokenCodes()  # type: ignore[method-assign]
 
@@ -177,28 +143,23 @@ def overflowing(converted: nn.Module) -> list[str]:
         feed = quantization.activations.get(feeds.get(layer.name, ""))
         if feed is None or not feed.enabled or finds_ranges(feed):  # computes in float, or in XNNPACK
             continue
+        if is_wide(feed.quantizer):  # no such kernel takes 16 bits
+            continue
         written = weights(layer.module)[layer.parameter]
         if not written.enabled:
             continue
         read = feed.quantize
-        assert isinstance(read, _QuantizeDequantize)
+        assert isinstance(read, QuantizeDequantize)
         if not fits_pairs(written.codes, written.axis, read.largest):
             found.append(layer.name)
     return found
 
 
-def _ends(quantizer: Quantizer, qparams: QParams) -> tuple[int, int]:
-    """The first and the last code."""
-    most = torch.finfo(torch.float32).max / 4
-    low, high = quantizer.quantize(torch.tensor([-most, most]), qparams).detach().tolist()
-    return int(low), int(high)
-
-
 def _check_inputs(name: str, quantizer: Quantizer, qparams: QParams) -> None:
-    """Raise unless an activation's codes are up to 256 equal steps."""
-    first, last = _ends(quantizer, qparams)
+    """Raise unless an activation's codes are equal steps that 16 bits hold."""
+    first, last = ends(quantizer, qparams)
     codes = torch.arange(first, last + 1, dtype=torch.float32)
-    if len(codes) > 256 or not _in_equal_steps(quantizer, codes, qparams):
+    if len(codes) > 2**16 or not _in_equal_steps(quantizer, codes, qparams):
         raise ValueError(_simulated_only("inputs", quantizer, name))
 
 

@@ -15,6 +15,7 @@ from lightning_compress.checks import (
     check_names,
     check_whole_number,
     first_line,
+    refusal,
     shown,
 )
 from lightning_compress.layers import matches
@@ -35,7 +36,7 @@ class Scheme:
     """How weights and activations are quantized, and where.
 
     Args:
-        weight: Quantizer of the weights.
+        weight: Quantizer of the weights, of at most 8 bits.
         inputs: Quantizer of the activations; None leaves them in float.
         observer: What determines the range of the activations.
         weight_granularity: Which weights of a layer share a scale: ``"channel"`` (an output channel), ``"tensor"`` (the
@@ -79,6 +80,10 @@ class Scheme:
         """Refuse parts of the wrong kind, which Hydra's _target_ would let pass."""
         weights = "a Quantizer, for instance Affine(8, symmetric=True)"
         check_instance("Scheme.weight", self.weight, Quantizer, weights)
+        if self.weight.bits > 8:
+            accepted = "a Quantizer of at most 8 bits, since weights are stored as int8 or uint8"
+            fix = "Take Affine(8, symmetric=True) here; activations (Scheme.inputs) may have 16."
+            raise refusal("Scheme.weight", self.weight, accepted, fix)
         inputs = "a Quantizer or None, for instance Affine(8)"
         check_instance("Scheme.inputs", self.inputs, (Quantizer, type(None)), inputs)
         check_instance("Scheme.observer", self.observer, Observer, "an Observer, for instance MovingAverage()")

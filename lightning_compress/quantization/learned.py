@@ -45,6 +45,7 @@ class LearnedStep(Affine):
     """
 
     learned: ClassVar[tuple[str, ...]] = ("scale",)
+    most_bits: ClassVar[int] = 8
 
     @torch.no_grad()
     def fit(self, x: Tensor, axis: int | None = None) -> QParams:

@@ -23,7 +23,7 @@ _MOST = 2**15 - 1
 def portable(weight: Quantizer, inputs: Quantizer | None) -> Quantizer:
     """The quantizer of a weight, with its codes narrowed to what no pair of products can overflow.
 
-    The same quantizer is returned where nothing can overflow: fewer bits, activations of fewer bits or in float.
+    The same quantizer is returned where nothing can overflow: fewer bits, activations of fewer bits, of 16 or in float.
 
     Args:
         weight: The quantizer of the weight.
@@ -36,6 +36,8 @@ def portable(weight: Quantizer, inputs: Quantizer | None) -> Quantizer:
         ((-127, 127), (-7, 7))
     """
     if inputs is None or not isinstance(weight, Affine) or not weight.symmetric:
+        return weight
+    if inputs.num_codes > 256:  # no such kernel takes them
         return weight
     top = _MOST // (2 * (inputs.num_codes - 1))
     return replace(weight, top=top) if weight.limits[1] > top else weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class PerToken(Affine):
         tensor([[  0.0000,   1.0000,   2.5500],
                 [  0.0000, 100.0000, 255.0000]])
     """
+
+    most_bits: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
         """Refuse what the kernels do not compute."""

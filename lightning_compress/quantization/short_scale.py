@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class ShortScale(Affine):
 
     bits: int = 4
     symmetric: bool = True
+    most_bits: ClassVar[int] = 8
 
     def qparams(self, low: Tensor, high: Tensor, axis: int | None = None) -> QParams:
         """Scale and zero point for a range, whose largest value keeps the last code: the scale is off by 2^-8."""

@@ -99,7 +99,7 @@ CASES: dict[str, Case] = {
     "every=0": (lambda _: GradualPruning(every=0), ValueError, "every=0: accepted is a whole number"),
     "criterion='l1'": (lambda _: GradualPruning(criterion="l1"), TypeError, "criterion='l1': accepted is a Criterion"),
     "freeze=0": (lambda _: QuantizationAwareTraining(freeze=0), ValueError, "freeze=0: accepted is a share"),
-    "bits=9": (lambda _: Affine(9), ValueError, "bits=9: accepted is a whole number in 2..8"),
+    "bits=17": (lambda _: Affine(17), ValueError, "bits=17: accepted is a whole number in 2..16"),
     "weight=8": (lambda _: Scheme(weight=8), TypeError, "Scheme.weight=8: accepted is a Quantizer"),
     "learning_rate='slow'": (lambda _: FineTuning(learning_rate="slow"), ValueError, "accepted is 'rewind'"),
     "freeze matches nothing": (lambda f: fit(f, FineTuning(freeze=["x.*"])), ValueError, "freeze='x.*' matches no"),
@@ -190,7 +190,7 @@ def test_refused_before_training(given: str, tmp_path: Path) -> None:
     assert len(str(caught.value).split()) >= 8, "an error says what is accepted and how to fix it"
 
 
-WORDS = "accepted are int8, w8, int4, w4a8, w2a8, ternary, binary, log4, exp4, apot4, codebook, fp8, w4_groups, "
+WORDS = "accepted are int8, w8, w8a16, int4, w4a8, w2a8, ternary, binary, log4, exp4, apot4, codebook, fp8, w4_groups, "
 WORDS += "w4a8_groups, lsq"
 LAYER = r"matches no layer. The layers are: layer\. Give a name"
 NO_BATCHES = "calibrated on no batches, so that no range is known"
@@ -203,10 +203,13 @@ SAID: dict[str, tuple[type[Exception], str]] = {
     **{
         f"{kind}({bits})": (
             ValueError,
-            rf"{kind}\.bits={bits}: accepted is a whole number in 2\.\.8, for instance {kind}",
+            rf"{kind}\.bits={bits}: accepted is a whole number in 2\.\.{most}, for instance {kind}",
         )
-        for kind in ("Affine", "LearnedStep", "LearnedClip", "PowerOfTwo", "AdditivePowerOfTwo", "Codebook")
-        for bits in (1, 9)
+        for kind, most in {
+            "Affine": 16,
+            **dict.fromkeys(("LearnedStep", "LearnedClip", "PowerOfTwo", "AdditivePowerOfTwo", "Codebook"), 8),
+        }.items()
+        for bits in (1, most + 1)
     },
     "Exponential(2)": (ValueError, r"Exponential\.bits=2: accepted is a whole number in 3\.\.8"),
     "Affine(4.0)": (ValueError, r"Affine\.bits=4\.0: accepted is a whole number in .* Give 4\."),
@@ -214,6 +217,7 @@ SAID: dict[str, tuple[type[Exception], str]] = {
     "MovingAverage(0)": (ValueError, r"MovingAverage\.rate=0: accepted is a share above 0 and up to 1"),
     "Percentile(99.9)": (ValueError, r"Percentile\.share=99\.9: accepted is a share above 0 and up to 1"),
     "Scheme(weight=8)": (TypeError, r"Scheme\.weight=8: accepted is a Quantizer"),
+    "Scheme(weight=Affine(16))": (ValueError, r"Scheme\.weight=Affine\(bits=16.*at most 8 bits, since weights are"),
     "Scheme(inputs='int8')": (TypeError, r"Scheme\.inputs='int8': accepted is a Quantizer or None, for"),
     "Scheme(observer=Affine())": (TypeError, r"Scheme\.observer=Affine\(.*accepted is an Observer"),
     "Scheme(observer=MinMax)": (TypeError, r"Scheme\.observer=<class .*accepted is an Observer"),

@@ -39,7 +39,7 @@ from lightning_compress.quantization import (
 )
 
 WORDS = ["int8", "w8", "int4", "w4a8", "w2a8", "ternary", "binary", "log4", "exp4", "apot4", "codebook", "fp8", "lsq"]
-WORDS += ["w4_groups", "w4a8_groups"]
+WORDS += ["w4_groups", "w4a8_groups", "w8a16"]
 SCHEMES = [
     *(scheme(word) for word in WORDS),
     int8(overrides={"head": w8(), "body.*": lsq(3)}),
@@ -80,6 +80,7 @@ LEARNED, PLAIN = LearnedStep(4, symmetric=True), Affine(8)
         ("fp8", Float8("e4m3"), Float8("e4m3"), "channel"),
         ("w4_groups", ShortScale(4), None, 32),
         ("w4a8_groups", ShortScale(4), PerToken(), 32),
+        ("w8a16", Affine(8, symmetric=True), Affine(16, symmetric=True), "channel"),
     ],
 )
 def test_a_word_says_how(word: str, weight: Quantizer, inputs: Quantizer | None, granularity: str) -> None:
