@@ -36,6 +36,7 @@ class Format:
         groups: Sizes of the groups of weights that its kernels take a scale for.
         group_bits: Bits of such a weight at most.
         has_metadata: Whether the file has a place for what it says of itself.
+        integer_lstm: Whether its runtime multiplies the weights of an LSTM in integers.
     """
 
     suffix: str
@@ -51,6 +52,7 @@ class Format:
     groups: Sequence[int] = ()
     group_bits: int = 8
     has_metadata: bool = False
+    integer_lstm: bool = False
 
     @property
     def export(self) -> Callable[..., None]:
@@ -92,7 +94,10 @@ _ONNX_WEIGHTS: dict[str, Any] = {"weight_bits": (8, 4), "groups": _BLOCKS}
 _8DA4W: dict[str, Any] = {"groups": range(32, 4097, 32), "group_bits": 4}
 FORMATS = {
     "onnx": Format(
-        ".onnx", "onnx", (*_ONNX, "onnxruntime"), _HERE + "onnx", weight_bits=(8, 4), has_metadata=True, groups=_BLOCKS
+        *(".onnx", "onnx", (*_ONNX, "onnxruntime"), _HERE + "onnx"),
+        **_ONNX_WEIGHTS,
+        has_metadata=True,
+        integer_lstm=True,
     ),
     "openvino": Format(".xml", "openvino", (*_ONNX, "openvino"), _HERE + "openvino", has_metadata=True, groups=_BLOCKS),
     "executorch": Format(".pte", "executorch", ("executorch",), _HERE + "executorch", "int8", False, **_8DA4W),
