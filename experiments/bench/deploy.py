@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Rows(nn.Module):
     """A recurrent layer over the rows of an image, and a linear layer on its last output."""
 
-    def __init__(self, kind: type[nn.RNNBase], hidden: int) -> None:
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU], hidden: int) -> None:
         super().__init__()
         self.recurrent = kind(28, hidden, batch_first=True)
         self.head = nn.Linear(hidden, 10)

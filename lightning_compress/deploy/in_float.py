@@ -22,8 +22,8 @@ def in_float(model: nn.Module, runtime: str, found: Sequence[tuple[str, str]]) -
     Args:
         model: The quantized model.
         runtime: Name of the runtime.
-        found: Modules and types of operations that it was seen to run in float, where it tells their modules; all
-            modules with a reason are named otherwise.
+        found: Modules and types of operations that it was seen to run in float. Where it does not tell all their
+            modules, those with a reason are named, too.
 
     Example:
         >>> from lightning_compress.quantization import int8
@@ -35,12 +35,16 @@ def in_float(model: nn.Module, runtime: str, found: Sequence[tuple[str, str]]) -
     """
     reasons = _reasons(model, runtime)
     kinds = {module: kind for module, kind in found if module}
-    if not kinds:
-        return [f"{module} ({reason})" for module, reason in reasons.items()]
+    lines = []
     for module, kind in kinds.items():
-        if kind in _NO_KERNEL.get(runtime, ()):
-            reasons.setdefault(module, _none_of(runtime, kind))
-    return [f"{module} ({_of_module(reasons, module) or kind})" for module, kind in kinds.items()]
+        known = _of_module(reasons, module)
+        if known is None and kind in _NO_KERNEL.get(runtime, ()):
+            known = _none_of(runtime, kind)
+        lines.append(f"{module} ({known or kind})")
+    if kinds and all(module for module, _ in found):
+        return lines
+    others = [name for name in reasons if not any(f"{name}.".startswith(f"{module}.") for module in kinds)]
+    return lines + [f"{name} ({reasons[name]})" for name in others]
 
 
 def said_of_some(named: Sequence[str]) -> str:

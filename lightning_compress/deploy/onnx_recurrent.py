@@ -66,13 +66,17 @@ def _coded(value: Any) -> Any:
     if kind == "Concat":
         parts = [_coded(x) for x in node.inputs]
         return None if any(x is None for x in parts) else np.concatenate(parts, node.attributes["axis"].value)
-    moved = _leaf(node) if kind == "DequantizeLinear" else _coded(node.inputs[0])
-    if moved is None or kind == "DequantizeLinear":
-        return moved
-    known = [x.const_value.numpy() for x in node.inputs[1:]]
+    if kind == "DequantizeLinear":
+        return _leaf(node)
+    moved = _coded(node.inputs[0])
+    where = [x.const_value for x in node.inputs[1:]]
+    if moved is None or any(x is None for x in where):
+        return None
     if kind == "Unsqueeze":
-        return np.expand_dims(moved, tuple(known[0]))
-    (begin,), (end,), (axis,) = known
+        return np.expand_dims(moved, tuple(where[0].numpy()))
+    if len(where) != 3:
+        return None
+    (begin,), (end,), (axis,) = (x.numpy() for x in where)
     return moved[(*[slice(None)] * axis, slice(begin, end))]
 
 

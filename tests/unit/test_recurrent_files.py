@@ -112,9 +112,8 @@ def test_the_lstm_of_the_file_is_one_that_quantizes_as_it_runs(granularity: Any,
     runner = exported(model, X, tmp_path, scheme)
     assert "DynamicQuantizeLSTM" in types(runner)
     quantizers = weights(model.net)
-    w, r = (
-        quantizers[name](model.net.get_parameter(name)).detach().numpy() for name in ("weight_ih_l0", "weight_hh_l0")
-    )
+    parameters = dict(model.net.named_parameters())
+    w, r = (quantizers[name](parameters[name]).detach().numpy() for name in ("weight_ih_l0", "weight_hh_l0"))
     bias = (model.net.bias_ih_l0 + model.net.bias_hh_l0).detach().numpy()
     read = []
     with torch.no_grad(), model.net.register_forward_pre_hook(lambda _, args: read.append(args[0])):
@@ -122,16 +121,16 @@ def test_the_lstm_of_the_file_is_one_that_quantizes_as_it_runs(granularity: Any,
     got = runner(Inputs((X,), {})).numpy()
     off = np.abs(run(to_float(model), X).numpy() - got).max()
     difference = np.abs(lstm(read[0].numpy(), w, r, bias) - got)
-    assert difference.max() < 0.2 * off
-    assert np.median(difference) < 1e-5
+    assert difference.max() < 0.3 * off
+    assert np.median(difference) < 1e-6
 
 
 @pytest.mark.parametrize("size", [1, 5])
-def test_two_layers_in_two_directions_at_any_batch_size_and_length(size: int, tmp_path: Path) -> None:
+def test_two_layers_in_two_directions_at_any_batch_size(size: int, tmp_path: Path) -> None:
     model = randomized(Last(nn.LSTM, num_layers=2))
     runner = exported(model, X, tmp_path)
     assert types(runner).count("DynamicQuantizeLSTM") == 2
-    x = noise(size, 9, 8, seed=size)
+    x = noise(size, 6, 8, seed=size)
     expected = run(model, x)
     assert largest_difference(runner(Inputs((x,), {})), expected) < 0.02 * float(expected.max() - expected.min())
 
