@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_compress.deploy.cpu import cpu_features
 from lightning_compress.deploy.files import Pair, is_quantized, words_of_caution, write_files
 from lightning_compress.deploy.formats import FORMATS
+from lightning_compress.deploy.in_float import in_float
 from lightning_compress.deploy.interface import Taken, taken_by_file
 from lightning_compress.deploy.size import weigh
 from lightning_compress.deploy.verify import Artifact, Comparison
@@ -69,6 +70,8 @@ def prove(
     artifact.integers = code_types(reference, kind.activations) if quantized else None
     artifact.inputs = input_names(reference, taken.inputs)
     artifact.left_out = [*taken.labels, *taken.lost]
+    if quantized and artifact.integer_kernels < artifact.num_kernels:
+        artifact.float_kernels = in_float(reference, artifact.runtime, pair.float_kernels())
     artifact.warnings = words_of_caution(artifact) if quantized else []
     if comparison.num_others:
         artifact.warnings.append(

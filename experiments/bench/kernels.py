@@ -129,7 +129,7 @@ def measure(net: str, build: Callable[[], tuple[nn.Module, Inputs]], runtimes: l
             row = {"net": net, "runtime": runtime, "ours": kernels.integer, "of": kernels.total}
             row |= {"quantize_static": theirs, "agreement": _agreement(ours(inputs), expected)}
             named = _in_float(model)
-            words = [f"{num} {kind}" for kind, num in Counter(ours.float_kernels()).items()]
+            words = [f"{num} {kind}" for kind, num in Counter(kind for _, kind in ours.float_kernels()).items()]
             row["difference"] = ", ".join(words) + "".join(f"; {name}: {reason}" for name, reason in named.items())
             # what is in float for a reason that is said is no kernel that was not found
             rows.append(row | {"fewer": max(theirs - kernels.integer - len(named), 0)})

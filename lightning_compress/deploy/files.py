@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_compress.deploy.formats import Format
+from lightning_compress.deploy.in_float import said_of_some
 from lightning_compress.deploy.runner import Kernels
 from lightning_compress.deploy.verify import Artifact, time_together
 from lightning_compress.forward import Inputs, check_batch_axis, run_model, with_batch
@@ -63,7 +64,7 @@ def write_files(
     check_batch_axis(plain, inputs)
     shipped = kind.convert(model) if is_quantized(model) else plain
     exact = kind.activations == "int8"  # XNNPACK adds in 32 bits on every CPU
-    files = Files({}, {}, [] if exact or shipped is plain else overflowing(shipped))
+    files = Files({}, {}, [] if exact or shipped is plain else overflowing(shipped, kind.integer_lstm))
     for size in sizes:
         if kind.dynamic_batch and files.shipped:
             files.shipped[size] = files.shipped[sizes[0]]
@@ -137,6 +138,11 @@ class Pair:
         """How the file's operations run."""
         return self.shipped.integer_kernels()
 
+    def float_kernels(self) -> list[tuple[str, str]]:
+        """Modules and types of those that run in float, where the runtime tells them."""
+        found: list[tuple[str, str]] = getattr(self.shipped, "float_kernels", list)()
+        return found
+
     @property
     def arena_bytes(self) -> int | None:
         """RAM that the runtime takes for the file, where it is one that has to be given it."""
@@ -192,5 +198,6 @@ def words_of_caution(artifact: Artifact) -> list[str]:
     integer = artifact.integer_kernels or 0
     total = artifact.num_kernels or 0
     if integer < total:
-        said.append(f"{file} runs {total - integer} of {total} operations with stored weights in float kernels.")
+        which = f" In float: {said_of_some(artifact.float_kernels)}." if artifact.float_kernels else ""
+        said.append(f"{file} runs {total - integer} of {total} operations with stored weights in float kernels.{which}")
     return said

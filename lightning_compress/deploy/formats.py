@@ -39,6 +39,7 @@ class Format:
         group_bits: Bits of such a weight at most.
         wide: Which activations of more than 8 bits it takes.
         has_metadata: Whether the file has a place for what it says of itself.
+        integer_lstm: Whether its runtime multiplies the weights of an LSTM in integers.
     """
 
     suffix: str
@@ -55,6 +56,7 @@ class Format:
     group_bits: int = 8
     wide: Wide = "none"
     has_metadata: bool = False
+    integer_lstm: bool = False
 
     @property
     def export(self) -> Callable[..., None]:
@@ -98,10 +100,10 @@ _8DA4W: dict[str, Any] = {"groups": range(32, 4097, 32), "group_bits": 4}
 FORMATS = {
     "onnx": Format(
         *(".onnx", "onnx", (*_ONNX, "onnxruntime"), _HERE + "onnx"),
-        weight_bits=(8, 4),
-        has_metadata=True,
-        groups=_BLOCKS,
+        **_ONNX_WEIGHTS,
         wide="any",
+        has_metadata=True,
+        integer_lstm=True,
     ),
     "openvino": Format(".xml", "openvino", (*_ONNX, "openvino"), _HERE + "openvino", has_metadata=True, groups=_BLOCKS),
     "executorch": Format(".pte", "executorch", ("executorch",), _HERE + "executorch", "int8", False, **_8DA4W),

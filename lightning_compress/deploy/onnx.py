@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -29,24 +29,26 @@ from lightning_compress.deploy.onnx_codes import (
     own_zero_points,
     stored,
 )
+from lightning_compress.deploy.onnx_kernels import Operation, operations
+from lightning_compress.deploy.onnx_recurrent import recurrent_layers
 from lightning_compress.deploy.runner import Kernels
 from lightning_compress.files import replacing
 from lightning_compress.forward import ForwardOnly, Inputs, input_names, with_batch
 
 __all__ = ["Runner", "export"]
 
-# Scales and zero points are stored, too: where the weight stands among the inputs.
-_REST = slice(1, None)
-_SCALED = dict.fromkeys(("QLinearConv", "QLinearMatMul", "QGemm", "QLinearConvTranspose"), slice(3, 4))
-_PLAIN = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
-_WEIGHTS = {**_SCALED, **dict.fromkeys(_PLAIN, slice(1, 2)), "DynamicQuantizeLSTM": _REST}
-_INTEGER = tuple(_WEIGHTS)
 _WORTH = 256  # codes in a weight, from which on a cast costs less than they do
-_FLOAT = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU", "RNN")
-_HEAVY = (*_INTEGER, *_FLOAT, "MatMulNBits")
+# where weights stand as codes of 8 bits
+_CODES = {"DequantizeLinear": (0,), "Cast": (0,), "DynamicQuantizeLSTM": (1, 2)}
 
 
-def export(model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def export(
+    model: nn.Module,
+    inputs: Inputs,
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    for_onnxruntime: bool = True,
+) -> None:
     """Write one self-contained ONNX file with a dynamic batch axis, and that of sequences where the model has one.
 
     Args:
@@ -54,6 +56,7 @@ def export(model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, 
         inputs: Example inputs.
         path: The file to write.
         metadata: What the file says of itself, by name.
+        for_onnxruntime: Write LSTM as an operation that no other runtime has.
 
     Raises:
         Exception: Whatever ``torch.onnx.export`` says of a model that it cannot capture.
@@ -63,6 +66,8 @@ def export(model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, 
         program = first_to_work(lambda axes: _capture(model, inputs, axes), axes_to_try(model, inputs))
         program.model.metadata_props.update(metadata or {})
         matmul_nbits(program.model)
+        if for_onnxruntime:
+            recurrent_layers(program.model)
         _select_codes(program.model.graph)
         integer_biases(program.model.graph)
         own_weights(program.model.graph)
@@ -148,8 +153,9 @@ def _pack_four_bits(model: Any) -> None:
     graph = model.graph
     if any(node.op_type == "GroupNormalization" for node in graph):  # means another thing since operator set 21
         return
-    for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
-        weight = graph.initializers.get(node.inputs[0].name)
+    read = [(node, place) for node in graph for place in _CODES.get(node.op_type, ())]
+    for node, place in read:
+        weight = graph.initializers.get(node.inputs[place].name)
         codes = None if weight is None else weight.const_value.numpy()
         if codes is None or codes.dtype != np.int8 or codes.size < _WORTH or codes.min() < -8 or codes.max() > 7:
             continue
@@ -157,7 +163,7 @@ def _pack_four_bits(model: Any) -> None:
         cast = ir.Node("", "Cast", [packed], [ir.AttrInt64("to", int(ir.DataType.INT8))])
         cast.outputs[0].name = f"{weight.name}_codes"
         graph.insert_before(node, cast)
-        node.replace_input_with(0, cast.outputs[0])
+        node.replace_input_with(place, cast.outputs[0])
         if not weight.uses():
             del graph.initializers[weight.name]
         model.opset_imports[""] = max(model.opset_imports[""], 21)
@@ -205,27 +211,19 @@ class Runner:
 
     def integer_kernels(self) -> Kernels:
         """Counted from the graph that onnxruntime made of the file: operations that read a stored weight, by type."""
-        heavy = self._heavy()
-        return Kernels(sum(kind in _INTEGER for kind in heavy), len(heavy))
+        found = self._operations
+        return Kernels(sum(one.is_integer for one in found), len(found))
 
-    def float_kernels(self) -> list[str]:
-        """Types of those that run in float."""
-        return [kind for kind in self._heavy() if kind in _FLOAT]
+    def float_kernels(self) -> list[tuple[str, str]]:
+        """Modules and types of those that run in float."""
+        return [(one.module, one.kind) for one in self._operations if one.is_float]
 
-    def _heavy(self) -> list[str]:
-        import onnx
-
+    @cached_property
+    def _operations(self) -> list[Operation]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "optimized.onnx")
             self.session_of(self.path, path)
-            graph = onnx.load(path).graph
-        constant = {value.name for value in graph.initializer}
-        constant |= {
-            x for node in graph.node if "Dequantize" in node.op_type for x in node.output if node.input[0] in constant
-        }
-        heavy = [node for node in graph.node if node.op_type in _HEAVY]
-        weights = [set(node.input[_WEIGHTS.get(node.op_type, _REST)]) for node in heavy]
-        return [node.op_type for node, read in zip(heavy, weights, strict=True) if constant & read]
+            return operations(self.path, path)
 
     def prepare(self, inputs: Inputs) -> Any:
         """A call without arguments that runs the file and nothing else, to be timed."""

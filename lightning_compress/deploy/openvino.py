@@ -34,7 +34,7 @@ def export(model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, 
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
-        onnx.export(model, inputs, Path(folder, "model.onnx"))
+        onnx.export(model, inputs, Path(folder, "model.onnx"), for_onnxruntime=False)
         converted = openvino.convert_model(Path(folder, "model.onnx"))
         for key, value in (metadata or {}).items():
             converted.set_rt_info(value, ["lightning_compress", key])
@@ -77,9 +77,9 @@ class Runner:
         heavy = self._heavy()
         return Kernels(sum(precision in ("i8", "u8") for _, precision in heavy), len(heavy))
 
-    def float_kernels(self) -> list[str]:
-        """Types of those that run in float."""
-        return [kind for kind, precision in self._heavy() if precision not in ("i8", "u8")]
+    def float_kernels(self) -> list[tuple[str, str]]:
+        """Types of those that run in float; their modules it does not tell."""
+        return [("", kind) for kind, precision in self._heavy() if precision not in ("i8", "u8")]
 
     def _heavy(self) -> list[tuple[str, str]]:
         nodes = [node.get_rt_info() for node in self.model.get_runtime_model().get_ops()]

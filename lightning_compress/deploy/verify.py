@@ -50,6 +50,7 @@ class Artifact:
         deployed_minus_trained: The metric of the file less that of the trained model in PyTorch.
         inputs: Names of the arguments that the file takes.
         left_out: Labels that it does not take, and losses that it does not give.
+        float_kernels: Modules of a quantized file that compute in float, with the reason where it is known.
     """
 
     format: str
@@ -76,6 +77,7 @@ class Artifact:
     deployed_minus_trained: float | None = None
     inputs: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    float_kernels: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

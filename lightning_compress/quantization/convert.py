@@ -129,10 +129,14 @@ def _write_activations(quantizers: list[ActivationFakeQuantize], kind: Activatio
             activation.quantize = TokenCodes()  # type: ignore[method-assign]
 
 
-def overflowing(converted: nn.Module) -> list[str]:
+def overflowing(converted: nn.Module, integer_lstm: bool = False) -> list[str]:
     """Layers of a converted model whose products a CPU without VNNI does not add exactly in uint8 x int8 kernels.
 
     See :mod:`lightning_compress.quantization.overflow`; it is arithmetic on the weights that ship, on any CPU.
+
+    Args:
+        converted: The model.
+        integer_lstm: Whether an LSTM meets its input and its hidden state as codes of 8 bits; in float otherwise.
     """
     quantization = quantization_of(converted)
     if quantization is None or quantization.placement is None:
@@ -140,7 +144,8 @@ def overflowing(converted: nn.Module) -> list[str]:
     feeds = quantization.placement.feeds
     found = []
     for layer in quantization.layers:
-        feed = quantization.activations.get(feeds.get(layer.name, ""))
+        is_lstm = integer_lstm and isinstance(layer.module, nn.LSTM)
+        feed = quantization.activations.get(feeds.get(layer.module_name if is_lstm else layer.name, ""))
         if feed is None or not feed.enabled or finds_ranges(feed):  # computes in float, or in XNNPACK
             continue
         if is_wide(feed.quantizer):  # no such kernel takes 16 bits
@@ -150,7 +155,7 @@ def overflowing(converted: nn.Module) -> list[str]:
             continue
         read = feed.quantize
         assert isinstance(read, QuantizeDequantize)
-        if not fits_pairs(written.codes, written.axis, read.largest):
+        if not fits_pairs(written.codes, written.axis, 255 if is_lstm else read.largest):
             found.append(layer.name)
     return found
 

@@ -63,7 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Plain:
 def check_quantized(export: Export, before: dict[str, Tensor], model: Plain) -> None:
     (artifact,) = export.artifacts
     assert artifact.integers == "uint8"
-    assert (artifact.integer_kernels, artifact.num_kernels) == (2, 2)
+    assert (artifact.integer_kernels, artifact.num_kernels, artifact.float_kernels) == (2, 2, [])
     assert artifact.judged["agreement"]["ok"]
     assert artifact.judged["difference"]["ok"]
     assert artifact.metric == export.metrics["onnx"]["val_acc"]
@@ -80,6 +80,23 @@ def test_a_validation_writes_a_quantized_file_once(order: int, trained: Plain, t
     check_quantized(export, trained.state_dict(), model)
     trainer.validate(model, data(), verbose=False)
     assert [path.name for path in tmp_path.iterdir()] == ["deploy"]
+
+
+class Recurrent(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.GRU(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.memory(x)[0])
+
+
+def test_a_layer_that_the_runtime_computes_in_float_is_named(tmp_path: Path) -> None:
+    export = Export(["onnx"], min_agreement=None)
+    with pytest.warns(UserWarning, match=r"In float: memory \(onnxruntime has no integer kernel of GRU\)\."):
+        trainer_with(tmp_path, PostTrainingQuantization(), export).validate(Recurrent(), data(), verbose=False)
+    (artifact,) = export.artifacts
+    assert artifact.float_kernels == ["memory (onnxruntime has no integer kernel of GRU)"]
 
 
 @pytest.mark.parametrize("options", [{"max_epochs": 0}, {"max_steps": 0}, {"limit_train_batches": 0}])

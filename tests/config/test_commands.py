@@ -75,6 +75,7 @@ ARTIFACT_KEYS = {
     "bytes_zstd_float",
     "cpu",
     "deployed_minus_trained",
+    "float_kernels",
     "format",
     "inputs",
     "integer_kernels",
