@@ -85,10 +85,10 @@ def test_a_validation_writes_a_quantized_file_once(order: int, trained: Plain, t
 class Recurrent(Plain):
     def __init__(self) -> None:
         super().__init__()
-        self.memory = nn.GRU(6, 6)
+        self.memory = nn.GRU(6, 6, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(self.memory(x)[0])
+        return self.net(self.memory(x.unsqueeze(1))[0][:, 0])
 
 
 def test_a_layer_that_the_runtime_computes_in_float_is_named(tmp_path: Path) -> None:
