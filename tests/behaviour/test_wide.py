@@ -61,7 +61,8 @@ def check(export: Export) -> None:
     (artifact,) = export.artifacts
     assert artifact.integers == "int16"
     assert (artifact.integer_kernels, artifact.num_kernels) == (0, 3)
-    assert "model.onnx in onnxruntime runs 3 of 3 operations with stored weights in float kernels." in artifact.warnings
+    said = "model.onnx in onnxruntime runs 3 of 3 operations with stored weights in float kernels."
+    assert any(text.startswith(said) for text in artifact.warnings)
     assert artifact.judged["agreement"]["ok"]
     assert artifact.max_rel_diff is not None
     assert artifact.max_rel_diff < 1e-4  # 8 bits: a hundred times as much
