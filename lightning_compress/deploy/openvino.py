@@ -73,15 +73,20 @@ class Runner:
         return lambda: request.infer(feed, share_outputs=True)  # to an input that is shared it writes (2026.4)
 
     def integer_kernels(self) -> Kernels:
-        """Counted from the compiled graph: the precision that each node runs in."""
+        """Counted from the compiled graph: the kernel that each node runs in."""
         heavy = self._heavy()
-        return Kernels(sum(precision in ("i8", "u8") for _, precision in heavy), len(heavy))
+        return Kernels(sum(_is_integer(kernel) for _, kernel in heavy), len(heavy))
 
     def float_kernels(self) -> list[tuple[str, str]]:
         """Types of those that run in float; their modules it does not tell."""
-        return [("", kind) for kind, precision in self._heavy() if precision not in ("i8", "u8")]
+        return [("", kind) for kind, kernel in self._heavy() if not _is_integer(kernel)]
 
     def _heavy(self) -> list[tuple[str, str]]:
         nodes = [node.get_rt_info() for node in self.model.get_runtime_model().get_ops()]
-        found = [(str(info["layerType"].value), str(info["runtimePrecision"].value)) for info in nodes]
-        return [(kind, precision) for kind, precision in found if kind in _HEAVY]
+        found = [(str(info["layerType"].value), str(info["primitiveType"].value)) for info in nodes]
+        return [(kind, kernel) for kind, kernel in found if kind in _HEAVY]
+
+
+def _is_integer(kernel: str) -> bool:
+    # such as jit_avx2_I8; the precision of a node is also i8 where brgemm_avx2_f32 decodes weights as it reads them
+    return kernel.lower().endswith("i8")
