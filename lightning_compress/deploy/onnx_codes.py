@@ -80,7 +80,7 @@ def _is_wide(node: Any) -> bool:
 
 
 def multiply_out(graph: Any) -> None:
-    """Weights of matrix products that meet activations of 16 bits as codes times steps.
+    """Weights of matrix products that meet activations in float or of 16 bits as codes times steps.
 
     onnxruntime would make a MatMulNBits of another form, which quantizes the activations to 8 bits as it runs.
     """
@@ -89,7 +89,7 @@ def multiply_out(graph: Any) -> None:
     for i, product in enumerate([node for node in graph if node.op_type == "MatMul"]):
         source = _dequantize(product.inputs[0], (*_MOVES, *_OPAQUE, "Gather"))
         weight = _dequantize(product.inputs[1], ("Transpose",))
-        if source is None or weight is None or not _is_wide(source) or weight.inputs[0].const_value is None:
+        if weight is None or weight.inputs[0].const_value is None or (source is not None and not _is_wide(source)):
             continue
         codes, scale = weight.inputs[:2]
         axis = weight.attributes["axis"].value

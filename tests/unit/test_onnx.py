@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_compress import convert
 from lightning_compress.deploy.onnx import Runner, export
 from lightning_compress.forward import Inputs, run_model
-from lightning_compress.quantization import Affine, Scheme
+from lightning_compress.quantization import Affine, Scheme, w8
 from lightning_compress.quantization.convert import to_float
 
 from .helpers import largest_difference, noise, quantize, randomized, run
@@ -229,3 +229,16 @@ def test_the_exporter_reads_its_operators_once(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("lightning_compress.deploy.onnx._remembering", lambda read: read)
     export(model, inputs, tmp_path / "anew")
     assert len({(tmp_path / name).read_bytes() for name in ("first", "second", "third", "anew")}) == 1
+
+
+@pytest.mark.parametrize("scheme", [w8(), Scheme(Affine(4, symmetric=True))], ids=["w8", "w4"])
+def test_activations_in_float_stay_so_in_products_of_matrices(scheme: Scheme, tmp_path: Path) -> None:
+    """Of such a product onnxruntime would make a MatMulNBits, which quantizes activations to 8 bits."""
+    model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.ReLU(), nn.Linear(128, 64))
+    x = noise(8, 7, 64)
+    quantize(model, x, scheme=scheme)
+    path = tmp_path / "model.onnx"
+    export(convert(model), Inputs((x[:1],), {}), path)
+    assert "MatMulNBits" not in kernels(path)
+    expected = run(model, x)
+    torch.testing.assert_close(Runner(path, expected)(Inputs((x,), {})), expected, atol=1e-5, rtol=1e-5)
