@@ -235,6 +235,6 @@ NETS = {
 }
 
 DIGITS = {
-    "MNIST, 16 kB": Tiny(digits(8, 16, 20, 20), images, _turned, 8, -1, 128, 0.1, 1e-4),
+    "MNIST, 16 kB": Tiny(digits(8, 16, 20, 20), images, _turned, 24, -1, 128, 0.1, 1e-4),
     "MNIST, 2,579 B": Tiny(strokes(6, 9, 9), images, _as_it_is, 12, -1, 128, 0.05, 1e-5, packed=True),
 }
