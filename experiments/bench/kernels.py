@@ -122,7 +122,10 @@ def measure(net: str, build: Callable[[], tuple[nn.Module, Inputs]], runtimes: l
         except Exception as error:  # what the peer does not take is a row, too
             print(f"{net}: quantize_static fails with {error}")
         for runtime in runtimes:
-            runner = FORMATS[RUNTIMES[runtime]].runner
+            kind = FORMATS[RUNTIMES[runtime]]
+            runner = kind.runner
+            if kind.suffix != ".onnx":
+                files = write_files(kind, model, inputs, Path(folder, f"net{kind.suffix}"), (1,))
             ours = runner(files.shipped[1], expected)
             kernels = ours.integer_kernels()
             theirs = _peer(theirs_file, runner, expected)

@@ -35,7 +35,8 @@ def export(model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, 
 
     with tempfile.TemporaryDirectory() as folder:
         onnx.export(model, inputs, Path(folder, "model.onnx"), for_onnxruntime=False)
-        converted = openvino.convert_model(Path(folder, "model.onnx"))
+        # not convert_model, which lets layers with equal weights share what decodes them: with two readers it is float
+        converted = openvino.Core().read_model(Path(folder, "model.onnx"))
         for key, value in (metadata or {}).items():
             converted.set_rt_info(value, ["lightning_compress", key])
         with replacing(path, ".bin") as temporary:
