@@ -26,7 +26,7 @@ def test_onnxruntime_finds_no_fewer_integer_kernels(net: str) -> None:
 
 
 @pytest.mark.runtimes
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", [*NETS, "zoo: reused"])
 def test_openvino_finds_no_fewer_integer_kernels(net: str) -> None:
     row = counted(net, "openvino")
     assert row["ours"] == row["of"] >= row["quantize_static"]
