@@ -231,7 +231,7 @@ def test_the_exporter_reads_its_operators_once(tmp_path: Path, monkeypatch: pyte
     assert len({(tmp_path / name).read_bytes() for name in ("first", "second", "third", "anew")}) == 1
 
 
-@pytest.mark.parametrize("scheme", [w8(), Scheme(Affine(4, symmetric=True))], ids=["w8", "w4"])
+@pytest.mark.parametrize("scheme", [w8(), Scheme(Affine(4, symmetric=True), None)], ids=["w8", "w4"])
 def test_activations_in_float_stay_so_in_products_of_matrices(scheme: Scheme, tmp_path: Path) -> None:
     """Of such a product onnxruntime would make a MatMulNBits, which quantizes activations to 8 bits."""
     model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.ReLU(), nn.Linear(128, 64))
