@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_compress.quantization.model import quantization_of, quantize_layers
+from lightning_compress.quantization.model import quantization_of, restore_quantization
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.structure.record import Structure, restore_structure, structure_of
 
@@ -166,7 +166,7 @@ def _take(trainer: pl.Trainer, model: pl.LightningModule, run: _Run) -> None:
     if run["weights"] is not None:
         model.load_state_dict(run["weights"])
     if run["scheme"] is not None:
-        quantize_layers(model, run["scheme"]).load_state_dict(model, run["quantization"])
+        restore_quantization(model, run["scheme"], run["quantization"])
     if trainer.state.fn == TrainerFn.FITTING:
         end_with_verdict(trainer)
     for key, callback in _ours(trainer):

@@ -23,6 +23,7 @@ from lightning_compress.structure.record import Record, cut_state
 
 from .live_shape import check_strategy, check_structure_on_load, is_model_parallel
 from .protocol import State, averages
+from .raw_layers import know_layers, tell_share
 from .run import tell_left_alone
 from .verdict import end_with_verdict
 
@@ -58,6 +59,7 @@ class Masking(pl.Callback):
         self.masks: Masks | None = None
         self.skipped: dict[str, str] = {}
         self._observation: Observation | None = None
+        self._raw: dict[str, str] = {}  # what each axis of each raw parameter is, by name
         self._targets: dict[str, float] = {}  # by the layers' names
         self._state: State | None = None  # of a checkpoint, until there are masks to take it
         self._rewound: dict[str, Tensor] | None = None  # the weights to return to
@@ -137,9 +139,11 @@ class Masking(pl.Callback):
 
         A ModelParallelStrategy loads its checkpoint after this, before ``on_train_start``.
         """
+        self._raw = know_layers(self, trainer, pl_module, None if self._state is None else self._raw)
         layers, self.skipped = self._find(pl_module)
         self._targets = targets_by_layer(type(self).__name__, self.targets, layers)
         check_finite(type(self).__name__, pl_module)
+        tell_share(self, pl_module, layers, self.skipped, "prunes")
         tell_left_alone(self, self.skipped)
         if self._state is None and (self.masks is None or not self.masks.are_of(layers)):
             self._last_step = -1
@@ -163,6 +167,7 @@ class Masking(pl.Callback):
 
     def settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hold the masks of a model that was trained in processes of its own."""
+        know_layers(self, trainer, pl_module, self._raw)
         layers, _ = self._find(pl_module)
         self._targets = targets_by_layer(type(self).__name__, self.targets, layers)
         self.masks = self._begin(pl_module, layers)

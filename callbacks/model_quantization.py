@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.checkpoint import callback_state
 from lightning_compress.checks import check_instance
+from lightning_compress.layers import known
 from lightning_compress.pruning.prunable import check_finite
 from lightning_compress.quantization.fake_quant import hold_on
 from lightning_compress.quantization.model import ModelQuantization, quantization_of, quantize_layers
@@ -23,6 +24,7 @@ from lightning_compress.quantization.state import QuantizationState
 from lightning_compress.watch import Watch
 
 from .evaluate import copied, run_training_step
+from .raw_layers import know_layers, tell_share
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +81,13 @@ def attach(
     name = type(callback).__name__
     if anew:
         check_finite(name, model)
+    if anew or state is not None:
+        told = None if state is None else state.get("layers", {})
+        know_layers(callback, model.trainer, model, told)
     found = quantization_of(model)
+    if found is not None and anew and not found.enabled and found.known != known(model):
+        found.remove(model)  # made before its raw parameters were looked at
+        found = None
     if found is not None and not found.is_by(scheme):
         if found.enabled and state is None and not anew:
             raise ValueError(
@@ -90,6 +98,8 @@ def attach(
         found.remove(model)
         found = None
     quantization = quantize_layers(model, scheme)
+    if found is None and anew:
+        tell_share(callback, model, quantization.layers, quantization.skipped, "quantizes")
     if found is None and quantization.skipped:
         left = "; ".join(f"{layer}: {reason}" for layer, reason in quantization.skipped.items())
         rank_zero_info(f"{name} leaves alone {left}")

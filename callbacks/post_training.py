@@ -29,6 +29,7 @@ from .model_quantization import (
     trace,
 )
 from .protocol import compressing
+from .raw_layers import know_layers
 from .run import check_run, read_clock, tell_left_alone, trains
 from .verdict import end_with_verdict
 
@@ -159,6 +160,7 @@ class PostTrainingQuantization(pl.Callback):
             return
         # a fit that takes no step, such as one with max_epochs=0
         if self._state is None:
+            know_layers(self, trainer, pl_module)
             self._state = calibrated_by_validation(trainer, pl_module, self.scheme)
         quantized = self._state is not None
         self._attach(pl_module, anew=not quantized)

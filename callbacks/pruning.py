@@ -164,12 +164,15 @@ class GradualPruning(Masking):
             observed = None if self._observation is None or self.reached else self._observation.state_dict()
             state = {"masks": self.masks.state_dict(), "observed": observed}
         goal = {} if self.goal is None else {"goal": self.goal, "goal_met": self._goal_met}
+        if self._raw:
+            state = {**state, "layers": self._raw}
         return {**state, "rewound": self._rewound, "last_step": self._last_step, "done": self._done, **goal}
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore from a checkpoint."""
         has_masks = state_dict["masks"] is not None
         self._state = {key: state_dict.get(key) for key in ("masks", "observed")} if has_masks else None
+        self._raw = state_dict.get("layers", {})
         self._rewound = state_dict.get("rewound")
         self._last_step = state_dict["last_step"]
         self._done = state_dict["done"]

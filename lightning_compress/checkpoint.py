@@ -11,8 +11,9 @@ from unittest.mock import patch
 import torch
 
 from lightning_compress.checks import check_instance, check_path, first_line, refusal
+from lightning_compress.layers import know
 from lightning_compress.objects import objects_in
-from lightning_compress.quantization.model import quantize_layers
+from lightning_compress.quantization.model import restore_quantization
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.structure.record import restore_structure, structure_of
 
@@ -82,11 +83,13 @@ def load_from_checkpoint(
                 f"path={str(path)!r} does not fit {module_class.__name__}{lost}. Build it with the arguments that it "
                 f"was trained with, or give another checkpoint. {error}"
             ) from error
+    with _damaged(path):
+        know(model, _found(checkpoint, "layers") or {})  # type: ignore[arg-type]  # a LightningModule
     state: Any = _found(checkpoint, "quantization")
     if state is not None:
         with _damaged(path):
             how = scheme or Scheme.from_state(state["scheme"])
-            quantize_layers(model, how).load_state_dict(model, state)
+            restore_quantization(model, how, state)
     return model
 
 

@@ -1,139 +1,24 @@
-"""Where: the layers a method works on, picked by kind and by name pattern."""
+"""Where: the layers a method works on, picked by kind and by name pattern.
+
+A weight is a layer when the model multiplies by it. Of torch's own modules that is known; of raw parameters it is known
+once a step was watched, and :func:`know` has noted it (see :mod:`lightning_compress.multiplied`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.layer import EMBEDDING, PRUNABLE, QUANTIZABLE, Layer
+
 __all__ = ["EMBEDDING", "PRUNABLE", "QUANTIZABLE", "Layer", "find_layers", "matches", "modules_by_name"]
-__all__ += ["check_patterns", "plain_name"]
+__all__ += ["check_patterns", "every_weight", "know", "known", "plain_name", "raw_parameters"]
 
-_CONVOLUTION = (nn.modules.conv._ConvNd,)
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-EMBEDDING: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
-PRUNABLE: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTION, nn.MultiheadAttention, *_RECURRENT)
-QUANTIZABLE: tuple[type[nn.Module], ...] = (*PRUNABLE, *EMBEDDING)
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One weight that a method works on.
-
-    Args:
-        name: The module's name, with the parameter's name behind it where a module holds several weights.
-        module: The module that holds the weight.
-        parameter: Key of the weight in the module's parameters.
-        seen: What a criterion observed of this layer during training, averaged.
-        norm: The batch norm right behind the layer, where a criterion asked for it.
-        whole: The weight gathered from all processes, where it is sharded and a criterion is to see all of it.
-    """
-
-    name: str
-    module: nn.Module
-    parameter: str = "weight"
-    seen: Tensor | None = None
-    norm: nn.Module | None = None
-    whole: nn.Parameter | None = None
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The stored weight, whatever the module shows under that name."""
-        weight = self.module._parameters[self.parameter] if self.whole is None else self.whole
-        assert weight is not None
-        return weight
-
-    @property
-    def gradient(self) -> Tensor | None:
-        """Its gradient, detached; dense also where an embedding gives a sparse one."""
-        gradient = self.weight.grad
-        if gradient is None:
-            return None
-        return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
-
-    @property
-    def module_name(self) -> str:
-        """Name of the module that holds the weight: without the parameter's, where that stands in the layer's name."""
-        if self.parameter == "weight" and isinstance(self.module, QUANTIZABLE):
-            return self.name
-        return self.name.removesuffix(self.parameter).removesuffix(".")
-
-    @property
-    def out_axis(self) -> int:
-        """Axis of the output channels; of a grouped transposed convolution, of those of one group."""
-        return 1 if getattr(self.module, "transposed", False) else 0
-
-    @property
-    def num_outputs(self) -> int:
-        """Output channels: features of a linear layer, channels of a convolution, rows of any other weight."""
-        return self.weight.shape[self.out_axis] * (self._groups if self.out_axis == 1 else 1)
-
-    @property
-    def channel_axis(self) -> int:
-        """Axis of the channels in a layer's inputs and outputs, counted from the end: a batch axis may be missing."""
-        return 1 - self.weight.dim()
-
-    def out_first(self, values: Tensor) -> Tensor:
-        """A tensor of the weight's shape with its output channels first, or one like that back in the weight's shape.
-
-        ============================  ===========================  ===========================
-        layer                         weight                       output channels first
-        ============================  ===========================  ===========================
-        linear, recurrent, attention  (out, in)                    (out, in)
-        convolution                   (out, in / groups, *kernel)  (out, in / groups, *kernel)
-        transposed convolution        (in, out / groups, *kernel)  (out, in / groups, *kernel)
-        ============================  ===========================  ===========================
-
-        Example:
-            >>> layer = Layer("up", nn.ConvTranspose1d(6, 4, 3, groups=2))
-            >>> layer.weight.shape, layer.out_first(layer.weight).shape
-            (torch.Size([6, 2, 3]), torch.Size([4, 3, 3]))
-        """
-        if self.out_axis == 0:
-            return values
-        return values.unflatten(0, (self._groups, -1)).transpose(1, 2).flatten(0, 1)
-
-    def spread_outputs(self, values: Tensor) -> Tensor:
-        """One value per output channel, in a shape that broadcasts against the weight.
-
-        Example:
-            >>> Layer("fc", nn.Linear(3, 2)).spread_outputs(torch.tensor([1.0, 2.0]))
-            tensor([[1., 1., 1.],
-                    [2., 2., 2.]])
-        """
-        return self._spread(values.view(-1, 1).expand(-1, self._num_columns))
-
-    def spread_inputs(self, values: Tensor) -> Tensor:
-        """One value per input channel, in a shape that broadcasts against the weight.
-
-        Args:
-            values: As many as the layer has inputs, or a divisor of that: behind a flatten, neighbouring inputs of a
-                linear layer are of one channel.
-
-        Example:
-            >>> Layer("fc", nn.Linear(4, 1)).spread_inputs(torch.tensor([1.0, 2.0]))
-            tensor([[1., 1., 2., 2.]])
-        """
-        each = values.repeat_interleave(self._num_columns * self._groups // len(values))
-        rows = each.view(self._groups, 1, -1).expand(-1, self.num_outputs // self._groups, -1)
-        return self._spread(rows.flatten(0, 1))
-
-    @property
-    def _groups(self) -> int:
-        return getattr(self.module, "groups", 1)
-
-    @property
-    def _num_columns(self) -> int:
-        """Inputs of one output channel, each with its kernel."""
-        return self.weight.shape[1 - self.out_axis] // (self._groups if self.out_axis == 1 else 1)
-
-    def _spread(self, values: Tensor) -> Tensor:
-        """Values of shape (out, in / groups) as (rows, columns, 1, ...) of the weight."""
-        stored = self.out_first(values)
-        return stored.view(*stored.shape, *[1] * (self.weight.dim() - 2))
+_KNOWN = "_compress_multiplied"
+_OF_MANY = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)  # with several weights, each under its own name
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
@@ -208,14 +93,15 @@ def find_layers(  # noqa: C901  # one branch per reason to leave a weight alone
     layers: list[Layer] = []
     skipped: dict[str, str] = {}
     owners: dict[int, str] = {}
-    for layer in _weights(model):
+    watched = known(model)
+    for layer in every_weight(model):
         name = layer.name
         kind = type(layer.module).__name__
-        known = isinstance(layer.module, QUANTIZABLE)
         weight = layer.module._parameters.get(layer.parameter)
         named = bool(include) and matches(name, include)
-        if not known:
-            skipped[name] = f"a raw parameter of {kind}, which is not a kind of layer known here"
+        if not layer.axes and not isinstance(layer.module, QUANTIZABLE):
+            why = "by which no step multiplies" if name in watched else "which is not a kind of layer known here"
+            skipped[name] = f"a raw parameter of {kind}, {why}"
         elif weight is None:
             skipped[name] = "its weight is parametrized or computed by other code"
         elif isinstance(weight, nn.UninitializedParameter):
@@ -226,7 +112,7 @@ def find_layers(  # noqa: C901  # one branch per reason to leave a weight alone
             skipped[name] = "excluded by name"
         elif include and not named:
             skipped[name] = "not included by name"
-        elif not isinstance(layer.module, kinds) and not named:
+        elif not (nn.Linear in kinds if layer.axes else isinstance(layer.module, kinds)) and not named:
             skipped[name] = f"{kind} is taken only when include names it"
         elif skip_frozen and not weight.requires_grad and not named:
             skipped[name] = "frozen (requires_grad=False); include it by name to take it"
@@ -242,16 +128,63 @@ def find_layers(  # noqa: C901  # one branch per reason to leave a weight alone
     return layers, skipped
 
 
-def _weights(model: nn.Module) -> Iterator[Layer]:
+def know(model: nn.Module, axes: Mapping[str, str]) -> None:
+    """Note by which raw parameters a model multiplies: from now on they are layers.
+
+    Args:
+        model: The model; its copies know it, too, and ``state_dict`` does not hold it.
+        axes: What each axis is (see :class:`Layer`), by the parameter's name; empty for one that no step multiplies by.
+
+    Example:
+        >>> model = nn.ParameterDict({"w": torch.randn(3, 2)})
+        >>> know(model, {"w": "io"})
+        >>> [(layer.name, layer.out_axis) for layer in find_layers(model)[0]]
+        [('w', 1)]
+    """
+    model.__dict__[_KNOWN] = {**known(model), **axes}
+
+
+def known(model: nn.Module) -> dict[str, str]:
+    """What :func:`know` has noted: the axes of each raw parameter by its name."""
+    return getattr(model, "_orig_mod", model).__dict__.get(_KNOWN, {})
+
+
+def raw_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of two or more axes, by name, of which no class of module says whether they are layers."""
+    return {
+        f"{name}.{key}" if name else key: value
+        for name, module in modules_by_name(model).items()
+        if not isinstance(module, nn.utils.parametrize.ParametrizationList)
+        for key, value in module._parameters.items()
+        if not _is_of_class(module, key) and isinstance(value, Tensor) and not torch.nn.parameter.is_lazy(value)
+        if value.dim() >= 2 and value.is_floating_point()
+    }
+
+
+def _is_of_class(module: nn.Module, key: str) -> bool:
+    """Whether the class of a module says what one of its parameters is."""
+    if isinstance(module, _OF_MANY):
+        return True
+    return isinstance(module, QUANTIZABLE) and key in ("weight", "bias")
+
+
+def every_weight(model: nn.Module) -> Iterator[Layer]:
     """Every weight of two or more axes, of known layers first-class and of other modules as they come."""
+    axes = known(model)
     for name, module in modules_by_name(model).items():
-        if isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase):
-            for key, value in module._parameters.items():
-                if "weight" in key and value is not None:
-                    yield Layer(f"{name}.{key}" if name else key, module, key)
-        elif isinstance(module, QUANTIZABLE):
+        before = f"{name}." if name else ""
+        is_simple = isinstance(module, QUANTIZABLE) and not isinstance(module, _OF_MANY)
+        if is_simple:
             yield Layer(name or "weight", module, "weight")
-        elif not isinstance(module, nn.utils.parametrize.ParametrizationList):
-            for key, value in module._parameters.items():
-                if isinstance(value, Tensor) and value.dim() >= 2:
-                    yield Layer(f"{name}.{key}" if name else key, module, key)
+        for key, value in module._parameters.items():
+            # of a class made from a known one, such as an adapter, only what is known to be a layer
+            if _is_weight(module, key, value) and (axes.get(before + key) or not is_simple):
+                yield Layer(before + key, module, key, axes=axes.get(before + key, ""))
+
+
+def _is_weight(module: nn.Module, key: str, value: nn.Parameter | None) -> bool:
+    """Whether a parameter may be a weight that stands under its own name."""
+    if isinstance(module, _OF_MANY):
+        return "weight" in key and value is not None
+    is_shown = isinstance(module, nn.utils.parametrize.ParametrizationList) or _is_of_class(module, key)
+    return not is_shown and isinstance(value, Tensor) and value.dim() >= 2

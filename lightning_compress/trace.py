@@ -76,6 +76,7 @@ class Ran:
         kwargs: Its arguments by name, likewise.
         reads: The tensors among the arguments, once for each time that they occur.
         results: The tensors that it returned. One that is among the arguments was written: it has a new number here.
+        attribute: Where the function is ``get``, the attribute that was asked for, such as ``T``.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Ran:
     kwargs: dict[str, Any]
     reads: tuple[Value, ...]
     results: tuple[Value, ...]
+    attribute: str = ""
 
 
 Event = Began | Ended | Ran

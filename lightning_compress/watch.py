@@ -149,7 +149,8 @@ class Watch:
                 if any(x is y for y in given):
                     self._numbers[x] = next(self._count)
         reads = tuple(x for x in tree_leaves((known_args, known_kwargs)) if isinstance(x, Value))
-        self.trace.events.append(Ran(name, known_args, known_kwargs, reads, tuple(map(self._value, results))))
+        asked = getattr(getattr(func, "__self__", None), "__name__", "") if name == "get" else ""
+        self.trace.events.append(Ran(name, known_args, known_kwargs, reads, tuple(map(self._value, results)), asked))
         return output
 
     def _known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

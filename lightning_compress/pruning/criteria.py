@@ -68,7 +68,8 @@ class Criterion(ABC):
 
     def refuses(self, layer: Layer) -> str | None:
         """Why the layer cannot be scored; None where it can."""
-        if self.observes_activations and not isinstance(layer.module, nn.Linear | nn.modules.conv._ConvNd):
+        is_called = not layer.axes and isinstance(layer.module, nn.Linear | nn.modules.conv._ConvNd)
+        if self.observes_activations and not is_called:
             kind = type(layer.module).__name__
             return f"{type(self).__name__} observes linear and convolution layers, and this is a weight of {kind}"
         return None
@@ -276,7 +277,7 @@ class BatchNormScale(Criterion):
 
     def refuses(self, layer: Layer) -> str | None:
         """Only convolution and linear layers have a batch norm behind them."""
-        if not isinstance(layer.module, nn.Linear | nn.modules.conv._ConvNd):
+        if layer.axes or not isinstance(layer.module, nn.Linear | nn.modules.conv._ConvNd):
             return f"no batch norm can follow a weight of {type(layer.module).__name__}"
         return None
 

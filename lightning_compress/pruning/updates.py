@@ -178,7 +178,7 @@ def update_held(
     kept = keep_groups(groups, sizes, sparsity, floor, processes)
     for layer, keep, (shape, full) in zip(layers, kept, shapes, strict=True):
         mask = pattern.expand(processes.join(keep, shape), full)
-        mask = mask if isinstance(pattern, Element) else layer.out_first(mask)
+        mask = mask if isinstance(pattern, Element) else layer.as_stored(mask)
         masks[layer.name].mul_(sharded_as(mask, masks[layer.name]))
 
 

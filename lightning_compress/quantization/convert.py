@@ -234,6 +234,8 @@ def _codes(layer: Layer, norm: Any, step: float | None) -> tuple[Tensor, Tensor,
     dead = (codes == 0).transpose(0, axis).flatten(1).all(1)
     floor = torch.where(dead, scale.max(), scale)
     own_bias = getattr(layer.module, "bias", None)
+    if layer.axes and isinstance(own_bias, Tensor) and own_bias.shape != floor.shape:  # of something else
+        own_bias = None
     if isinstance(own_bias, Tensor) and step is not None:
         # integer kernels hold a bias as 32 bits in steps of both scales: a pruned or faint channel would overflow them
         lowest = own_bias.detach().abs().view(-1, floor.numel()).amax(0) * 2**-30 / step

@@ -34,7 +34,7 @@ class BiasCorrection:
         self._norms = norms
         self._layers: dict[str, Layer] = {}
         for layer in layers:
-            if not isinstance(layer.module, nn.Linear | nn.modules.conv._ConvNd):
+            if layer.axes or not isinstance(layer.module, nn.Linear | nn.modules.conv._ConvNd):
                 self.left[layer.name] = "neither a linear layer nor a convolution"
             elif layer.module._parameters.get("bias") is None and layer.name not in norms:
                 self.left[layer.name] = "neither a bias nor a folded batch norm"

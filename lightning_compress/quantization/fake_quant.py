@@ -6,6 +6,7 @@ stands in ``state_dict``: a checkpoint of a quantized model loads into the plain
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -116,8 +117,16 @@ def _upgraded(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         state = base.__getstate__(self) if hasattr(base, "__getstate__") else self.__dict__
         return _rebuild, (base, names), dict(state)
 
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        # that of the base may make a plain layer, as torch_geometric's does
+        copied: nn.Module = _rebuild(base, names)
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(reduce(self, None)[2], memo))
+        return copied
+
     members: dict[str, Any] = {name: weight_property(name) for name in names}
     members |= {"_base": base, "__reduce_ex__": reduce, "__module__": __name__}
+    members |= {"__deepcopy__": deepcopy} if hasattr(base, "__deepcopy__") else {}
     if issubclass(base, nn.RNNBase):
         # forward reads a cached list of the weights, so the list is made anew from the properties
         flat = property(

@@ -88,13 +88,13 @@ class WeightFakeQuantize(_FakeQuantize):
         """The weight as rows that share a scale, where there are groups; and the axis of the scales."""
         if self.group is None or self.axis is None or (weight.numel() // weight.shape[self.axis]) % self.group:
             return weight, self.axis
-        return weight.transpose(0, self.axis).reshape(-1, self.group), 0
+        return weight.movedim(self.axis, 0).reshape(-1, self.group), 0
 
     def _ungrouped(self, values: Tensor, weight: Tensor) -> Tensor:
         if values.shape == weight.shape:
             return values
         assert self.axis is not None
-        return values.view(weight.transpose(0, self.axis).shape).transpose(0, self.axis)
+        return values.view(weight.movedim(self.axis, 0).shape).movedim(0, self.axis)
 
     def qparams(self, weight: Tensor) -> QParams:
         """Parameters as learned, or from the weight's present values; one per row of the grouped weight, if grouped."""

@@ -68,7 +68,8 @@ def group_codes(layer: Layer) -> GroupCodes:
     fake_quantize = weights(layer.module)[layer.parameter]
     group = fake_quantize.group
     fix = f"Leave it out by exclude=[{layer.name!r}], or give it another scheme by overrides."
-    if layer.weight.dim() != 2 or isinstance(layer.module, (*EMBEDDING, nn.RNNBase, nn.RNNCellBase)):
+    is_linear = layer.weight.dim() == 2 and layer.axes in ("", "oi")
+    if not is_linear or isinstance(layer.module, (*EMBEDDING, nn.RNNBase, nn.RNNCellBase)):
         kind = type(layer.module).__mro__[1].__name__
         raise refusal("weight_granularity", group, f"'channel' or 'tensor' for {layer.name}, a {kind}", fix)
     num_inputs = layer.weight.shape[1]

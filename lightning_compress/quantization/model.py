@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_compress.checks import check_instance
-from lightning_compress.layers import QUANTIZABLE, find_layers, modules_by_name
+from lightning_compress.layers import QUANTIZABLE, find_layers, know, known, modules_by_name
 from lightning_compress.quantization.call_sites import attach_call_sites
 from lightning_compress.quantization.fake_quant import detach, downgrade, hold_on, upgrade, weights
 from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize, WeightFakeQuantize
@@ -30,7 +30,7 @@ from lightning_compress.structure.record import Record, is_removed, kept_by_id
 from lightning_compress.trace import Trace
 from lightning_compress.watch import Watch
 
-__all__ = ["ModelQuantization", "quantization_of", "quantize_layers"]
+__all__ = ["ModelQuantization", "quantization_of", "quantize_layers", "restore_quantization"]
 
 _ATTRIBUTE = "_compress_quantization"
 
@@ -63,6 +63,7 @@ class ModelQuantization:
         self.stage: Stage = "plain"
         self.scheme = scheme
         self.layers, self.skipped = find_layers(model, QUANTIZABLE, scheme.include, scheme.exclude)
+        self.known = known(model)
         self.placement: Placement | None = None
         self.activations: dict[str, ActivationFakeQuantize] = {}
         self.watch: Watch | None = None  # of the batch that is traced
@@ -250,6 +251,8 @@ class ModelQuantization:
     def state_dict(self) -> QuantizationState:
         """Scheme, places and ranges as plain values."""
         state: QuantizationState = {"scheme": self.scheme.to_state(), "enabled": self.enabled}
+        if self.known:
+            state["layers"] = dict(self.known)
         if self.placement is not None:
             state["placement"] = asdict(self.placement)
             state["ranges"] = {name: a.state.detach().cpu() for name, a in self.activations.items()}
@@ -294,6 +297,23 @@ def quantize_layers(model: nn.Module, scheme: Scheme) -> ModelQuantization:
     if quantization_of(model) is None:
         model.__dict__[_ATTRIBUTE] = ModelQuantization(model, scheme)
     return model.__dict__[_ATTRIBUTE]
+
+
+def restore_quantization(model: nn.Module, scheme: Scheme, state: QuantizationState) -> ModelQuantization:
+    """Upgrade a model's layers as those of a model that was saved, and take its places, ranges and what it learned.
+
+    Args:
+        model: The model.
+        scheme: The scheme that it was quantized by.
+        state: From :meth:`ModelQuantization.state_dict`.
+
+    Raises:
+        ValueError: If the state is of another model or scheme.
+    """
+    know(model, state.get("layers", {}))
+    quantization = quantize_layers(model, scheme)
+    quantization.load_state_dict(model, state)
+    return quantization
 
 
 def quantization_of(model: nn.Module) -> ModelQuantization | None:

@@ -86,11 +86,14 @@ def at_their_readers(placement: Placement, scheme: Scheme) -> Placement:
             return not isinstance(scheme.for_layer(place.partition(":")[0]).inputs, PerToken)
         return any(layer not in by_token for layer in readers)
 
+    def own_place(layer: str) -> str:
+        return f"{layer}:input" if layer in placement.ran else ""  # a raw parameter is called by nobody
+
     own = [name for name in placement.ran if name in by_token]
     return replace(
         placement,
         inputs=list(dict.fromkeys([*(name for name in placement.inputs if stays(f"{name}:input")), *own])),
         outputs=[name for name in placement.outputs if stays(f"{name}:output")],
         calls=[place for place in placement.calls if stays(place)],
-        feeds={layer: f"{layer}:input" if layer in by_token else place for layer, place in placement.feeds.items()},
+        feeds={layer: own_place(layer) if layer in by_token else place for layer, place in placement.feeds.items()},
     )

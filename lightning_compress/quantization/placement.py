@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_compress.layers import Layer, modules_by_name
+from lightning_compress.multiplied import Product, find_products
 from lightning_compress.quantization.call_sites import is_call_site
+from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.walk import Walk
 from lightning_compress.trace import Trace, Value, find_norms, ran
 
@@ -98,9 +100,25 @@ def without_data(placement: Placement | None, layers: Sequence[Layer], seen: Map
             found[layer.name] = "no batch of the calibration ran it, so it stays in float"
         elif layer.module_name in placement.transformed:
             found[layer.name] = "it multiplies by what it computes from its weight, so it stays in float"
-        elif any(seen.values()) and not seen.get(placement.feeds.get(layer.module_name, ""), True):
+        elif any(seen.values()) and not seen.get(_feed(placement, layer), True):
             found[layer.name] = "no data reached it while ranges were observed, so it stays in float"
     return found
+
+
+def _feed(placement: Placement, layer: Layer) -> str:
+    """The place whose values a layer reads: a raw parameter by itself, another one by its module."""
+    return placement.feeds.get(layer.name if layer.axes else layer.module_name, "")
+
+
+def _by_raw(trace: Trace, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[int, list[Product]]:
+    """The multiplications by raw parameters that are quantized, by the index of the event."""
+
+    def is_quantized(product: Product) -> bool:
+        module, _, key = product.name.rpartition(".")
+        return key in weights(modules[module])
+
+    found = find_products(trace, model)
+    return {time: [product for product in products if is_quantized(product)] for time, products in found.items()}
 
 
 def find_placement(trace: Trace, model: nn.Module, quantized: Collection[str]) -> Placement:
@@ -112,7 +130,7 @@ def find_placement(trace: Trace, model: nn.Module, quantized: Collection[str]) -
         quantized: Names of the modules with quantized weights.
     """
     modules = modules_by_name(model)
-    walk = Walk(trace, modules, quantized)
+    walk = Walk(trace, modules, quantized, _by_raw(trace, model, modules))
     names = ran(trace)
     placement = Placement(ran=[name for name in modules if name in names and name in quantized])
     norms = {name for name, module in modules.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)}

@@ -31,11 +31,13 @@ _PLAIN = (bool, int, float, str, list, type(None))
 class QuantizationState(TypedDict, total=False):
     """A quantization as plain values and tensors, so that ``weights_only=True`` loads it.
 
+    ``layers`` says by which raw parameters the model multiplies (:func:`lightning_compress.layers.know`).
     ``placement``, ``ranges`` and ``learned`` are there once quantizers of activations have been placed.
     """
 
     scheme: dict[str, Any]
     enabled: bool
+    layers: dict[str, str]
     placement: dict[str, Any]
     ranges: dict[str, Tensor]
     learned: dict[str, dict[str, Any]]
@@ -78,6 +80,9 @@ def _check_kinds(state: QuantizationState) -> None:
     """Raise for what no quantization has written: another program's, or a damaged one's."""
     _kind("it", state, Mapping)
     _kind("enabled", state.get("enabled"), bool)
+    for name, axes in _kind("layers", state.get("layers", {}), Mapping).items():
+        _kind("a name in layers", name, str)
+        _kind(f"layers of {name}", axes, str)
     if "placement" not in state:
         return
     _check_places(_kind("placement", state["placement"], Mapping))

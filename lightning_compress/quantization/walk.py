@@ -6,14 +6,15 @@ What a place is: ``name:input`` and ``name:output`` of a module, ``name:silu.1``
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lightning_compress.functions import ADDITIONS, AVERAGES, CLIPS, LAYERS, MULTIPLICATIONS, STATISTICS, keeps_values
-from lightning_compress.layers import EMBEDDING
+from lightning_compress.layers import EMBEDDING, QUANTIZABLE
+from lightning_compress.multiplied import Product
 from lightning_compress.trace import Began, Ended, Ran, Trace, Value
 
 __all__ = ["Walk"]
@@ -46,9 +47,16 @@ class Walk:
         trace: Of one batch.
         modules: All modules by name.
         quantized: Names of those with quantized weights.
+        products: The multiplications by quantized raw parameters, by the index of the event.
     """
 
-    def __init__(self, trace: Trace, modules: Mapping[str, nn.Module], quantized: Collection[str]) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        modules: Mapping[str, nn.Module],
+        quantized: Collection[str],
+        products: Mapping[int, Sequence[Product]],
+    ) -> None:
         self.places: list[str] = []
         self.feeds: dict[str, str] = {}
         self.num_calls: Counter[str] = Counter()
@@ -69,12 +77,16 @@ class Walk:
         self._calls: list[_Call] = []
         # the layer that a stored weight belongs to, and the layers that multiply by it as it is stored
         own = {name: number for (name, key), number in trace.tensors.items() if key == "weight"}
-        self._weight_of = {name: own[name] for name in quantized if name in own}
+        layers = [name for name in quantized if isinstance(modules[name], QUANTIZABLE)]
+        self._weight_of = {name: own[name] for name in layers if name in own}
         self._owners = {number: name for name, number in self._weight_of.items()}
         self._as_stored: set[str] = set()
         self._computed: set[str] = set()
         for time, event in enumerate(trace.events):
             self._step(time, event)
+            for product in products.get(time, ()):
+                if self._calls:
+                    self.feeds.setdefault(product.name, self._need(product.by))
 
     @property
     def transformed(self) -> set[str]:
@@ -118,7 +130,8 @@ class Walk:
         self.num_calls[event.name] += 1
         self._calls.append(_Call(event.name, None if first is None else self._root(first), time))
         module = self._modules[event.name]
-        if event.name in self._quantized and not isinstance(module, EMBEDDING):
+        is_layer = isinstance(module, QUANTIZABLE) and not isinstance(module, EMBEDDING)
+        if event.name in self._quantized and is_layer:
             for value in _read_by(module, event):
                 if value is not None and value.dtype.is_floating_point:
                     self.feeds[event.name] = self._need(value)

@@ -145,8 +145,8 @@ def encode_quantized(
 
 def _scaled(levels: Tensor, scale: Tensor, axis: int) -> Tensor:
     """Levels times scales, which stand for the same number of weights each, in the order of the channels."""
-    channels = levels.transpose(0, axis)
-    return (channels.reshape(len(scale), -1) * scale[:, None]).view(channels.shape).transpose(0, axis)
+    channels = levels.movedim(axis, 0)
+    return (channels.reshape(len(scale), -1) * scale[:, None]).view(channels.shape).movedim(0, axis)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -26,7 +26,7 @@ from lightning_compress.deploy.packed.claims import check_content, read_index
 from lightning_compress.deploy.packed.codec import decode, encode, encode_quantized, same_bits
 from lightning_compress.files import write_whole
 from lightning_compress.quantization.fake_quant import weights
-from lightning_compress.quantization.model import quantization_of, quantize_layers
+from lightning_compress.quantization.model import quantization_of, restore_quantization
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.structure.record import restore_structure, structure_of
 
@@ -186,10 +186,10 @@ def _quantized(model: nn.Module) -> Iterator[tuple[str, Shown]]:
             codes, qparams = fake_quantize.codes(weight)
             scale = qparams.scale.float()
             if scale.dim():
-                channels = codes.transpose(0, axis)
+                channels = codes.movedim(axis, 0)
                 unscaled = qparams._replace(scale=torch.ones_like(scale), axis=0)
                 rows = fake_quantize.quantizer.dequantize(channels.reshape(len(scale), -1).float(), unscaled)
-                levels = rows.view(channels.shape).transpose(0, axis)
+                levels = rows.view(channels.shape).movedim(0, axis)
             else:
                 levels = codes
             shown = fake_quantize(weight) + 0.0  # no code tells -0 from 0
@@ -212,7 +212,7 @@ def _quantization(model: nn.Module) -> dict[str, Any]:
 
 def _quantize(model: nn.Module, state: Any) -> None:
     """Let a model quantize as the saved one did."""
-    quantize_layers(model, Scheme.from_state(state["scheme"])).load_state_dict(model, state)
+    restore_quantization(model, Scheme.from_state(state["scheme"]), state)
 
 
 def _identity(value: Tensor) -> tuple[object, ...]:
