@@ -13,8 +13,11 @@ _REST = slice(1, None)
 _SCALED = dict.fromkeys(("QLinearConv", "QLinearMatMul", "QGemm", "QLinearConvTranspose"), slice(3, 4))
 _PLAIN = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 _WEIGHTS = {**_SCALED, **dict.fromkeys(_PLAIN, slice(1, 2)), "DynamicQuantizeLSTM": slice(1, 3)}
-_FLOAT = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU", "RNN")
+_FLOAT = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Einsum")
+_FLOAT += ("LSTM", "GRU", "RNN")
+_ANY_SIDE = ("Einsum", "MatMul", "FusedMatMul")  # which may read a quantized weight first
 _HEAVY = (*_WEIGHTS, *_FLOAT, "MatMulNBits")
+_MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Cast")
 
 
 class Operation(NamedTuple):
@@ -50,12 +53,18 @@ def operations(file: Path, optimized: Path) -> list[Operation]:
 
     graph = onnx.load(optimized).graph
     constant = {value.name for value in graph.initializer}
-    constant |= {
-        x for node in graph.node if "Dequantize" in node.op_type for x in node.output if node.input[0] in constant
-    }
+    decoded: set[str] = set()
+    for node in graph.node:
+        is_decoded = "Dequantize" in node.op_type and node.input[0] in constant
+        if is_decoded or (node.op_type in _MOVES and node.input[0] in decoded):
+            decoded.update(node.output)
     made = {x: node for node in onnx.load(file).graph.node for x in node.output}
     heavy = [node for node in graph.node if node.op_type in _HEAVY]
-    return [Operation(_module(made, node), node.op_type) for node in heavy if constant & set(_weights(node))]
+    return [
+        Operation(_module(made, node), node.op_type)
+        for node in heavy
+        if (constant | decoded) & set(_weights(node)) or (node.op_type in _ANY_SIDE and decoded & set(node.input))
+    ]
 
 
 def _weights(node: Any) -> list[str]:
@@ -67,9 +76,9 @@ def _module(made: Mapping[str, Any], node: Any) -> str:
     found = next((made[x] for x in (x.removesuffix("_pre_q") for x in node.output) if x in made), None)
     while found is not None and found.op_type not in _HEAVY:  # what was fused with it
         found = made.get(found.input[0])
-    for x in [] if found is None else _weights(found):
+    for x in [] if found is None else [*_weights(found), *found.input[:1]]:
         name = x
-        while name in made and made[name].input:
+        while name in made and made[name].input and made[name].op_type not in _HEAVY:
             name = made[name].input[0]
         outer, *inner = name.split(".")
         if outer == "model" and inner:

@@ -57,6 +57,24 @@ class _Rounded(_Codes):
         return ops.dequantize_per_channel(ops.quantize_per_channel(self.values, *rest), *rest)
 
 
+class _Flat:
+    """A weight of more than two axes in the codes of a matrix, put into its shape behind them.
+
+    The operations that write codes know one axis with scales. For a matrix runtimes have kernels by it; onnxruntime
+    fails on a stack of matrices.
+    """
+
+    enabled = True
+
+    def __init__(self, written: type[_Codes], codes: Tensor, scale: Tensor, axis: int) -> None:
+        self._axis = axis
+        self._shape = codes.movedim(axis, -1).shape
+        self._matrix = written(codes.movedim(axis, -1).reshape(-1, codes.shape[axis]), scale, 1)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return self._matrix(weight).view(self._shape).movedim(-1, self._axis)
+
+
 def convert(model: Module, activations: Activations = "uint8", rounded_weights: bool = False) -> Module:
     """A copy for export: integer weights, explicit QDQ operations, batch norm folded, in eval mode on the CPU.
 
@@ -113,7 +131,9 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
         feed = quantization.activations.get(placement.feeds.get(layer.name, ""))
         step = float(feed.qparams().scale) if feed is not None and feed.enabled else None
         codes = _codes(layer, modules[folds[layer.name]] if layer.name in folds else None, step)
-        weights(layer.module)[layer.parameter] = (_Rounded if rounded_weights else _Codes)(*codes)
+        written = _Rounded if rounded_weights else _Codes
+        is_stack = bool(layer.axes) and "k" not in layer.axes and layer.weight.dim() > 2
+        weights(layer.module)[layer.parameter] = _Flat(written, *codes) if is_stack else written(*codes)
     for norm in folds.values():
         _replace(model, norm, _identity_like(modules[norm]))
     _write_activations([a for a in quantization.activations.values() if a.enabled], activations)
@@ -151,7 +171,7 @@ def overflowing(converted: nn.Module, integer_lstm: bool = False) -> list[str]:
         if is_wide(feed.quantizer):  # no such kernel takes 16 bits
             continue
         written = weights(layer.module)[layer.parameter]
-        if not written.enabled:
+        if not written.enabled or isinstance(written, _Flat):  # which computes in float
             continue
         read = feed.quantize
         assert isinstance(read, QuantizeDequantize)
