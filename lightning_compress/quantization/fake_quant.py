@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.layers import Layer, modules_by_name
+from lightning_compress.layers import QUANTIZABLE, Layer, modules_by_name
 from lightning_compress.quantization.call_sites import attach_call_sites, detach_call_sites, is_call_site
 from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize, WeightFakeQuantize
 from lightning_compress.quantization.quantizer import Quantizer
@@ -100,7 +100,8 @@ def activations(module: nn.Module) -> list[ActivationFakeQuantize]:
 
 
 def _rebuild(base: object, names: tuple[str, ...]) -> nn.Module:
-    return _upgraded(base, names).__new__(_upgraded(base, names))
+    kind: Any = base
+    return kind.__new__(_upgraded(kind, names))
 
 
 @cache
@@ -117,6 +118,9 @@ def _upgraded(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         state = base.__getstate__(self) if hasattr(base, "__getstate__") else self.__dict__
         return _rebuild, (base, names), dict(state)
 
+    def new(kind: type, *args: Any, **kwargs: Any) -> nn.Module:
+        return base(*args, **kwargs)  # what type(module)(...) makes is a plain layer
+
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         # that of the base may make a plain layer, as torch_geometric's does
         copied: nn.Module = _rebuild(base, names)
@@ -125,7 +129,7 @@ def _upgraded(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         return copied
 
     members: dict[str, Any] = {name: weight_property(name) for name in names}
-    members |= {"_base": base, "__reduce_ex__": reduce, "__module__": __name__}
+    members |= {"_base": base, "__reduce_ex__": reduce, "__module__": __name__, "__new__": new}
     members |= {"__deepcopy__": deepcopy} if hasattr(base, "__deepcopy__") else {}
     if issubclass(base, nn.RNNBase):
         # forward reads a cached list of the weights, so the list is made anew from the properties
@@ -136,4 +140,6 @@ def _upgraded(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     if issubclass(base, nn.MultiheadAttention):
         # compiled, it would be many functions, and not the one that a call site is known by
         members["forward"] = torch.compiler.disable(base.forward)
-    return type(f"FakeQuant{base.__name__}", (base,), members)
+    # one of the user's own, with raw parameters, keeps its name in messages
+    name = f"FakeQuant{base.__name__}" if issubclass(base, QUANTIZABLE) else base.__name__
+    return type(name, (base,), members)
