@@ -40,7 +40,7 @@ class GradualPruning(Masking):
             larger ones (Evci 2020, arXiv:1911.11134).
         phase: When the sparsity rises.
         every: Optimizer steps between two updates of the masks; the end of the phase is always an update.
-        include: Name patterns of the layers to prune; empty for all linear, convolution, attention and recurrent ones.
+        include: Name patterns of the layers to prune; empty for all that multiply, embeddings apart.
         exclude: Name patterns of layers to leave dense.
         targets: Final sparsity of single layers by name pattern; they rise along the same schedule.
         floor: Smallest share of what all layers keep on average that a layer keeps, so that none is emptied; the

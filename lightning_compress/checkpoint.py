@@ -84,7 +84,7 @@ def load_from_checkpoint(
                 f"was trained with, or give another checkpoint. {error}"
             ) from error
     with _damaged(path):
-        know(model, _found(checkpoint, "layers") or {})  # type: ignore[arg-type]  # a LightningModule
+        know(model, _found(checkpoint, "layers") or {})
     state: Any = _found(checkpoint, "quantization")
     if state is not None:
         with _damaged(path):

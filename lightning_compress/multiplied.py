@@ -164,10 +164,11 @@ def _side_by_side(weight: Value, roles: str) -> str:
 
 
 def _einsum(equation: str, given: Sequence[object]) -> Iterable[tuple[Value, str, list[Value]]]:
-    operands = [*given[0]] if len(given) == 1 and isinstance(given[0], list | tuple) else [*given]
+    listed = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
+    operands = [x for x in listed if isinstance(x, Value)]
     terms, _, result = equation.replace(" ", "").partition("->")
     names = [term.replace("...", ".") for term in terms.split(",")]
-    if len(names) != len(operands) or not all(isinstance(x, Value) for x in operands):
+    if len(names) != len(operands):
         return
     if "->" not in equation:
         every = "".join(names)

@@ -13,8 +13,10 @@ _REST = slice(1, None)
 _SCALED = dict.fromkeys(("QLinearConv", "QLinearMatMul", "QGemm", "QLinearConvTranspose"), slice(3, 4))
 _PLAIN = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 _WEIGHTS = {**_SCALED, **dict.fromkeys(_PLAIN, slice(1, 2)), "DynamicQuantizeLSTM": slice(1, 3)}
-_FLOAT = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Einsum")
-_FLOAT += ("LSTM", "GRU", "RNN")
+_FLOAT = (
+    *("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Einsum"),
+    *("LSTM", "GRU", "RNN"),
+)
 _ANY_SIDE = ("Einsum", "MatMul", "FusedMatMul")  # which may read a quantized weight first
 _HEAVY = (*_WEIGHTS, *_FLOAT, "MatMulNBits")
 _MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Cast")
