@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -231,8 +232,10 @@ def test_a_criterion_that_observes_modules_refuses_them_in_words(tmp_path: Path)
 
 
 def test_the_share_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
-        fit(tmp_path, make("conv1d"), GradualPruning(0.5, phase=Phase(0.1, 0.5)), QuantizationAwareTraining())
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(caplog.handler)
+    fit(tmp_path, make("conv1d"), GradualPruning(0.5, phase=Phase(0.1, 0.5)), QuantizationAwareTraining())
+    logger.removeHandler(caplog.handler)
     assert "GradualPruning prunes 100 % of the 640 trainable weights that multiply" in caplog.text
     assert "QuantizationAwareTraining quantizes 100 % of the 640" in caplog.text
     assert "94 % of all 680 parameters" in caplog.text
