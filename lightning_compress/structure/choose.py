@@ -11,13 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.structure.channels import located
-from lightning_compress.structure.groups import Group
-from lightning_compress.structure.heads import Attention
+from lightning_compress.structure.axes import Axis, leaves_of, place_of
+from lightning_compress.structure.dependencies import Followed, Group
+from lightning_compress.structure.literals import follow_sizes
 from lightning_compress.structure.record import Record, Value, tensors_by_name
+from lightning_compress.structure.sizes import sizes_of_module
 
 __all__ = ["Drops", "Limits", "drop_fewest", "drop_lowest", "num_channels", "num_parameters", "record_of"]
-__all__ += ["score_groups"]
+__all__ += ["dropped_by_leaf", "kept_along", "score_groups"]
 
 Drops = dict[str, Tensor]
 """By the name of each group, which of its atoms go: one bool per atom."""
@@ -31,27 +32,29 @@ def score_groups(groups: Sequence[Group], model: nn.Module, scores: Mapping[str,
         model: The model they are of.
         scores: A criterion's scores by the name of the weight's tensor, in the weight's shape; higher = keep.
     """
-    modules = dict(model.named_modules())
     found: dict[str, Tensor] = {}
+    relative = {name: _relative(values) for name, values in scores.items()}
     for group in groups:
-        num = int(group.atoms.max()) + 1
+        num = len(group.sizes)
         total = torch.zeros(num)
         num_tensors = torch.zeros(num)
         for place in group.places:
-            for name, axis, positions, roots in located(place, modules):
-                if name not in scores:
-                    continue
-                values = scores[name].detach().cpu().float()
-                # Squared with their signs: a criterion may give negative scores.
-                values = (values * values.abs()).transpose(0, axis).flatten(1).mean(1)
-                values = values / values.abs().mean().clamp(min=1e-30)
-                atoms = group.atoms[roots].expand_as(positions).flatten()
-                sums = torch.zeros(num).index_add_(0, atoms, values[positions.flatten()])
-                counts = torch.bincount(atoms, minlength=num)
-                total += sums / counts.clamp(min=1)
-                num_tensors += (counts > 0).float()
+            if place.name not in relative:
+                continue
+            values = relative[place.name].transpose(0, place.axis).flatten(1).mean(1)
+            values = values / values.abs().mean().clamp(min=1e-30)
+            sums = torch.zeros(num).index_add_(0, place.atoms, values[place.positions])
+            counts = torch.bincount(place.atoms, minlength=num)
+            total += sums / counts.clamp(min=1)
+            num_tensors += (counts > 0).float()
         found[group.name] = total / num_tensors.clamp(min=1)
     return found
+
+
+def _relative(values: Tensor) -> Tensor:
+    """Scores squared with their signs: a criterion may give negative ones."""
+    values = values.detach().cpu().float()
+    return values * values.abs()
 
 
 @dataclass(frozen=True)
@@ -175,29 +178,82 @@ def num_parameters(model: nn.Module, record: Record) -> int:
     return total
 
 
-def record_of(model: nn.Module, groups: Sequence[Group], drops: Drops) -> Record:
-    """What is kept of every tensor, and the attributes that change with it."""
-    modules = dict(model.named_modules())
-    gone: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    lost: dict[tuple[str, str], set[int]] = defaultdict(set)
-    attributes: dict[str, dict[str, Value]] = defaultdict(dict)
-    for group in groups:
-        drop = drops.get(group.name)
+def kept_along(axis: Axis, dropped: Mapping[Axis, Tensor]) -> Tensor | None:
+    """Which positions of an axis are kept when channels go: one bool each; None where that is all of them.
+
+    Args:
+        axis: The axis.
+        dropped: Which channels go, by their leaf.
+    """
+    keep: Tensor | None = None
+    for leaf in {id(leaf): leaf for leaf in leaves_of(axis)}.values():
+        drop = dropped.get(leaf)
         if drop is None or not drop.any():
             continue
-        for place in group.places:
-            chosen = drop[group.atoms[place.roots]]
-            if place.side != "raw":
-                lost[place.module, place.side].update(place.channels[chosen].tolist())
-            for name, axis, positions, _ in located(place, modules):
-                gone[name][axis].append(positions[:, chosen].flatten())
-        for attention in group.attentions:
-            attributes[attention.name] |= _attributes_of_attention(attention, group, drop)
-    for (name, side), channels in lost.items():
-        for part, changed in _attributes_of_module(modules[name], side, len(channels)).items():
-            attributes[f"{name}.{part}".strip(".")] |= changed
+        for atoms in place_of(axis, leaf):
+            gone = drop[atoms.clamp(min=0)] & (atoms >= 0)
+            keep = ~gone if keep is None else keep & ~gone
+    return keep
+
+
+def dropped_by_leaf(groups: Sequence[Group], drops: Drops) -> dict[Axis, Tensor]:
+    """Which channels go, by their leaf."""
+    return {group.leaf: drops[group.name] for group in groups if group.name in drops and drops[group.name].any()}
+
+
+def record_of(model: nn.Module, groups: Sequence[Group], drops: Drops) -> Record:
+    """What is kept of every tensor, and the attributes that change with it."""
+    dropped = dropped_by_leaf(groups, drops)
+    if not dropped:
+        return Record()
+    followed = next(group.followed for group in groups)
+    gone: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for group in groups:
+        drop = dropped.get(group.leaf)
+        for place in group.places if drop is not None else ():
+            gone[place.name][place.axis].append(place.positions[drop[place.atoms]])  # type: ignore[index]
     kept = _kept(tensors_by_name(model), gone)
-    return Record(kept, {name: values for name, values in attributes.items() if values})
+    return Record(kept, _attributes(model, followed, kept, dropped))
+
+
+def _attributes(
+    model: nn.Module,
+    followed: Followed,
+    kept: Mapping[str, Mapping[int, Tensor]],
+    dropped: Mapping[Axis, Tensor],
+) -> dict[str, dict[str, Value]]:
+    """The attributes that say how large axes are, after some have lost channels."""
+
+    def size_after(axis: Axis) -> int:
+        keep = kept_along(axis, dropped)
+        return axis.size if keep is None else int(keep.sum())
+
+    attributes: dict[str, dict[str, Value]] = defaultdict(dict)
+    tensors = tensors_by_name(model)
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        own = {key: f"{prefix}{key}" for key in _own_tensors(module)}
+        inputs = followed.inputs.get(name)
+        if inputs is None and not any(full in kept for full in own.values()):
+            continue
+        after = {key: _shape_after(tensors[full], kept.get(full, {})) for key, full in own.items() if full in tensors}
+        read = None if inputs is None else tuple(map(size_after, inputs))
+        attributes[name] |= sizes_of_module(module, after, read)
+    for name, values in follow_sizes(model, followed.uses, size_after).items():
+        attributes[name] |= values
+    return {name: values for name, values in attributes.items() if values}
+
+
+def _own_tensors(module: nn.Module) -> list[str]:
+    """Names of a module's tensors; of the parts of an attention, and of a parametrization, too."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [key for key, _ in module.named_parameters()]
+    keys = [key for key, x in (*module._parameters.items(), *module._buffers.items()) if x is not None]
+    return keys + [key for key, _ in module.named_parameters() if key.startswith("parametrizations.")]
+
+
+def _shape_after(tensor: Tensor, axes: Mapping[int, Tensor]) -> torch.Size:
+    return torch.Size(len(axes[axis]) if axis in axes else size for axis, size in enumerate(tensor.shape))
 
 
 def _kept(
@@ -212,36 +268,3 @@ def _kept(
             keep[torch.cat(list(parts))] = False
             kept[name][axis] = keep.nonzero().flatten()
     return kept
-
-
-def _attributes_of_attention(attention: Attention, group: Group, drop: Tensor) -> dict[str, int]:
-    """Changed attributes of a user's attention when a group loses atoms."""
-    first = next(place for place in group.places if place.side == "out" and place.module in attention.layers)
-    num_channels = len(first.channels[drop[group.atoms[first.roots]]].unique())
-    num_lost = num_channels // (attention.head_dim * attention.layers[first.module])
-    left = attention.num_heads - num_lost
-    return dict.fromkeys(attention.attributes, left) | dict.fromkeys(attention.sizes, left * attention.head_dim)
-
-
-def _attributes_of_module(module: nn.Module, side: str, lost: int) -> dict[str, Mapping[str, Value]]:
-    """Changed attributes of a module and of its parts when one side loses channels."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        if module.groups == module.in_channels == module.out_channels and module.groups > 1:
-            return {"": dict.fromkeys(("in_channels", "out_channels", "groups"), module.groups - lost)}
-        return _less(module, f"{side}_channels", lost)
-    if isinstance(module, nn.Linear):
-        return _less(module, f"{side}_features", lost)
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return {"": {"normalized_shape": (*module.normalized_shape[:-1], module.normalized_shape[-1] - lost)}}
-    if isinstance(module, nn.MultiheadAttention):
-        dim = module.embed_dim - lost
-        own: dict[str, Value] = {"embed_dim": dim, "kdim": dim, "vdim": dim, "num_heads": dim // module.head_dim}
-        return {"": own, "out_proj": {"in_features": dim, "out_features": dim}}
-    for key in ("num_features", "num_channels", "embedding_dim", "num_parameters"):
-        if key in vars(module):
-            return _less(module, key, lost)
-    return {}
-
-
-def _less(module: nn.Module, key: str, lost: int) -> dict[str, Mapping[str, Value]]:
-    return {"": {key: vars(module)[key] - lost}}
