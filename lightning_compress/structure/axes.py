@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Literal
 
 import torch
@@ -28,13 +29,15 @@ class Axis:
         why: Why none of them can be removed; empty where nothing speaks against it.
     """
 
-    __slots__ = ("_is", "kind", "parts", "size", "why")
+    __slots__ = ("_is", "kind", "number", "parts", "size", "why")
+    _numbers = count()
 
     def __init__(self, size: int, why: str = "") -> None:
         self.size = size
         self.why = why
         self.kind: Literal["leaf", "product", "sum"] = "leaf"
         self.parts: tuple[Axis, ...] = ()
+        self.number = next(Axis._numbers)
         self._is: Axis | None = None
 
     @property
@@ -113,7 +116,7 @@ def unite(a: Axis, b: Axis) -> None:
             continue
         if a.size != b.size:
             _clash(a, b)
-        elif a.kind == "leaf":
+        elif a.kind == "leaf" and (b.kind != "leaf" or a.number > b.number):  # the older leaf stays
             a.becomes(b)
         elif b.kind == "leaf":
             b.becomes(a)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_compress.structure.axes import Axis
 from lightning_compress.structure.choose import kept_along
 from lightning_compress.structure.dependencies import Followed
 from lightning_compress.structure.follow import Follow, name_of
+from lightning_compress.structure.rules.call import Axes
 from lightning_compress.structure.rules.reductions import RULES as REDUCTIONS
 from lightning_compress.structure.rules.reductions import reduced_dims
 
@@ -50,9 +50,13 @@ class Zeroed(Follow):
         if name in REDUCTIONS and name not in _SUMS and isinstance(args[0], Tensor):
             call = self.call_of(func, args, kwargs, [])
             left = args[0]
+            if call["other"] is not None:
+                return func(*args, **kwargs)
             for dim in reduced_dims(call, left.dim()):
                 left = self._left(left, args[0], dim)
             return func(left, *args[1:], **kwargs)
+        if name == "_weight_norm_interface":
+            return func(self._without(args[0]), *args[1:], **kwargs)
         if name == "native_layer_norm":
             return self._layer_norm(func, *args)
         if name == "native_group_norm":
@@ -65,11 +69,19 @@ class Zeroed(Follow):
             return  # a view of what has its zeros, or of a parameter
         for x in outputs:
             if x.is_floating_point():
-                for dim, axis in enumerate(self.axes_of(x)):
-                    keep = self.kept(axis)
-                    if keep is not None:
-                        gone = (~keep).nonzero().flatten()
-                        x.index_fill_(dim, gone, 0.0)
+                self._zero(x, self.axes_of(x))
+
+    def _zero(self, x: Tensor, axes: Axes) -> None:
+        for dim, axis in enumerate(axes):
+            keep = self.kept(axis)
+            if keep is not None:
+                x.index_fill_(dim, (~keep).nonzero().flatten(), 0.0)
+
+    def _without(self, x: Tensor) -> Tensor:
+        """A copy of a tensor with zeros where channels are gone."""
+        copy = x.clone()
+        self._zero(copy, self.axes_of(x))
+        return copy
 
     def _left(self, x: Tensor, like: Tensor, dim: int) -> Tensor:
         """What is left of a tensor along one of the axes of another."""

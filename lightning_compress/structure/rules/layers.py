@@ -27,6 +27,15 @@ _SECOND = {"mm": "mat2", "bmm": "mat2", "mv": "vec", "addmm": "mat2", "baddbmm":
 _SECOND |= {"dot": "tensor", "_addmm_activation": "mat2"}
 
 
+def _product_of_experts(call: Call) -> Sequence[Axes] | None:
+    """(rows, k) times (experts, k, n), of which each expert takes some of the rows."""
+    first, second = call.axes("self"), call.axes("mat2")
+    if (len(first), len(second)) != (2, 3):
+        return None
+    unite(first[1], second[1])
+    return [(first[0], second[2])]
+
+
 def _dot(call: Call) -> Sequence[Axes]:
     unite(call.axes()[0], call.axes("tensor")[0])
     return [()]
@@ -175,6 +184,7 @@ _MOVING += ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "bmm", "mv", "addmm", "baddbmm", "addmv", "_addmm_activation"), _product),
     "dot": _dot,
+    "_grouped_mm": _product_of_experts,
     "linear": _linear,
     "_cdist_forward": _distance,
     "_euclidean_dist": _distance,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lightning_compress.structure.axes import Axis
 from lightning_compress.structure.rules.call import Axes, Call, Rule
+from lightning_compress.structure.rules.same import elementwise
 
 __all__ = ["RULES", "reduced_dims"]
 
@@ -38,8 +39,8 @@ def reduced_dims(call: Call, num: int) -> set[int]:
 
 
 def _reduced(call: Call) -> Sequence[Axes] | None:
-    if call.name in ("max", "min") and call["other"] is not None:
-        return None
+    if call["other"] is not None:  # the larger or smaller one of two
+        return elementwise(call)
     axes = call.axes()
     dims = reduced_dims(call, len(axes))
     if call.name in _BY_POSITION or call.name in _CHOOSING:
