@@ -18,6 +18,7 @@ from lightning_compress.pruning import Criterion
 from lightning_compress.structure.choose import (
     Drops,
     Limits,
+    Scope,
     drop_lowest,
     num_channels,
     num_parameters,
@@ -46,9 +47,9 @@ _SHARE = "a share in 0..1, below 1, such as 0.5"
 class ChannelPruning(Shrinking[ChannelProgress]):
     """Removes channels from all layers that share them, and with them parameters, optimizer state and time.
 
-    Which channels go together is traced on a copy (torch-pruning, Fang 2023, arXiv:2301.12900); a smaller copy is
-    proven to compute what the dense one computes with these channels at zero, before the model itself is touched. What
-    cannot be removed safely is left alone and named in ``skipped``. Heads of attentions are removed as a whole.
+    Which channels go together is followed through a forward of a copy, operation by operation; a smaller copy is proven
+    to compute what the dense one computes with these channels at zero, before the model itself is touched. What cannot
+    be removed safely is left alone and named in ``skipped``. Heads of attentions are removed as a whole.
 
     Args:
         sparsity: Share removed by the end of the phase, 0..1.
@@ -58,7 +59,9 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         steps: Number of shrinks.
         target: What the share is taken of: ``"channels"`` (of those that can be removed), ``"parameters"``,
             ``"macs"`` (multiply-accumulates) or ``"latency"`` (measured on the CPU, one sample).
-        scope: ``"global"`` ranks all channels together, each relative to its layer; ``"local"`` each group by itself.
+        scope: ``"global"`` ranks all channels together, each relative to its layer; ``"local"`` each group by itself;
+            ``"balanced"`` by the mean of both ranks, with what three or more layers share, such as the width of a
+            residual stream, behind the lower half of the others.
         include: Name patterns of the layers whose output channels may go; empty for all.
         exclude: Name patterns of layers that keep their output channels.
         num_heads: Number of heads by the name pattern of an attention, where its attributes do not tell.
@@ -89,7 +92,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         phase: Phase | None = None,
         steps: int = 1,
         target: Target = "channels",
-        scope: Literal["global", "local"] = "global",
+        scope: Scope = "balanced",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         num_heads: Mapping[str, int] | None = None,
@@ -119,8 +122,8 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         check_whole_number("ChannelPruning.steps", self.steps, "a whole number from 1", low=1)
         check_whole_number("ChannelPruning.round_to", self.round_to, "a whole number from 1", low=1)
         check_one_of("ChannelPruning.target", self.target, ("channels", "parameters", "macs", "latency"))
-        meaning = "'global' ranks all channels together, 'local' those of each group."
-        check_one_of("ChannelPruning.scope", self.scope, ("global", "local"), meaning)
+        meaning = "'global' ranks all channels together, 'local' those of each group, 'balanced' is in between."
+        check_one_of("ChannelPruning.scope", self.scope, ("balanced", "global", "local"), meaning)
         heads = "a dict of whole numbers from 1 by name pattern, such as {'attention': 8}"
         check_by_name("ChannelPruning.num_heads", self.num_heads, heads)
         for pattern, num in self.num_heads.items():

@@ -17,8 +17,11 @@ from lightning_compress.structure.literals import follow_sizes
 from lightning_compress.structure.record import Record, Value, tensors_by_name
 from lightning_compress.structure.sizes import sizes_of_module
 
-__all__ = ["Drops", "Limits", "drop_fewest", "drop_lowest", "num_channels", "num_parameters", "record_of"]
+__all__ = ["Drops", "Limits", "Scope", "drop_fewest", "drop_lowest", "num_channels", "num_parameters", "record_of"]
 __all__ += ["dropped_by_leaf", "kept_along", "score_groups"]
+
+Scope = Literal["balanced", "global", "local"]
+"""Which channels compete with each other."""
 
 Drops = dict[str, Tensor]
 """By the name of each group, which of its atoms go: one bool per atom."""
@@ -65,14 +68,14 @@ class Limits:
         floor: Smallest share of its dense channels that a group keeps.
         round_to: Each group keeps a multiple of this number of channels.
         widths: Channels of the dense groups, by name; without them, those that they have now.
-        scope: ``"global"`` ranks all groups together, ``"local"`` each by itself.
+        scope: ``"global"`` ranks all groups together, ``"local"`` each by itself, ``"balanced"`` in between.
         shares: Share of its channels that each group loses, by name; they take the place of a search for a target.
     """
 
     floor: float = 0.1
     round_to: int = 1
     widths: Mapping[str, int] | None = None
-    scope: Literal["global", "local"] = "global"
+    scope: Scope = "global"
     shares: Mapping[str, float] | None = None
 
 
@@ -86,7 +89,9 @@ def drop_lowest(groups: Sequence[Group], scores: Mapping[str, Tensor], ratio: fl
         limits: How far the groups may shrink.
     """
     kept = {group.name: torch.ones(len(group.sizes), dtype=torch.bool) for group in groups}
-    if limits.scope == "global" and limits.shares is None:
+    if limits.scope == "balanced":
+        scores = _balanced(groups, scores)
+    if limits.scope != "local" and limits.shares is None:
         _drop_from(list(groups), kept, scores, ratio, limits)
     else:
         for group in groups:
@@ -95,6 +100,37 @@ def drop_lowest(groups: Sequence[Group], scores: Mapping[str, Tensor], ratio: fl
     for group in groups:
         _round(kept[group.name], group.sizes, scores[group.name], limits.round_to)
     return {name: ~keep for name, keep in kept.items()}
+
+
+def _balanced(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores by which groups lose about as much as each other, and the widest used of them last.
+
+    The mean of an atom's rank in its group and of its rank among all, both 0..1: no group is hollowed out because
+    another one's scores are a little higher. What many layers share, such as the width of a residual stream, costs
+    all of them with each channel, and ranks behind the lower half of the others.
+    """
+    if not groups:
+        return {}
+    together = torch.cat([scores[group.name] for group in groups])
+    of_all = dict(zip([group.name for group in groups], _ranks(together).split([*map(_num, groups)]), strict=True))
+    found = {group.name: (_ranks(scores[group.name]) + of_all[group.name]) / 2 for group in groups}
+    shared = {group.name for group in groups if len(group.layers) >= _MANY}
+    return {name: 0.5 + ranks / 2 if name in shared else ranks for name, ranks in found.items()}
+
+
+_MANY = 3  # layers that give the same channels: more than a block and its shortcut
+
+
+def _num(group: Group) -> int:
+    return len(group.sizes)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """The rank of each value, 0..1, of equal ones in their order."""
+    order = values.argsort(stable=True)
+    ranks = torch.empty(len(values))
+    ranks[order] = (torch.arange(len(values)) + 0.5) / max(len(values), 1)
+    return ranks
 
 
 def _drop_from(

@@ -199,7 +199,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "targets": (lambda: ChannelPruning(scope="local", targets={"a": 1.0}), ValueError, "accepted is a share in 0..1"),
     "targets of all": (lambda: ChannelPruning(targets={"a": 0.5}), ValueError, "Accepted are target='channels' and"),
     "target": (lambda: ChannelPruning(target="flops"), ValueError, "target='flops': accepted are 'channels'"),
-    "scope": (lambda: ChannelPruning(scope="layer"), ValueError, "scope='layer': accepted are 'global'"),
+    "scope": (lambda: ChannelPruning(scope="layer"), ValueError, "scope='layer': accepted are 'balanced'"),
     "criterion": (lambda: ChannelPruning(criterion="l1"), TypeError, "criterion='l1': accepted is a Criterion"),
     "num_layers": (lambda: LayerPruning(0), ValueError, "num_layers=0: accepted is a whole number"),
 }
