@@ -21,10 +21,9 @@ from lightning_compress.structure.choose import (
     Scope,
     drop_lowest,
     num_channels,
-    num_parameters,
-    record_of,
     score_groups,
 )
+from lightning_compress.structure.cuts import num_parameters, record_of
 from lightning_compress.structure.groups import Coupling, couple
 from lightning_compress.structure.progress import (
     ChannelProgress,
@@ -191,7 +190,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
 
     def _check_reach(self, model: nn.Module, coupling: Coupling, progress: ChannelProgress) -> None:
         """Warn if the target cannot be reached, even by removing all that the limits allow."""
-        scores = score_groups(coupling.groups, model, {})
+        scores = score_groups(coupling.groups, {})
         most = drop_lowest(coupling.groups, scores, 1.0, self._limits(progress.widths))
         left = self._left(model, coupling, most, record_of(model, coupling.groups, most), progress)
         if left > (1 - self.sparsity) * progress.dense + 1e-6:

@@ -14,7 +14,8 @@ from lightning_compress.analysis.sensitivity import sensitivity
 from lightning_compress.checks import check_by_name, check_callable, check_flag, check_instance, check_numbers, shown
 from lightning_compress.forward import Inputs
 from lightning_compress.layers import PRUNABLE, find_layers
-from lightning_compress.structure.choose import Limits, drop_lowest, record_of, score_groups
+from lightning_compress.structure.choose import Limits, drop_lowest, score_groups
+from lightning_compress.structure.cuts import record_of
 from lightning_compress.structure.groups import Group, couple
 from lightning_compress.structure.proof import prove_groups
 from lightning_compress.structure.record import apply_record
@@ -106,7 +107,7 @@ def allocate(  # noqa: PLR0913  # each a setting of its own, given by name
         return model(*inputs.args, **inputs.kwargs)
 
     coupling = prove_groups(model, forward, couple(copy.deepcopy(model), forward, (), (), {}, {}), Limits())
-    scores = score_groups(coupling.groups, model, _magnitudes(model))
+    scores = score_groups(coupling.groups, _magnitudes(model))
 
     def narrow(shares: Mapping[str, float]) -> nn.Module:
         smaller = copy.deepcopy(model)

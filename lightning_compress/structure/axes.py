@@ -47,7 +47,7 @@ class Axis:
         while axis._is is not None:
             axis = axis._is
         while self._is is not None:  # what comes next finds it at once
-            self._is, self = axis, self._is  # noqa: PLW0642
+            self._is, self = axis, self._is
         return axis
 
     def becomes(self, other: Axis) -> None:

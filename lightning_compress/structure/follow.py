@@ -187,13 +187,14 @@ def name_of(func: Any) -> str:
 @cache
 def _names(func: Any) -> list[str]:
     """Names of an operation's arguments."""
-    return [argument.name for argument in func._schema.arguments]
+    return [argument.name for argument in func._schema.arguments]  # noqa: SLF001  # torch has no public name
 
 
 @cache
 def _defaults(func: Any) -> dict[str, Any]:
     """The values of those that need not be given."""
-    return {each.name: each.default_value for each in func._schema.arguments if each.has_default_value()}
+    arguments = func._schema.arguments  # noqa: SLF001  # torch has no public name
+    return {each.name: each.default_value for each in arguments if each.has_default_value()}
 
 
 _OWN = str(Path(__file__).parent.parent)
@@ -202,7 +203,7 @@ _TORCH = str(Path(torch.__file__).parent)
 
 def line_of_model() -> str:
     """The line of the model, or of what it is made of, that runs now."""
-    frame = sys._getframe(1)
+    frame = sys._getframe(1)  # noqa: SLF001  # a traceback of every frame would cost more
     while frame.f_back is not None:
         path = frame.f_code.co_filename
         if not path.startswith((_OWN, _TORCH, "<")) and "/contextlib.py" not in path:

@@ -130,7 +130,8 @@ def _follow(model: nn.Module, forward: Forward, num_heads: Mapping[str, int]) ->
     inputs: dict[str, Axes] = {}
 
     def reads(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.update({name: follow.axes_of(x) for x in args[:1] if isinstance(x, Tensor)})
+        if args and isinstance(args[0], Tensor):
+            inputs[name] = follow.axes_of(args[0])
 
     with ExitStack() as stack:
         for context in (tracing(), torch.no_grad(), marked(model), follow, uses):
@@ -166,8 +167,7 @@ def _outs(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, int]]:
             found[name] = f"{plain[name]}.out_proj.weight".lstrip("."), 0
         elif layer is not None:
             axis = 1 if isinstance(layer.module, EMBEDDING) else layer.out_axis
-            key = layer.parameter if layer.module_name == layer.name else layer.parameter
-            found[name] = f"{plain.get(layer.module_name, layer.module_name)}.{key}".lstrip("."), axis
+            found[name] = f"{plain.get(layer.module_name, layer.module_name)}.{layer.parameter}".lstrip("."), axis
         elif module is not None:
             own = _computed_from(module)
             if own is not None:

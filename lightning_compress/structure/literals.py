@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,7 +23,14 @@ from lightning_compress.structure.rules.call import Axes
 __all__ = ["Attribute", "Marked", "Use", "Uses", "follow_sizes", "marked"]
 
 # whose sizes follow from the shapes of their weights
-_KNOWN = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
+_KNOWN: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    _NormBase,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+)
 _KNOWN += (nn.MultiheadAttention, nn.RNNCellBase, nn.GroupNorm, nn.PReLU)
 
 
@@ -32,20 +40,31 @@ class Attribute(NamedTuple):
     Args:
         module: The module's name.
         key: The attribute's name.
-        index: Which of several numbers; -1 where the attribute is one number.
+        place: Which of several numbers; -1 where the attribute is one number.
     """
 
     module: str
     key: str
-    index: int = -1
+    place: int = -1
 
 
 # what is given the sizes of all axes of its result, in their order
-_OF_ALL_AXES = ("view", "reshape", "expand", "broadcast_to", "zeros", "ones", "empty", "full", "rand", "randn")
+_OF_ALL_AXES: tuple[str, ...] = (
+    "view",
+    "reshape",
+    "expand",
+    "broadcast_to",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "rand",
+    "randn",
+)
 _OF_ALL_AXES += ("new_zeros", "new_ones", "new_empty", "new_full")
 
 # what is given the size of some of them
-_OF_SOME_AXES = (
+_OF_SOME_AXES: tuple[str, ...] = (
     "split",
     "split_with_sizes",
     "unsafe_split",
@@ -203,7 +222,7 @@ def _marked(value: Any, attribute: Attribute) -> Any:
     if type(value) is int and value > 1:
         return Marked.of(value, attribute)
     if type(value) in (tuple, list) and value and all(type(one) is int for one in value):
-        return type(value)(Marked.of(one, attribute._replace(index=i)) for i, one in enumerate(value))
+        return type(value)(Marked.of(one, attribute._replace(place=i)) for i, one in enumerate(value))
     return None
 
 
@@ -258,17 +277,17 @@ def _solved(formula: Formula, values: Values, attribute: Attribute, wanted: int)
 
 def _read(modules: Mapping[str, nn.Module], attribute: Attribute) -> int:
     value = vars(modules[attribute.module])[attribute.key]
-    return int(value if attribute.index < 0 else value[attribute.index])
+    return int(value if attribute.place < 0 else value[attribute.place])
 
 
 def _by_module(modules: Mapping[str, nn.Module], values: Values) -> dict[str, dict[str, int | tuple[int, ...]]]:
     found: dict[str, dict[str, int | tuple[int, ...]]] = {}
     for attribute, value in values.items():
         own = found.setdefault(attribute.module, {})
-        if attribute.index < 0:
+        if attribute.place < 0:
             own[attribute.key] = value
         else:
-            whole = list(own.get(attribute.key, vars(modules[attribute.module])[attribute.key]))  # type: ignore[arg-type]
-            whole[attribute.index] = value
+            whole = list(own.get(attribute.key, vars(modules[attribute.module])[attribute.key]))
+            whole[attribute.place] = value
             own[attribute.key] = tuple(whole)
     return found

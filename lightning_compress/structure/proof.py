@@ -11,15 +11,8 @@ from torch import Tensor, nn
 
 from lightning_compress.checks import first_line
 from lightning_compress.layers import plain_name
-from lightning_compress.structure.choose import (
-    Drops,
-    Limits,
-    drop_fewest,
-    drop_lowest,
-    dropped_by_leaf,
-    record_of,
-    score_groups,
-)
+from lightning_compress.structure.choose import Drops, Limits, drop_fewest, drop_lowest, score_groups
+from lightning_compress.structure.cuts import dropped_by_leaf, record_of
 from lightning_compress.structure.groups import Coupling, Forward, Group, tracing
 from lightning_compress.structure.record import Record, apply_record
 from lightning_compress.structure.zeroed import Zeroed
@@ -196,7 +189,7 @@ def choose_channels(
         The record, what it drops, and whether that reaches the target.
     """
     groups = coupling.groups
-    values = score_groups(groups, model, scores)
+    values = score_groups(groups, scores)
 
     def why_not(some: Sequence[Group], drops: Drops) -> str | None:
         record = record_of(model, some, drops)

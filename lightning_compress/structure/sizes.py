@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_compress.structure.saved import Value
 
@@ -33,18 +34,8 @@ def _sizes(module: nn.Module, after: Mapping[str, torch.Size], inputs: tuple[int
     if isinstance(module, nn.MultiheadAttention):
         dim = after["out_proj.weight"][0]
         return {"embed_dim": dim, "kdim": dim, "vdim": dim, "num_heads": dim // module.head_dim}
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        num = len(module.normalized_shape)
-        shape = weight if weight is not None else inputs
-        return {} if shape is None else {"normalized_shape": tuple(shape[len(shape) - num :])}
-    if isinstance(module, nn.GroupNorm):
-        size = weight[0] if weight is not None else inputs[1] if inputs is not None else module.num_channels
-        each = module.num_groups == module.num_channels
-        return {"num_channels": size, "num_groups": size if each else module.num_groups}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        own = next((after[key] for key in ("weight", "running_mean") if key in after), None)
-        size = own[0] if own is not None else inputs[1] if inputs is not None else module.num_features
-        return {"num_features": size}
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | _NormBase):
+        return _sizes_of_norm(module, after, inputs)
     if weight is None:
         return {}
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -60,6 +51,22 @@ def _sizes(module: nn.Module, after: Mapping[str, torch.Size], inputs: tuple[int
     return {}
 
 
+def _sizes_of_norm(
+    module: nn.Module, after: Mapping[str, torch.Size], inputs: tuple[int, ...] | None
+) -> dict[str, Value]:
+    own = next((after[key] for key in ("weight", "running_mean") if key in after), None)
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        shape = own if own is not None else inputs
+        return {} if shape is None else {"normalized_shape": tuple(shape[-len(module.normalized_shape) :])}
+    if own is None and inputs is None:
+        return {}
+    size = own[0] if own is not None else inputs[1]  # type: ignore[index]
+    if isinstance(module, nn.GroupNorm):
+        each = module.num_groups == module.num_channels
+        return {"num_channels": size, "num_groups": size if each else module.num_groups}
+    return {"num_features": size}
+
+
 def _sizes_of_convolution(module: nn.modules.conv._ConvNd, weight: torch.Size) -> dict[str, Value]:
     first, second = weight[0], weight[1]
     groups = module.groups
@@ -72,5 +79,5 @@ def _sizes_of_convolution(module: nn.modules.conv._ConvNd, weight: torch.Size) -
 def is_sized(module: nn.Module) -> bool:
     """Whether a module without tensors of its own knows the size of what it reads."""
     own: list[Tensor | None] = [*module._parameters.values(), *module._buffers.values()]
-    kinds = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    kinds = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
     return isinstance(module, kinds) and not any(isinstance(x, Tensor) and x.dim() for x in own)

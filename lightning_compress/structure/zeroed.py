@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_compress.structure.axes import Axis
-from lightning_compress.structure.choose import kept_along
+from lightning_compress.structure.cuts import kept_along
 from lightning_compress.structure.dependencies import Followed
 from lightning_compress.structure.follow import Follow, name_of
 from lightning_compress.structure.rules.call import Axes
@@ -65,7 +65,8 @@ class Zeroed(Follow):
 
     def made(self, func: Any, outputs: list[Tensor]) -> None:
         """Put zeros where channels are gone."""
-        if any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns):
+        returns = [result.alias_info for result in func._schema.returns]  # noqa: SLF001  # torch has no public name
+        if any(alias is not None and not alias.is_write for alias in returns):
             return  # a view of what has its zeros, or of a parameter
         for x in outputs:
             if x.is_floating_point():

@@ -47,10 +47,10 @@ LEFT_ALONE = {
     "MultiTask": {"trunk.2": "training_step fails"},
     "TargetNetwork": {"trunk.0": "training_step fails", "trunk.2": "training_step fails", "target.0": "frozen"},
     "FrozenTeacher": {"teacher.0": "frozen"},
-    "SharedWeights": {"trunk.0": "share one weight"},
+    "SharedWeights": {"trunk.0": "coupled with the output layer"},
     "RareBranch": {"trunk.0": "rare, which no step ran, may read", "trunk.2": "rare, which no step ran, may feed"},
     "UnusedHead": {"trunk.2": "unused, which no step ran, may read its channels"},
-    "Packed": {"trunk.2": "cannot be followed", "gru": "left whole"},
+    "Packed": {"trunk.2": "leads to gru", "gru": "left whole"},
 }
 # Layers that must lose channels.
 SHRINKS = {

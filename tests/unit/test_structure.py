@@ -20,10 +20,9 @@ from lightning_compress.structure.choose import (
     drop_fewest,
     drop_lowest,
     num_channels,
-    num_parameters,
-    record_of,
     score_groups,
 )
+from lightning_compress.structure.cuts import num_parameters, record_of
 from lightning_compress.structure.groups import Coupling, couple
 from lightning_compress.structure.optimizers import check_optimizer
 from lightning_compress.structure.proof import choose_channels, prove, prove_groups
@@ -330,7 +329,7 @@ def test_a_proof_fails_where_shapes_alone_would_not_tell() -> None:
     """Kept indices that are off by one fit everywhere and compute something else."""
     model, x = build("mobilenet")
     groups = groups_of(model, x).groups
-    drops = drop_lowest(groups, score_groups(groups, model, scores_of(model)), 0.5, Limits())
+    drops = drop_lowest(groups, score_groups(groups, scores_of(model)), 0.5, Limits())
     record = record_of(model, groups, drops)
     assert prove(model, lambda m: m(x), groups, drops) is None
     name = next(n for n, axes in record.kept.items() if 1 in axes)
@@ -342,7 +341,7 @@ def test_a_proof_fails_where_shapes_alone_would_not_tell() -> None:
 def test_floor_rounding_and_scope() -> None:
     model, x = build("resnet")
     coupling = groups_of(model, x)
-    scores = score_groups(coupling.groups, model, scores_of(model))
+    scores = score_groups(coupling.groups, scores_of(model))
     for limits in (Limits(floor=0.5), Limits(round_to=4), Limits(scope="local")):
         drops, _ = drop_fewest(coupling.groups, scores, limits, lambda drops: False)
         for group in coupling.groups:

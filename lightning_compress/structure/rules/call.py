@@ -69,7 +69,7 @@ class Call:
 
 
 Rule = Callable[[Call], Sequence[Axes] | None]
-"""Unites and pins the axes that a call reads, and gives those of its outputs; None where it knows nothing of the call."""
+"""Unites and pins the axes that a call reads; gives those of its outputs, None where it knows nothing of the call."""
 
 
 def joined(several: Sequence[Axes]) -> Axes:

@@ -13,18 +13,20 @@ __all__ = ["RULES"]
 
 def _product(call: Call) -> Sequence[Axes]:
     """(..., m, k) times (..., k, n), to which something may be added."""
-    first, second = call.axes(_FIRST.get(call.name, "self")), call.axes(_SECOND[call.name])
+    first = call.axes(_FIRST.get(call.name, "self"))
+    second = call.axes(_SECOND[call.name])
     unite(first[-1], second[-2] if len(second) > 1 else second[-1])
     batch = joined([first[:-2], second[:-2]])
     result = (*batch, *first[-2:-1], *second[-1:]) if len(second) > 1 else first[:-1]
     if call.name in _FIRST:
         result = joined([result, call.axes("self")])
-    return [result]
+    return [result, *(call.new(i) for i in range(1, len(call.outputs)))]
 
 
 _FIRST = {"addmm": "mat1", "baddbmm": "batch1", "addmv": "mat", "_addmm_activation": "mat1"}
+_FIRST |= {"_sparse_addmm": "mat1"}
 _SECOND = {"mm": "mat2", "bmm": "mat2", "mv": "vec", "addmm": "mat2", "baddbmm": "batch2", "addmv": "vec"}
-_SECOND |= {"dot": "tensor", "_addmm_activation": "mat2"}
+_SECOND |= {"_addmm_activation": "mat2", "_sparse_addmm": "mat2", "_sparse_mm_reduce_impl": "other"}
 
 
 def _product_of_experts(call: Call) -> Sequence[Axes] | None:
@@ -166,7 +168,14 @@ def _transform(call: Call) -> Sequence[Axes]:
     return [tuple(new if dim in dims else axes[dim] for dim, new in enumerate(call.new()))]
 
 
-_MOVING = ("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d")
+_MOVING: tuple[str, ...] = (
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "avg_pool1d",
+)
 _MOVING += ("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d")
 _MOVING += ("adaptive_avg_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "max_unpool2d")
 _MOVING += ("fractional_max_pool2d", "fractional_max_pool3d", "max_unpool3d", "grid_sampler_2d", "grid_sampler_3d")
@@ -182,7 +191,7 @@ _MOVING += ("upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_
 _MOVING += ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("mm", "bmm", "mv", "addmm", "baddbmm", "addmv", "_addmm_activation"), _product),
+    **dict.fromkeys(_SECOND, _product),
     "dot": _dot,
     "_grouped_mm": _product_of_experts,
     "linear": _linear,

@@ -11,7 +11,7 @@ from lightning_compress.structure.rules.same import elementwise
 __all__ = ["RULES", "reduced_dims"]
 
 _BY_POSITION = ("argmax", "argmin")
-_OF_ALL = (
+_OF_ALL: tuple[str, ...] = (
     "sum",
     "mean",
     "amax",

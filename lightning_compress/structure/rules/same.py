@@ -34,7 +34,7 @@ def _along(call: Call) -> Sequence[Axes]:
     return _like_the_first(call)
 
 
-_COPIES = (
+_COPIES: tuple[str, ...] = (
     "clone",
     "detach",
     "alias",
@@ -69,7 +69,16 @@ _COPIES += (
     "resolve_conj",
 )
 _BROADCAST = ("copy", "_prelu_kernel", "where", "masked_fill", "masked_scatter", "lerp", "addcmul", "addcdiv", "_conj")
-_ALONG = ("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp")
+_ALONG: tuple[str, ...] = (
+    "_softmax",
+    "_log_softmax",
+    "softmax",
+    "log_softmax",
+    "_safe_softmax",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+)
 _ALONG += ("cummax", "cummin", "sort", "argsort", "flip", "roll")
 
 RULES: dict[str, Rule] = {

@@ -239,7 +239,19 @@ def _squeezed_out(call: Call) -> Sequence[Axes] | None:
     return None if not isinstance(call["self"], Tensor) else _squeeze(call)
 
 
-_NEW = ("new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty", "arange", "rand", "randn")
+_NEW: tuple[str, ...] = (
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "arange",
+    "rand",
+    "randn",
+)
 _NEW += ("randint", "randperm", "scalar_tensor", "linspace", "eye", "new_empty_strided", "empty_strided", "hann_window")
 
 RULES: dict[str, Rule] = {
