@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -165,7 +166,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         progress = self._count(model, coupling, progress) if progress.changed else copy.deepcopy(progress)
         most = (1 - self.sparsity * share) * progress.dense + 1e-6
 
-        def reached(drops: Drops, record: Record) -> bool:
+        def reached(drops: Drops, record: Callable[[], Record]) -> bool:
             return self._left(model, coupling, drops, record, progress) <= most
 
         limits = self._limits(progress.widths)
@@ -174,7 +175,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
             limits = replace(limits, shares=due)
         record, drops, _ = choose_channels(model, self._forward, coupling, scores, limits, reached, self._rehearse)
         if progress.dense:
-            progress.removed = 1 - self._left(model, coupling, drops, record, progress) / progress.dense
+            progress.removed = 1 - self._left(model, coupling, drops, lambda: record, progress) / progress.dense
         progress.left |= {group.name: num_channels([group], drops) for group in coupling.groups}
         progress.stands = {self.target: progress.removed}
         if self.targets:
@@ -192,7 +193,8 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         """Warn if the target cannot be reached, even by removing all that the limits allow."""
         scores = score_groups(coupling.groups, {})
         most = drop_lowest(coupling.groups, scores, 1.0, self._limits(progress.widths))
-        left = self._left(model, coupling, most, record_of(model, coupling.groups, most), progress)
+        record = partial(record_of, model, coupling.groups, most)
+        left = self._left(model, coupling, most, record, progress)
         if left > (1 - self.sparsity) * progress.dense + 1e-6:
             rank_zero_warn(
                 f"ChannelPruning.sparsity={self.sparsity}: at most {1 - left / progress.dense:.3f} of the "
@@ -225,12 +227,17 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         return Limits(self.floor, self.round_to, widths, self.scope)
 
     def _left(
-        self, model: nn.Module, coupling: Coupling, drops: Drops, record: Record, progress: ChannelProgress
+        self,
+        model: nn.Module,
+        coupling: Coupling,
+        drops: Drops,
+        record: Callable[[], Record],
+        progress: ChannelProgress,
     ) -> float:
-        """How much of the target's quantity a record leaves."""
+        """How much of the target's quantity a choice leaves, whose record is made where it is needed."""
         if self.target == "channels":
             return progress.channels_left(coupling.groups, drops)
-        return self._amount(model, record)
+        return self._amount(model, record())
 
     def _amount(self, model: nn.Module, record: Record) -> float:
         """Parameters, multiply-accumulates or milliseconds of one sample that a record leaves."""

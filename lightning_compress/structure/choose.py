@@ -138,14 +138,17 @@ def _drop_from(
     # Less 1e-6 here, plus 1e-6 below: in floating point 0.07 * 100 is a little more than 7.
     least = {name: max(1, math.ceil(limits.floor * widths[name] - 1e-6)) for name in left}
     budget = ratio * sum(left.values()) + 1e-6
+    gone: dict[str, list[int]] = {name: [] for name in left}
     for index in torch.cat([scores[group.name] for group in groups]).argsort(stable=True).tolist():
         name, i, size = atoms[index]
         if size <= budget and left[name] - size >= least[name]:
-            kept[name][i] = False
+            gone[name].append(i)  # in a list: writing into a tensor is slow
             left[name] -= size
             budget -= size
         if budget < 1:
             break
+    for name, some in gone.items():
+        kept[name][some] = False
 
 
 def _round(keep: Tensor, sizes: Tensor, scores: Tensor, round_to: int) -> None:
