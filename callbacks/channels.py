@@ -64,7 +64,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
             residual stream, behind the lower half of the others.
         include: Name patterns of the layers whose output channels may go; empty for all.
         exclude: Name patterns of layers that keep their output channels.
-        num_heads: Number of heads by the name pattern of an attention, where its attributes do not tell.
+        num_heads: Number of heads by the name pattern of an attention, where its forward does not tell.
         round_to: Layers keep a multiple of this number of channels.
         floor: Smallest share of its channels that a layer keeps.
         targets: Share removed of the output channels of single layers and of all layers that share them, by name
