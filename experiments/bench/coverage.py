@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import tempfile
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean
@@ -41,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def code() -> str:
     """A fingerprint of the code that a row depends on."""
-    paths = [path for part in ("lightning_compress", "callbacks", "experiments/foreign") for path in ROOT.glob(f"{part}/**/*.py")]
+    paths = [
+        path
+        for part in ("lightning_compress", "callbacks", "experiments/foreign")
+        for path in ROOT.glob(f"{part}/**/*.py")
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:16]
 
 
@@ -79,7 +86,9 @@ def installed(names: Sequence[str]) -> dict[str, str]:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            print(f"{package} is not installed, and its models are left out: make test-foreign installs it.", flush=True)
+            print(
+                f"{package} is not installed, and its models are left out: make test-foreign installs it.", flush=True
+            )
     return found
 
 
@@ -99,6 +108,18 @@ def headline(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def _import_once() -> None:
+    """Bring in what every process would import for itself: Lightning, the callbacks, and the writer of ONNX files."""
+    import torch
+
+    import experiments.foreign.trials  # noqa: F401
+
+    torch.set_num_threads(1)
+    with warnings.catch_warnings(), suppress(ImportError):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), io.BytesIO(), dynamo=True, verbose=False)
+
+
 def run(
     models: list[str] | None = None,
     trials: list[str] | None = None,
@@ -111,7 +132,7 @@ def run(
     names = [name for name in models or MODELS if MODELS[name][0] in versions]
     if not names:
         raise SystemExit("None of the models' packages is installed. make test-foreign installs them.")
-    import experiments.foreign.trials  # noqa: F401  # once for all processes
+    _import_once()
 
     rows = []
     for name in names:
@@ -121,4 +142,4 @@ def run(
     if write is not None:
         write_whole(write, page_of(result))
     counted = result["headline"]
-    return result | {"failed": bool(counted["num_crashes"] or counted["num_hangs"])}
+    return result | {"columns": COLUMNS, "failed": bool(counted["num_crashes"] or counted["num_hangs"])}

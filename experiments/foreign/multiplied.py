@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,6 +26,7 @@ _FACTORS: dict[str, slice] = {
     "baddbmm": slice(1, 3),
     "addbmm": slice(1, 3),
     "linear": slice(0, 2),
+    "_grouped_mm": slice(0, 2),
     "convolution": slice(0, 2),
     "convolution_overrideable": slice(0, 2),
     "_scaled_dot_product_flash_attention_for_cpu": slice(0, 3),
@@ -59,7 +59,7 @@ class Multiplied(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation; note what its tensors stand for."""
         out = func(*args, **(kwargs or {}))
-        name = func._overloadpacket.__name__
+        name = func.__name__.partition(".")[0]
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         known = [self._stands_for.get(_storage(x)) for x in inputs]
         if name in _FACTORS:
@@ -70,7 +70,7 @@ class Multiplied(TorchDispatchMode):
             self.looked_up |= known[0] or frozenset()
         elif all(found is not None for found in known):
             self._remember(out, frozenset().union(*(found or () for found in known)))
-        elif func._schema.is_mutable:  # data were written into what was none
+        elif func._schema.is_mutable:  # noqa: SLF001  # data were written into what was none
             self._forget(out)
         return out
 

@@ -16,13 +16,14 @@ Written by `{COMMAND}`, which trains each model below by itself, with random wei
 environment of pinned versions (`experiments/foreign/requirements.txt`). One model:
 `python -m experiments.bench coverage --model BERT`.
 
-- **pruned**, **quantized**: share of the trainable weights that multiply which `GradualPruning(0.8)` brings to 80 % zeros and
-  `QuantizationAwareTraining` trains in integers. Which weights multiply is counted below autograd; embeddings and tied weights are apart.
-- **left by half**: parameters that `ChannelPruning(0.5)` leaves; 1.0 where it removes nothing. **plan**: seconds of its planning before the
-  first step, on one thread.
-- **resume**: a run taken up in the middle of pruning ends bit for bit as one without a break. **load**: the checkpoint of the smaller model
-  by `load_from_checkpoint`. **export**: the pruned model as ONNX, judged in onnxruntime. **layers**: `LayerPruning(1)`. **distil**:
-  `KnowledgeDistillation("self")` beside pruning.
+- **pruned**, **quantized**: share of the trainable weights that multiply which `GradualPruning(0.8)` brings to 80 %
+  zeros and `QuantizationAwareTraining` trains in integers. Which weights multiply is counted below autograd; embeddings
+  and tied weights are apart.
+- **left by half**: parameters that `ChannelPruning(0.5)` leaves; 1.0 where it removes nothing. **plan**: seconds of its
+  planning before the first step, on one thread.
+- **resume**: a run taken up in the middle of pruning ends bit for bit as one without a break. **load**: the checkpoint
+  of the smaller model by `load_from_checkpoint`. **export**: the pruned model as ONNX, judged in onnxruntime.
+  **layers**: `LayerPruning(1)`. **distil**: `KnowledgeDistillation("self")` beside pruning.
 
 `-` stands for what is refused before training; the words are below the table.
 """
@@ -31,7 +32,6 @@ environment of pinned versions (`experiments/foreign/requirements.txt`). One mod
 def page_of(result: dict[str, Any]) -> str:
     """The document of a result of ``python -m experiments.bench coverage``, as Markdown."""
     rows = result["rows"]
-    names = ("model", "package", "parameters", "pruned", "quantized", "left by half", "plan", *WORDS[3:4], "resume")
     names = ("model", "package", "parameters", "pruned", "quantized", "left by half", "plan")
     words = ("prune", "quantize", "shrink", "resume", "load", "export", "layers", "distil")
     lines = [_line([*names, *words]), _line(["---", "---", *["---:"] * 5, *["---"] * len(words)])]

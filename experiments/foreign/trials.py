@@ -179,9 +179,7 @@ def quantize(name: str, folder: Path) -> dict[str, Any]:
     factors = factors_of(make(name))
     callback = QuantizationAwareTraining(calibrate=Phase(0.0, 0.3), phase=Phase(0.4, 1.0))
     module = fit(make(name), callback)
-    on = {
-        id(m._parameters[key]): None for m in module.modules() for key, q in weights(m).items() if q.enabled
-    }
+    on = {id(m._parameters[key]): None for m in module.modules() for key, q in weights(m).items() if q.enabled}
     taken = {key for key, p in module.named_parameters() if id(p) in on}
     skipped = callback.quantization.skipped if callback.quantization is not None else {}
     return {"quantized": share(taken, factors), "left_float": left_alone(taken, factors, skipped), "quantize": "ok"}

@@ -1,4 +1,4 @@
-"""Nets for sound and for windows of signals, of transformers and gluonts-like settings."""
+"""Nets for sound, of transformers: from waves, from mel spectrograms, and from pictures of them."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .text import net_of
-from .wrapped import BATCH_SIZE, NUM_SAMPLES, Made, Wrapped, by_keywords, pairs
+from .wrapped import BATCH_SIZE, NUM_SAMPLES, Made, by_keywords, pairs
 
 __all__ = ["MODELS"]
 
@@ -28,7 +28,9 @@ def _series(**fields: Any) -> Any:
     drawn = np.random.default_rng(0)
     frame = pd.DataFrame(
         {
-            "value": np.concatenate([np.sin(np.arange(num) / (i + 2)) + 0.1 * drawn.standard_normal(num) for i in range(8)]),
+            "value": np.concatenate(
+                [np.sin(np.arange(num) / (i + 2)) + 0.1 * drawn.standard_normal(num) for i in range(8)]
+            ),
             "group": np.repeat([str(i) for i in range(8)], num),
             "time": np.tile(np.arange(num), 8),
         }
@@ -102,10 +104,6 @@ def _patches() -> Made:
     )
 
 
-class _Recurrent(Wrapped):
-    """Placeholder of the class whose loss is its own."""
-
-
 _KNOWN = {"time_varying_known_reals": ["time"]}
 
 MODELS: dict[str, tuple[str, Callable[[], Made]]] = {
@@ -127,6 +125,9 @@ MODELS: dict[str, tuple[str, Callable[[], Made]]] = {
         partial(_forecasting, "DeepAR", _KNOWN, {"hidden_size": 32, "rnn_layers": 2}),
     ),
     "NHITS": ("neuralforecast", partial(_neuralforecast, "NHITS", mlp_units=3 * [[64, 64]])),
-    "TCN": ("neuralforecast", partial(_neuralforecast, "TCN", encoder_hidden_size=32, context_size=4, decoder_hidden_size=32)),
+    "TCN": (
+        "neuralforecast",
+        partial(_neuralforecast, "TCN", encoder_hidden_size=32, context_size=4, decoder_hidden_size=32),
+    ),
     "PatchTST": ("transformers", _patches),
 }

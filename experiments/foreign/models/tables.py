@@ -58,7 +58,9 @@ def _ft_transformer() -> Made:
         residual_dropout=0.0,
     )
     return pairs(
-        _Numbers(net), torch.randn(NUM_SAMPLES, _COLUMNS), torch.randint(0, _CLASSES, (NUM_SAMPLES,)),
+        _Numbers(net),
+        torch.randn(NUM_SAMPLES, _COLUMNS),
+        torch.randint(0, _CLASSES, (NUM_SAMPLES,)),
         nn.functional.cross_entropy,
     )
 

@@ -66,14 +66,19 @@ def _together(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def _boxes(net: nn.Module) -> Made:
     made = by_keywords(net, {"pixel_values": images()})
     samples = [
-        {"pixel_values": x, "labels": {"class_labels": torch.tensor([i % _CLASSES]), "boxes": torch.rand(1, 4) / 2 + 0.2}}
+        {
+            "pixel_values": x,
+            "labels": {"class_labels": torch.tensor([i % _CLASSES]), "boxes": torch.rand(1, 4) / 2 + 0.2},
+        }
         for i, x in enumerate(images())
     ]
     return made._replace(train=loader(samples, _together), val=loader(samples[:16], _together))
 
 
 def _yolos() -> Made:
-    return _boxes(net_of("YolosConfig", "YolosForObjectDetection", **_VIT | {"image_size": [32, 32]}, num_detection_tokens=5))
+    return _boxes(
+        net_of("YolosConfig", "YolosForObjectDetection", **_VIT | {"image_size": [32, 32]}, num_detection_tokens=5)
+    )
 
 
 def _detr() -> Made:
@@ -109,6 +114,13 @@ def _timm(name: str, size: int = _SIZE, **fields: Any) -> Made:
     return pairs(net, images(size=size), _labels())
 
 
+def _mixer() -> Made:
+    from timm.models.mlp_mixer import MlpMixer
+
+    net = MlpMixer(_CLASSES, img_size=_SIZE, patch_size=8, num_blocks=2, embed_dim=64)
+    return pairs(net, images(), _labels())
+
+
 def _torchvision(name: str, size: int = _SIZE, **fields: Any) -> Made:
     import torchvision
 
@@ -118,7 +130,7 @@ def _torchvision(name: str, size: int = _SIZE, **fields: Any) -> Made:
 def _smp(name: str, **fields: Any) -> Made:
     import segmentation_models_pytorch as smp
 
-    net = getattr(smp, name)("resnet18", encoder_weights=None, classes=_CLASSES, **fields)
+    net = getattr(smp, name)("mobilenet_v2", encoder_weights=None, classes=_CLASSES, **fields)
     return pairs(net, images(), torch.randint(0, _CLASSES, (NUM_SAMPLES, _SIZE, _SIZE)))
 
 
@@ -184,25 +196,57 @@ MODELS: dict[str, tuple[str, Callable[[], Made]]] = {
     "DETR": ("transformers", _detr),
     "YOLOS": ("transformers", _yolos),
     "MobileNetV3": ("timm", partial(_timm, "mobilenetv3_small_050")),
-    "EfficientNet": ("timm", partial(_timm, "efficientnet_b0", channel_multiplier=0.25, depth_multiplier=0.3)),
+    "EfficientNet": ("timm", partial(_timm, "test_efficientnet")),
+    "ByobNet": ("timm", partial(_timm, "test_byobnet")),
+    "NFNet": ("timm", partial(_timm, "test_nfnet")),
     "RegNet": ("timm", partial(_timm, "regnetx_002")),
-    "MLP-Mixer": (
-        "timm",
-        partial(_timm, "mixer_s32_224", img_size=_SIZE, patch_size=8, num_blocks=2, embed_dim=64),
+    "MLP-Mixer": ("timm", _mixer),
+    "torchvision ViT": (
+        "torchvision",
+        partial(
+            _torchvision,
+            "VisionTransformer",
+            image_size=_SIZE,
+            patch_size=8,
+            num_layers=2,
+            num_heads=4,
+            hidden_dim=64,
+            mlp_dim=128,
+        ),
     ),
-    "ResNet-18": ("torchvision", partial(_torchvision, "resnet18")),
+    "torchvision Swin": (
+        "torchvision",
+        partial(
+            _torchvision,
+            "SwinTransformer",
+            patch_size=[2, 2],
+            embed_dim=32,
+            depths=[2, 2],
+            num_heads=[2, 4],
+            window_size=[4, 4],
+        ),
+    ),
+    "SqueezeNet": ("torchvision", partial(_torchvision, "squeezenet1_1", size=48)),
     "MobileNetV2": ("torchvision", partial(_torchvision, "mobilenet_v2", width_mult=0.5)),
     "ShuffleNet": ("torchvision", partial(_torchvision, "shufflenet_v2_x0_5")),
     "DenseNet": (
         "torchvision",
         partial(_torchvision, "DenseNet", growth_rate=8, block_config=(2, 2), num_init_features=16),
     ),
-    "U-Net": ("segmentation-models-pytorch", partial(_smp, "Unet")),
-    "DeepLabV3+": ("segmentation-models-pytorch", partial(_smp, "DeepLabV3Plus")),
+    "U-Net": ("segmentation-models-pytorch", partial(_smp, "Unet", decoder_channels=(64, 32, 32, 16, 16))),
+    "DeepLabV3+": ("segmentation-models-pytorch", partial(_smp, "DeepLabV3Plus", decoder_channels=64)),
     "SimpleViT": (
         "vit-pytorch",
         partial(
-            _vit_pytorch, "simple_vit", image_size=_SIZE, patch_size=8, dim=64, depth=2, heads=4, mlp_dim=128, dim_head=16
+            _vit_pytorch,
+            "simple_vit",
+            image_size=_SIZE,
+            patch_size=8,
+            dim=64,
+            depth=2,
+            heads=4,
+            mlp_dim=128,
+            dim_head=16,
         ),
     ),
     "CCT": (
