@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.checks import first_line
+from lightning_compress.copies import copy_module
 from lightning_compress.layers import plain_name
 from lightning_compress.structure.choose import Drops, Limits, drop_fewest, drop_lowest, record_of, score_groups
 from lightning_compress.structure.groups import Coupling, Forward, Group, tracing
@@ -33,9 +34,9 @@ def prove(model: nn.Module, forward: Forward, record: Record) -> str | None:
     """
     outputs = []
     with tracing(), torch.no_grad():
-        dense = copy.deepcopy(model).eval()
+        dense = copy_module(model).eval()
         _move(dense)
-        small = copy.deepcopy(dense)
+        small = copy_module(dense)
         try:
             apply_record(small, record)
             _mask(dense, small, record)
@@ -137,7 +138,7 @@ def _surviving(
 
 def _rehearse(model: nn.Module, record: Record, rehearse: Rehearse) -> str | None:
     """Why a model does not run without what a record removes, in all that it is used for; None where it does."""
-    smaller = copy.deepcopy(model)
+    smaller = copy_module(model)
     apply_record(smaller, record)
     return rehearse(smaller)
 
