@@ -138,7 +138,8 @@ def run(
     for name in names:
         rows.append(kept(name, trials or TRIALS[1:], limit, folder))
         print({key: rows[-1][key] for key in COLUMNS if key in rows[-1]}, flush=True)
-    result = {"headline": headline(rows), "versions": versions, "rows": rows}
+    missing = [name for name in MODELS if name not in names]
+    result = {"headline": headline(rows), "versions": versions, "missing": missing, "rows": rows}
     if write is not None:
         write_whole(write, page_of(result))
     counted = result["headline"]

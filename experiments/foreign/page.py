@@ -25,7 +25,7 @@ environment of pinned versions (`experiments/foreign/requirements.txt`). One mod
   of the smaller model by `load_from_checkpoint`. **export**: the pruned model as ONNX, judged in onnxruntime.
   **layers**: `LayerPruning(1)`. **distil**: `KnowledgeDistillation("self")` beside pruning.
 
-`-` stands for what is refused before training; the words are below the table.
+`-` stands for what is refused before training, an empty cell for what was not tried; the words are below the table.
 """
 
 
@@ -46,8 +46,9 @@ def page_of(result: dict[str, Any]) -> str:
         lines.append(_line([row["model"], row["package"], *numbers, *(_mark(row.get(word, "")) for word in words)]))
     summary = ", ".join(f"{key} {value:.4g}" for key, value in result["headline"].items())
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
-    parts = [_HEAD, "\n".join(lines), f"{summary}.", f"Versions: {versions}.", "## In words", _words(rows)]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    missing = f"Not tried in this run: {', '.join(result['missing'])}." if result["missing"] else ""
+    parts = [_HEAD, "\n".join(lines), f"{summary}.", f"Versions: {versions}.", missing, "## In words", _words(rows)]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
