@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_compress.checks import check_by_name, check_number, check_one_of, check_whole_number, shown
+from lightning_compress.copies import copy_module
 from lightning_compress.deploy.verify import time_together
 from lightning_compress.layers import plain_name
 from lightning_compress.phase import Phase
@@ -211,7 +212,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
                 )
 
     def _couple(self, model: nn.Module, rehearse: Rehearse | None = None) -> Coupling:
-        spoiled = copy.deepcopy(model)
+        spoiled = copy_module(model)
         unseen = self._calls.unseen
         coupling = couple(spoiled, self._forward, self.include, self.exclude, self.num_heads, self.skipped, unseen)
         return prove_groups(model, self._forward, coupling, self._limits({}), rehearse)
@@ -243,7 +244,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         """Parameters, multiply-accumulates or milliseconds of one sample that a record leaves."""
         if self.target == "parameters":
             return float(num_parameters(model, record))
-        smaller = copy.deepcopy(model)
+        smaller = copy_module(model)
         apply_record(smaller, record)
         if self.target == "macs":
             return float(self._calls.macs(smaller))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.checks import first_line
+from lightning_compress.copies import copy_module
 from lightning_compress.layers import plain_name
 from lightning_compress.structure.choose import Drops, Limits, drop_fewest, drop_lowest, score_groups
 from lightning_compress.structure.cuts import dropped_by_leaf, record_of
@@ -43,9 +43,9 @@ def prove(
         return None
     dropped = dropped_by_leaf(groups, drops)
     with tracing(), torch.no_grad():
-        dense = copy.deepcopy(model).eval()
+        dense = copy_module(model).eval()
         _move(dense)
-        small = copy.deepcopy(dense)
+        small = copy_module(dense)
         outputs = []
         try:
             apply_record(small, record)
@@ -147,7 +147,7 @@ def _surviving(
 
 def _rehearse(model: nn.Module, record: Record, rehearse: Rehearse) -> str | None:
     """Why a model does not run without what a record removes, in all that it is used for; None where it does."""
-    smaller = copy.deepcopy(model)
+    smaller = copy_module(model)
     apply_record(smaller, record)
     return rehearse(smaller)
 

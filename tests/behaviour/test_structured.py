@@ -179,7 +179,7 @@ def test_an_example_input_array_stands_in_for_validation_data(tmp_path: Path) ->
 
 def test_more_blocks_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"only 1 blocks can be removed together.*net\.3"):
-        make_trainer(tmp_path, callbacks=[LayerPruning(2)]).fit(make_module("mlp"))
+        make_trainer(tmp_path, callbacks=[LayerPruning(2, max_share=1.0)]).fit(make_module("mlp"))
     with pytest.raises(ValueError, match="are: none"):
         make_trainer(tmp_path, callbacks=[LayerPruning()]).fit(make_module("lstm"))
 
@@ -202,6 +202,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "scope": (lambda: ChannelPruning(scope="layer"), ValueError, "scope='layer': accepted are 'balanced'"),
     "criterion": (lambda: ChannelPruning(criterion="l1"), TypeError, "criterion='l1': accepted is a Criterion"),
     "num_layers": (lambda: LayerPruning(0), ValueError, "num_layers=0: accepted is a whole number"),
+    "max_share": (lambda: LayerPruning(max_share=0.0), ValueError, "max_share=0.0: accepted is a share above 0"),
 }
 
 

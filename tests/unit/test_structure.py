@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress.layers import find_layers
 from lightning_compress.pruning import Element, Magnitude, Masks
-from lightning_compress.structure.blocks import choose_blocks, find_blocks, record_blocks, score_block
+from lightning_compress.structure.blocks import choose_blocks, find_blocks, freed, record_blocks, score_block
 from lightning_compress.structure.choose import (
     Limits,
     drop_fewest,
@@ -409,6 +409,45 @@ def test_blocks() -> None:
     restore_structure(model, {}, dense.state_dict())
     model.load_state_dict(dense.state_dict())
     assert torch.equal(model(x), dense(x))
+
+
+class Hourglass(nn.Module):
+    """A U-Net in small: one block that gives back the shape it reads holds nearly all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.net(x))
+
+
+def test_a_block_that_is_most_of_the_network_stays() -> None:
+    model, x = Hourglass(), torch.randn(2, 4)
+    names, skipped = find_blocks(model, lambda m: m(x))
+    assert names == ["stem"]
+    num = sum(p.numel() for p in model.parameters())
+    share = sum(p.numel() for p in model.net.parameters()) / num
+    assert f"it holds {share:.0%} of the model's parameters, and a block may hold up to 50%" in skipped["net"]
+    # the block inside of it holds more than half, too
+    assert "max_share" in skipped["net.1.0"]
+    names, _ = find_blocks(model, lambda m: m(x), max_share=0.75)
+    assert names == ["stem", "net.1.0"]
+    names, _ = find_blocks(model, lambda m: m(x), max_share=1.0)
+    assert names == ["stem", "net"]
+
+
+def test_what_a_block_shares_with_the_rest_is_not_freed() -> None:
+    model, x = Hourglass(), torch.randn(2, 4)
+    model.net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model.net[1].weight = model.stem.weight
+    assert freed(model, "net") == 3 * 4 + 2 * 16
+    assert freed(model, "net.1") == 4
+    assert freed(model, "stem") == 4
+    assert find_blocks(model, lambda m: m(x), max_share=0.55)[0] == ["stem", "net.0", "net.1", "net.2"]
 
 
 def test_blocks_of_transformers_are_layers_and_not_their_parts() -> None:
