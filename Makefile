@@ -3,9 +3,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ALL    := $(VENV)/.installed-all
+OTHERS := .venv-foreign
+FOREIGN := $(OTHERS)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-full test-crash test-ranks check check-style check-types check-examples format matrix sweep clean
+.PHONY: help install demo test test-all test-full test-crash test-ranks test-foreign check check-style check-types check-examples format matrix sweep clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -43,12 +45,24 @@ test-crash: install ## kill runs by SIGKILL at every kind of place, start them a
 test-ranks: install ## run every callback in many processes, and runs of which one process dies; prints a table
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.behaviour.many
 
+$(FOREIGN): experiments/foreign/requirements.txt constraints-cpu.txt
+	$(PYTHON) -m venv $(OTHERS)
+	$(OTHERS)/bin/pip install --quiet --no-compile -c constraints-cpu.txt torch
+	# all that is needed is named there, in versions that ran together
+	$(OTHERS)/bin/pip install --quiet --no-compile --no-deps -r experiments/foreign/requirements.txt
+	$(OTHERS)/bin/pip install --quiet --no-compile --no-deps -e .
+	@touch $@
+
+test-foreign: $(FOREIGN) ## try every callback on models of other packages; writes docs/foreign.md; what is unchanged is not run again
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(OTHERS)/bin/python -m experiments.bench coverage \
+		--folder outputs/foreign --json experiments/results/foreign.json --write docs/foreign.md
+
 check: check-style check-types check-examples ## lint, types, architecture, docstring examples, spelling
 
 check-style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell --skip '.git,.venv,outputs,multirun,*.svg,LICENSE'
+	$(BIN)/codespell --skip '.git,.venv,.venv-foreign,outputs,multirun,*.svg,LICENSE'
 
 check-types: install
 	.ci/joined $(BIN)/mypy
@@ -70,4 +84,4 @@ sweep: install ## three sparsities, one table, read back from the offline W&B fi
 	$(BIN)/lightning-compress -m experiment=mnist_prune_int8 sweep=sparsity hydra/launcher=joblib
 
 clean: ## remove what was made
-	rm -rf $(VENV) outputs multirun build *.egg-info
+	rm -rf $(VENV) $(OTHERS) outputs multirun build *.egg-info

@@ -8,10 +8,10 @@ from dataclasses import replace
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_compress.checks import check_whole_number
+from lightning_compress.checks import check_number, check_whole_number
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import Criterion
-from lightning_compress.structure.blocks import choose_blocks, find_blocks, record_blocks, score_block
+from lightning_compress.structure.blocks import choose_blocks, find_blocks, freed, record_blocks, score_block
 from lightning_compress.structure.progress import BlockProgress
 from lightning_compress.structure.record import Record, is_removed, structure_of
 
@@ -37,6 +37,9 @@ class LayerPruning(Shrinking[BlockProgress]):
         gate_stopping: Whether EarlyStopping waits likewise.
         strict: Whether a target that is not reached is an error when ``fit`` ends, after checkpoints and files are
             written; else it is a warning.
+        max_share: The largest share of the model's parameters that a block may hold, above 0, up to 1: what holds more
+            is no block but the network, and the blocks inside of it are looked at instead. Parameters that a block
+            shares with the rest of the model do not count, for they stay.
 
     Raises:
         ValueError: If a value is out of range, or there are fewer such blocks.
@@ -59,10 +62,14 @@ class LayerPruning(Shrinking[BlockProgress]):
         gate_checkpoints: bool = True,
         gate_stopping: bool = True,
         strict: bool = False,
+        max_share: float = 0.5,
     ) -> None:
         super().__init__(criterion, phase, include, exclude, gate_checkpoints, gate_stopping, strict)
         self.num_layers = num_layers
+        self.max_share = max_share
+        self._freed: dict[str, int] = {}  # parameters that went with each block
         check_whole_number("LayerPruning.num_layers", num_layers, "a whole number of blocks from 1", low=1)
+        check_number("LayerPruning.max_share", max_share, "a share above 0, up to 1, such as 0.5", above=0, high=1)
 
     def phases(self) -> list[tuple[str, Phase]]:
         """Its phase with its name."""
@@ -74,7 +81,7 @@ class LayerPruning(Shrinking[BlockProgress]):
 
     def find(self, model: nn.Module) -> tuple[BlockProgress, dict[str, str]]:
         """Find the blocks, and refuse to remove more than there are."""
-        names, skipped = find_blocks(model, self._forward, self.include, self.exclude)
+        names, skipped = find_blocks(model, self._forward, self.include, self.exclude, self.max_share)
         removable = choose_blocks(
             model, self._forward, names, dict.fromkeys(names, 0.0), self.num_layers, self._rehearse
         )
@@ -84,7 +91,7 @@ class LayerPruning(Shrinking[BlockProgress]):
                 f"LayerPruning.num_layers={self.num_layers}: only {len(removable)} blocks can be removed together, and "
                 f"accepted is a number up to that. The blocks whose output has the shape of their input are: "
                 f"{', '.join(names) or 'none'}"
-                f"{f' (left alone: {why})' if why else ''}. Remove fewer."
+                f"{f' (left alone: {why})' if why else ''}. {self._fix(skipped)}"
             )
         return BlockProgress(blocks=names), skipped
 
@@ -102,8 +109,18 @@ class LayerPruning(Shrinking[BlockProgress]):
                 f"the model before, and without more of {', '.join(names) or 'its blocks'} it would not run. Remove "
                 "fewer, or let LayerPruning come first."
             )
+        self._freed = {name: freed(model, name) for name in chosen}
         return record_blocks(chosen), replace(progress, stands={"layers": len(chosen)}), self.skipped
 
     def summary(self, record: Record, progress: BlockProgress) -> str:
-        """Names of the removed blocks."""
-        return f"without {', '.join(record.removed)}" if record.removed else "no block removed"
+        """Names of the removed blocks, and how many parameters went with each."""
+        if not record.removed:
+            return "no block removed"
+        return "without " + ", ".join(
+            f"{name} ({self._freed[name]:,} parameters)" if name in self._freed else name for name in record.removed
+        )
+
+    def _fix(self, skipped: Mapping[str, str]) -> str:
+        if any("max_share" in reason for reason in skipped.values()):
+            return "Remove fewer, or raise max_share."
+        return "Remove fewer."

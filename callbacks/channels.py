@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_compress.checks import check_by_name, check_number, check_one_of, check_whole_number, shown
+from lightning_compress.copies import copy_module
 from lightning_compress.deploy.verify import time_together
 from lightning_compress.layers import plain_name
 from lightning_compress.phase import Phase
@@ -18,12 +20,12 @@ from lightning_compress.pruning import Criterion
 from lightning_compress.structure.choose import (
     Drops,
     Limits,
+    Scope,
     drop_lowest,
     num_channels,
-    num_parameters,
-    record_of,
     score_groups,
 )
+from lightning_compress.structure.cuts import num_parameters, record_of
 from lightning_compress.structure.groups import Coupling, couple
 from lightning_compress.structure.progress import (
     ChannelProgress,
@@ -46,9 +48,9 @@ _SHARE = "a share in 0..1, below 1, such as 0.5"
 class ChannelPruning(Shrinking[ChannelProgress]):
     """Removes channels from all layers that share them, and with them parameters, optimizer state and time.
 
-    Which channels go together is traced on a copy (torch-pruning, Fang 2023, arXiv:2301.12900); a smaller copy is
-    proven to compute what the dense one computes with these channels at zero, before the model itself is touched. What
-    cannot be removed safely is left alone and named in ``skipped``. Heads of attentions are removed as a whole.
+    Which channels go together is followed through a forward of a copy, operation by operation; a smaller copy is proven
+    to compute what the dense one computes with these channels at zero, before the model itself is touched. What cannot
+    be removed safely is left alone and named in ``skipped``. Heads of attentions are removed as a whole.
 
     Args:
         sparsity: Share removed by the end of the phase, 0..1.
@@ -58,10 +60,12 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         steps: Number of shrinks.
         target: What the share is taken of: ``"channels"`` (of those that can be removed), ``"parameters"``,
             ``"macs"`` (multiply-accumulates) or ``"latency"`` (measured on the CPU, one sample).
-        scope: ``"global"`` ranks all channels together, each relative to its layer; ``"local"`` each group by itself.
+        scope: ``"global"`` ranks all channels together, each relative to its layer; ``"local"`` each group by itself;
+            ``"balanced"`` by the mean of both ranks, with what three or more layers share, such as the width of a
+            residual stream, behind the lower half of the others.
         include: Name patterns of the layers whose output channels may go; empty for all.
         exclude: Name patterns of layers that keep their output channels.
-        num_heads: Number of heads by the name pattern of an attention, where its attributes do not tell.
+        num_heads: Number of heads by the name pattern of an attention, where its forward does not tell.
         round_to: Layers keep a multiple of this number of channels.
         floor: Smallest share of its channels that a layer keeps.
         targets: Share removed of the output channels of single layers and of all layers that share them, by name
@@ -89,7 +93,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         phase: Phase | None = None,
         steps: int = 1,
         target: Target = "channels",
-        scope: Literal["global", "local"] = "global",
+        scope: Scope = "balanced",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         num_heads: Mapping[str, int] | None = None,
@@ -119,8 +123,8 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         check_whole_number("ChannelPruning.steps", self.steps, "a whole number from 1", low=1)
         check_whole_number("ChannelPruning.round_to", self.round_to, "a whole number from 1", low=1)
         check_one_of("ChannelPruning.target", self.target, ("channels", "parameters", "macs", "latency"))
-        meaning = "'global' ranks all channels together, 'local' those of each group."
-        check_one_of("ChannelPruning.scope", self.scope, ("global", "local"), meaning)
+        meaning = "'global' ranks all channels together, 'local' those of each group, 'balanced' is in between."
+        check_one_of("ChannelPruning.scope", self.scope, ("balanced", "global", "local"), meaning)
         heads = "a dict of whole numbers from 1 by name pattern, such as {'attention': 8}"
         check_by_name("ChannelPruning.num_heads", self.num_heads, heads)
         for pattern, num in self.num_heads.items():
@@ -163,7 +167,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         progress = self._count(model, coupling, progress) if progress.changed else copy.deepcopy(progress)
         most = (1 - self.sparsity * share) * progress.dense + 1e-6
 
-        def reached(drops: Drops, record: Record) -> bool:
+        def reached(drops: Drops, record: Callable[[], Record]) -> bool:
             return self._left(model, coupling, drops, record, progress) <= most
 
         limits = self._limits(progress.widths)
@@ -172,7 +176,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
             limits = replace(limits, shares=due)
         record, drops, _ = choose_channels(model, self._forward, coupling, scores, limits, reached, self._rehearse)
         if progress.dense:
-            progress.removed = 1 - self._left(model, coupling, drops, record, progress) / progress.dense
+            progress.removed = 1 - self._left(model, coupling, drops, lambda: record, progress) / progress.dense
         progress.left |= {group.name: num_channels([group], drops) for group in coupling.groups}
         progress.stands = {self.target: progress.removed}
         if self.targets:
@@ -188,9 +192,10 @@ class ChannelPruning(Shrinking[ChannelProgress]):
 
     def _check_reach(self, model: nn.Module, coupling: Coupling, progress: ChannelProgress) -> None:
         """Warn if the target cannot be reached, even by removing all that the limits allow."""
-        scores = score_groups(coupling.groups, model, {})
+        scores = score_groups(coupling.groups, {})
         most = drop_lowest(coupling.groups, scores, 1.0, self._limits(progress.widths))
-        left = self._left(model, coupling, most, record_of(model, coupling.groups, most), progress)
+        record = partial(record_of, model, coupling.groups, most)
+        left = self._left(model, coupling, most, record, progress)
         if left > (1 - self.sparsity) * progress.dense + 1e-6:
             rank_zero_warn(
                 f"ChannelPruning.sparsity={self.sparsity}: at most {1 - left / progress.dense:.3f} of the "
@@ -207,7 +212,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
                 )
 
     def _couple(self, model: nn.Module, rehearse: Rehearse | None = None) -> Coupling:
-        spoiled = copy.deepcopy(model)
+        spoiled = copy_module(model)
         unseen = self._calls.unseen
         coupling = couple(spoiled, self._forward, self.include, self.exclude, self.num_heads, self.skipped, unseen)
         return prove_groups(model, self._forward, coupling, self._limits({}), rehearse)
@@ -223,18 +228,23 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         return Limits(self.floor, self.round_to, widths, self.scope)
 
     def _left(
-        self, model: nn.Module, coupling: Coupling, drops: Drops, record: Record, progress: ChannelProgress
+        self,
+        model: nn.Module,
+        coupling: Coupling,
+        drops: Drops,
+        record: Callable[[], Record],
+        progress: ChannelProgress,
     ) -> float:
-        """How much of the target's quantity a record leaves."""
+        """How much of the target's quantity a choice leaves, whose record is made where it is needed."""
         if self.target == "channels":
             return progress.channels_left(coupling.groups, drops)
-        return self._amount(model, record)
+        return self._amount(model, record())
 
     def _amount(self, model: nn.Module, record: Record) -> float:
         """Parameters, multiply-accumulates or milliseconds of one sample that a record leaves."""
         if self.target == "parameters":
             return float(num_parameters(model, record))
-        smaller = copy.deepcopy(model)
+        smaller = copy_module(model)
         apply_record(smaller, record)
         if self.target == "macs":
             return float(self._calls.macs(smaller))

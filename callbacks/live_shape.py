@@ -14,12 +14,13 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from lightning_compress.checkpoint import add_records, check_structure, follow_structure, read_checkpoint
+from lightning_compress.checks import first_line
 from lightning_compress.quantization.model import quantization_of
 from lightning_compress.structure.record import Record, apply_record
 
 from .protocol import Compressing, Following, all_callbacks, averages
 
-__all__ = ["check_package", "check_strategy", "check_structure_on_load", "is_model_parallel", "tell"]
+__all__ = ["CutError", "check_package", "check_strategy", "check_structure_on_load", "is_model_parallel", "tell"]
 
 _KEYS = ("state_dict", "pytorch-lightning_version")
 
@@ -107,15 +108,25 @@ def _save_records(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> 
         add_records(checkpoint, {callback.state_key: callback.state_dict() for callback in callbacks})
 
 
+class CutError(RuntimeError):
+    """The shape of a model could not be changed, and is what it was."""
+
+
 def tell(trainer: pl.Trainer, record: Record) -> None:
     """Change the shape of the model in the middle of its run, and tell all that hold on to it.
 
     The optimizers' state, averaged copies and quantizers are cut alike, every callback that follows is told, compiled
     code is dropped, and DDP is wrapped around the model anew.
+
+    Raises:
+        CutError: If the model or what trains it could not be cut; all is then as it was.
     """
     pl_module = trainer.lightning_module
     with _unwrapped(trainer):
-        apply_record(pl_module, record, trainer.optimizers, averages(trainer))
+        try:
+            apply_record(pl_module, record, trainer.optimizers, averages(trainer))
+        except Exception as error:
+            raise CutError(first_line(error)) from error
         quantization = quantization_of(pl_module)
         if quantization is not None:
             quantization.follow(pl_module, record)
@@ -136,6 +147,8 @@ def _unwrapped(trainer: pl.Trainer) -> Iterator[None]:
         return
     strategy.model = trainer.lightning_module
     gc.collect()  # the wrapper's hooks on the parameters go with it
-    yield
-    gc.collect()
-    strategy.configure_ddp()
+    try:
+        yield
+    finally:
+        gc.collect()
+        strategy.configure_ddp()

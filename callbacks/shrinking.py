@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_compress.checks import check_flag, check_instance, check_names
+from lightning_compress.checks import check_flag, check_instance, check_names, first_line
 from lightning_compress.copies import forget_graphs
 from lightning_compress.phase import Clock, Phase
 from lightning_compress.pruning import Criterion, Magnitude, Observation
@@ -25,7 +25,7 @@ from lightning_compress.structure.progress import Progress
 from lightning_compress.structure.record import Record, apply_record, structure_of
 
 from .examples import Calls, example_calls, in_single_precision
-from .live_shape import check_strategy, check_structure_on_load, tell
+from .live_shape import CutError, check_strategy, check_structure_on_load, tell
 from .protocol import State
 from .rehearsal import why_it_fails
 from .run import check_run, on_rank_zero, read_clock, tell_left_alone
@@ -85,6 +85,7 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
             check_instance(f"{type(self).__name__}.{name}", getattr(self, name), kind, accepted)
         self.skipped: dict[str, str] = {}
         self.shrinks = 0
+        self.failed = ""  # why the last shrink was undone
         self.progress: P | None = None  # None before anything was looked at
         self._inside = False
         self._calls = Calls({})
@@ -138,6 +139,8 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
             waits = self._observation is not None and not self._observation.ready
             return dict.fromkeys(asked, f"{self.criterion} had seen nothing of the layers" if waits else "")
         stands = self.stands()
+        if self.failed:
+            return {name: self.failed for name, value in asked.items() if stands[name] < value - _ROUNDING}
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
         why = f"no more can be removed{f' (left alone: {reasons})' if reasons else ''}"
         return {name: why for name, value in asked.items() if stands[name] < value - _ROUNDING}
@@ -287,9 +290,18 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
         if due <= self.shrinks or (self._observation is not None and not self._observation.ready):
             return
         before = sum(p.numel() for p in pl_module.parameters())
-        found = on_rank_zero(trainer, lambda: self._choose(pl_module, due / self.steps))
-        forget_graphs(pl_module)
-        tell(trainer, found.record)
+        try:
+            found = on_rank_zero(trainer, lambda: self._planned(pl_module, due / self.steps))
+            forget_graphs(pl_module)
+            tell(trainer, found.record)
+        except CutError as error:
+            # a run is worth more than a cut: it goes on with what it has, and ends with a target missed
+            self.shrinks = due
+            self.failed = str(error)
+            rank_zero_warn(
+                f"{type(self).__name__} {due}/{self.steps}: nothing is removed, because {error}. All is as it was."
+            )
+            return
         self.progress = found.progress  # after all were told, this callback too: its own change is counted
         self.skipped = found.skipped
         self.shrinks = due
@@ -298,6 +310,13 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
             f"{type(self).__name__} {due}/{self.steps}: {before:,} -> {after:,} parameters, {found.macs:,} -> "
             f"{found.macs_left:,} multiply-accumulates; {self.summary(found.record, found.progress)}"
         )
+
+    def _planned(self, pl_module: pl.LightningModule, share: float) -> _Shrink:
+        """What to remove; what goes wrong on the copy does not end the run."""
+        try:
+            return self._choose(pl_module, share)
+        except Exception as error:
+            raise CutError(f"planning it raised {first_line(error)}") from error
 
     def _choose(self, pl_module: pl.LightningModule, share: float) -> _Shrink:
         """What to remove, on a float copy."""

@@ -135,7 +135,7 @@ _TABLE: dict[Callable[..., Any], Mapping[str, Sequence[Any]]] = {
         "floor": (*_SHARE, 1.0),
         "targets": (*_BY_NAME, {"head": 1.0}, {"head": 0.5}),
     },
-    callbacks.LayerPruning: {**_SHRINKING, "num_layers": (*_WHOLE, 0)},
+    callbacks.LayerPruning: {**_SHRINKING, "num_layers": (*_WHOLE, 0), "max_share": (*_SHARE, 0.0)},
     callbacks.QuantizationAwareTraining: {
         **_GATES,
         "scheme": _SCHEME,

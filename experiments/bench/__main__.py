@@ -38,11 +38,12 @@ def main() -> None:
     path = options.pop("json")
     result = import_module(f"experiments.bench.{name}").run(**options)
     table = Table(title=name, box=box.SIMPLE_HEAD)
-    for i, column in enumerate(result["rows"][0]):
+    columns = result.get("columns", list(result["rows"][0]))
+    for i, column in enumerate(columns):
         words = any(isinstance(row[column], str) and " " in row[column] for row in result["rows"])
         table.add_column(column, justify="left" if words or not i else "right", overflow="fold")
     for row in result["rows"]:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in map(row.get, columns)))
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     console.print("headline: " + ", ".join(f"{key} {value:.4g}" for key, value in result["headline"].items()))

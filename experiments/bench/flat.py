@@ -71,7 +71,7 @@ CASES: dict[str, Callable[[], list[pl.Callback]]] = {
     "QuantizationAwareTraining": quantized,
     "PostTrainingQuantization": lambda: [PostTrainingQuantization(calibrate=CALIBRATE)],
     "ChannelPruning": lambda: [ChannelPruning(0.5, phase=EARLY)],
-    "LayerPruning": lambda: [LayerPruning(1, phase=EARLY)],
+    "LayerPruning": lambda: [LayerPruning(1, max_share=1.0, phase=EARLY)],
     "KnowledgeDistillation": lambda: [KnowledgeDistillation(phase=Phase(0.05, 1.0))],
     "AccuracyGuard": lambda: [AccuracyGuard(0.05, "val_acc"), GradualPruning(0.8, phase=EARLY)],
     "FineTuning": lambda: [GradualPruning(0.8, phase=EARLY), FineTuning(RECOVER, "rewind")],

@@ -63,7 +63,7 @@ def shrink(model: nn.Module, x: Tensor, ratio: float) -> tuple[Record, float]:
     coupling = prove_groups(model, forward, couple(copy.deepcopy(model), forward), Limits())
     total = sum(int(group.sizes.sum()) for group in coupling.groups)
 
-    def reached(drops: Drops, record: Record) -> bool:
+    def reached(drops: Drops, record: Callable[[], Record]) -> bool:
         return num_channels(coupling.groups, drops) <= (1 - ratio) * total
 
     record, _, enough = choose_channels(model, forward, coupling, scores, Limits(), reached)

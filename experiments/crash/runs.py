@@ -236,7 +236,7 @@ COMBINATIONS: dict[str, Combination] = {
     "RigL": Combination(lambda folder: [RigL(0.6, phase=WHOLE, every=2)]),
     "SET": Combination(lambda folder: [SET(0.6, phase=WHOLE, every=2)]),
     "ChannelPruning": Combination(lambda folder: [ChannelPruning(0.5, phase=WHOLE, steps=3)]),
-    "LayerPruning": Combination(lambda folder: [LayerPruning(1, phase=PRUNE)]),
+    "LayerPruning": Combination(lambda folder: [LayerPruning(1, max_share=1.0, phase=PRUNE)]),
     "QAT, affine": Combination(lambda folder: [quantize()]),
     "QAT, learned steps": Combination(lambda folder: [quantize(scheme="lsq")]),
     "QAT, levels": Combination(lambda folder: [quantize(scheme="log4")]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,9 +11,11 @@ from torch import Tensor, nn
 
 from lightning_compress.analysis.sensitivity import sensitivity
 from lightning_compress.checks import check_by_name, check_callable, check_flag, check_instance, check_numbers, shown
+from lightning_compress.copies import copy_module
 from lightning_compress.forward import Inputs
 from lightning_compress.layers import PRUNABLE, find_layers
-from lightning_compress.structure.choose import Limits, drop_lowest, record_of, score_groups
+from lightning_compress.structure.choose import Limits, drop_lowest, score_groups
+from lightning_compress.structure.cuts import record_of
 from lightning_compress.structure.groups import Group, couple
 from lightning_compress.structure.proof import prove_groups
 from lightning_compress.structure.record import apply_record
@@ -105,11 +106,11 @@ def allocate(  # noqa: PLR0913  # each a setting of its own, given by name
     def forward(model: nn.Module) -> Any:
         return model(*inputs.args, **inputs.kwargs)
 
-    coupling = prove_groups(model, forward, couple(copy.deepcopy(model), forward, (), (), {}, {}), Limits())
-    scores = score_groups(coupling.groups, model, _magnitudes(model))
+    coupling = prove_groups(model, forward, couple(copy_module(model), forward, (), (), {}, {}), Limits())
+    scores = score_groups(coupling.groups, _magnitudes(model))
 
     def narrow(shares: Mapping[str, float]) -> nn.Module:
-        smaller = copy.deepcopy(model)
+        smaller = copy_module(model)
         if shares:
             drops = drop_lowest(coupling.groups, scores, 1.0, Limits(floor=0.0, shares=shares))
             apply_record(smaller, record_of(model, coupling.groups, drops))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, TypeVar
 
 import torch
@@ -109,7 +108,7 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
             "The model is not quantized: no QuantizationAwareTraining phase has begun. Train through its phase, or "
             "export the float model."
         )
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy_module(model).cpu().eval()
     quantization = quantization_of(model)
     assert quantization is not None
     quantization.observe(False)

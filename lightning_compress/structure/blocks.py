@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.checks import first_line
+from lightning_compress.copies import copy_module
 from lightning_compress.layers import matches, plain_name
 from lightning_compress.structure.groups import Forward, tracing
 from lightning_compress.structure.proof import Rehearse
@@ -17,21 +17,27 @@ from lightning_compress.structure.record import Record, apply_record
 from lightning_compress.trace import Began, Ended, Trace
 from lightning_compress.watch import Watch
 
-__all__ = ["choose_blocks", "find_blocks", "record_blocks", "score_block"]
+__all__ = ["choose_blocks", "find_blocks", "freed", "record_blocks", "score_block"]
 
 
 def find_blocks(
-    model: nn.Module, forward: Forward, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    forward: Forward,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_share: float = 0.5,
 ) -> tuple[list[str], dict[str, str]]:
     """Blocks that give back the shape they read, so that the model runs without any of them.
 
-    Of blocks inside blocks the outermost count, unless the inner ones are named.
+    Of blocks inside blocks the outermost count, unless the inner ones are named. Of a block that holds more of the
+    model than it may, the blocks inside count.
 
     Args:
         model: The model; it is copied.
         forward: Calls a model and gives its outputs.
         include: Name patterns of the blocks; empty for all.
         exclude: Name patterns of blocks to keep.
+        max_share: The largest share of the model's parameters that a block may have to itself, 0..1.
 
     Returns:
         Names of the blocks in the order of their calls, and those left alone with the reason.
@@ -46,10 +52,11 @@ def find_blocks(
                 raise ValueError(
                     f"{key}={pattern!r} matches no module. Give a name, a prefix, or a glob such as 'blocks.*'."
                 )
-    watched = copy.deepcopy(model).eval()
+    watched = copy_module(model).eval()
     with Watch(watched) as watch:
         outputs = _outputs(watched, forward)
     found, skipped = _sort(model, watch.trace, include, exclude)
+    found = _no_networks(model, found, max_share, skipped)
     if not include:
         found = _outermost(model, found)
     proven = []
@@ -93,16 +100,34 @@ def choose_blocks(
         num: How many to remove.
         rehearse: Runs a smaller model in all that it is used for.
     """
-    outputs = _outputs(copy.deepcopy(model).eval(), forward)
+    outputs = _outputs(copy_module(model).eval(), forward)
     chosen: list[str] = []
     for name in sorted(names, key=lambda name: scores[name]):
         tried = [*chosen, name]
         if len(chosen) < num and _why_needed(model, forward, tried, outputs) is None:
-            smaller = copy.deepcopy(model)
+            smaller = copy_module(model)
             apply_record(smaller, record_blocks(tried))
             if rehearse is None or rehearse(smaller) is None:
                 chosen.append(name)
     return chosen
+
+
+def freed(model: nn.Module, name: str) -> int:
+    """Parameters that go with a block: those that it shares with nothing outside of it.
+
+    Args:
+        model: The model.
+        name: The block.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        >>> model[1].weight = model[0].weight
+        >>> freed(model, "1")
+        4
+    """
+    inside = set(model.get_submodule(name).modules())
+    kept = {id(p) for module in model.modules() if module not in inside for p in module._parameters.values()}
+    return sum(p.numel() for p in model.get_submodule(name).parameters() if id(p) not in kept)
 
 
 def record_blocks(names: Sequence[str]) -> Record:
@@ -139,6 +164,22 @@ def _sort(
         else:
             found.append(names[plain])
     return found, skipped
+
+
+def _no_networks(model: nn.Module, names: Sequence[str], max_share: float, skipped: dict[str, str]) -> list[str]:
+    """Those without which most of the model is left; the reason for the others goes into ``skipped``."""
+    total = sum(p.numel() for p in model.parameters())
+    kept = []
+    for name in names:
+        share = freed(model, name) / max(1, total)
+        if share <= max_share:
+            kept.append(name)
+        else:
+            skipped[plain_name(name)] = (
+                f"it holds {share:.0%} of the model's parameters, and a block may hold up to {max_share:.0%} "
+                "(max_share)"
+            )
+    return kept
 
 
 def _most_calls(trace: Trace) -> Counter[str]:
@@ -205,7 +246,7 @@ def _outputs(model: nn.Module, forward: Forward) -> list[Tensor]:
 
 def _why_needed(model: nn.Module, forward: Forward, names: Sequence[str], expected: Sequence[Tensor]) -> str | None:
     """Why a model does not run without some blocks; None where it does."""
-    smaller = copy.deepcopy(model).eval()
+    smaller = copy_module(model).eval()
     try:
         apply_record(smaller, record_blocks(names))
         outputs = _outputs(smaller, forward)

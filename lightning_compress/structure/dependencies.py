@@ -1,34 +1,52 @@
-"""Groups of channels that go together, followed through the dependency graph of torch-pruning.
-
-torch-pruning (Fang 2023, arXiv:2301.12900) traces the dependencies; here they become sets of channels, *atoms*, that
-are kept or removed as one, and positions along the axes of named tensors.
-"""
+"""Groups of channels that go together, and where they lie, read from the axes that a forward was followed along."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch_pruning as tp
-from torch import Tensor, nn
-from torch_pruning import ops
+from torch import Tensor
 
-from lightning_compress.checks import first_line
-from lightning_compress.structure.channels import ChannelPlace
-from lightning_compress.structure.heads import Attention
+from lightning_compress.structure.axes import Axis, factors_of, leaves_of, place_of
+from lightning_compress.structure.literals import Use
+from lightning_compress.structure.rules.call import Axes
 
-__all__ = ["ROOTS", "Group", "find_groups", "grouped"]
+__all__ = ["Followed", "Group", "Place", "find_groups", "written_by"]
 
-# torch-pruning's nodes, functions that cut a side of one, and indices, none of which it has types for.
-Node = Any
-Handler = Any
-Index = Any
 
-ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
-"""Layers whose output channels can be removed."""
+@dataclass
+class Followed:
+    """What following a forward has shown.
+
+    Args:
+        named: The axes of each parameter and buffer, by its name.
+        read: Names of those that an operation read.
+        uses: The sizes that functions were given by attributes.
+        inputs: The axes of what modules without weights of their own have read, by the module's name.
+    """
+
+    named: dict[str, Axes]
+    read: set[str]
+    uses: list[Use]
+    inputs: dict[str, Axes]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where channels lie along an axis of a parameter or buffer.
+
+    Args:
+        name: The tensor's name.
+        axis: The axis.
+        positions: Where along it.
+        atoms: Which atom of the group lies at each of the positions.
+    """
+
+    name: str
+    axis: int
+    positions: Tensor
+    atoms: Tensor
 
 
 @dataclass
@@ -38,161 +56,105 @@ class Group:
     Args:
         name: The first of the layers.
         layers: All layers whose outputs are among the channels.
-        places: Where the channels are found.
-        atoms: The number of the atom of each channel of the root.
-        attentions: The attentions whose heads the atoms are.
-        why: Why they cannot be removed; empty where they can.
+        places: Where the channels lie.
+        sizes: Output channels of the first layer per atom: one, or those of a head.
+        leaf: Their axis.
+        followed: The forward in which they were found.
     """
 
     name: str
     layers: list[str]
-    places: list[ChannelPlace]
-    atoms: Tensor
-    attentions: list[Attention] = field(default_factory=list)
-    why: str = ""
-
-    @property
-    def sizes(self) -> Tensor:
-        """Root channels of every atom."""
-        return torch.bincount(self.atoms)
+    places: list[Place]
+    sizes: Tensor
+    leaf: Axis = field(repr=False)
+    followed: Followed = field(repr=False)
 
 
-def find_groups(
-    graph: tp.DependencyGraph, modules: Mapping[str, nn.Module], attentions: Mapping[str, Attention]
-) -> Iterator[Group]:
-    """The groups of a traced model, in the order of the trace.
+def find_groups(followed: Followed, outs: Mapping[str, tuple[str, int]]) -> list[Group]:
+    """The groups of channels against which nothing speaks, in the order of the layers.
+
+    Of the factors of an axis one alone is taken, the first that can be: heads rather than the channels of a head.
 
     Args:
-        graph: The dependencies of the model.
-        modules: All modules of the model, by name.
-        attentions: The user's attentions, by the name of each of their layers.
+        followed: What following a forward has shown.
+        outs: The tensor and the axis of the output channels of every layer, by its name.
     """
-    names = {id(module): name for name, module in modules.items()}
-    order = {name: i for i, name in enumerate(modules)}
-    done: set[str] = set()
-    for root in list(graph.module2node):
-        name = names.get(id(root), "")
-        if not isinstance(root, ROOTS) or name in done or id(root) not in names:
+    chosen = _chosen(followed)
+    names: dict[str, int] = {}
+    groups: list[Group] = []
+    places = _places(followed, chosen)
+    for leaf in chosen:
+        layers = written_by(leaf, followed, outs)
+        own = places[id(leaf)]
+        if not any(place.name in followed.read for place in own):
             continue
-        if isinstance(root, nn.Linear) and isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
-            continue
-        pruner = graph.get_pruner_of_module(root)
-        num = int(pruner.get_out_channels(root))
-        if num == 0:
-            continue
-        try:
-            places = list(_reach(graph, root, pruner.prune_out_channels, num, names))
-        except Exception as error:  # torch-pruning's mappings of views that it does not know
-            why = f"its channels cannot be followed: {first_line(error)}"
-            yield Group(name, [name], [], torch.zeros(num, dtype=torch.int64), why=why)
-            continue
-        outs = {
-            place.module for place in places if place.side == "out" and isinstance(modules.get(place.module), ROOTS)
-        }
-        done |= outs
-        layers = sorted(outs, key=order.__getitem__)
-        yield _atomize(name, num, layers, [_of_module(place, modules) for place in places], modules, attentions)
+        first = (
+            next((place for place in own if (place.name, place.axis) == outs.get(layers[0])), own[0])
+            if layers
+            else own[0]
+        )
+        name = layers[0] if layers else first.name
+        names[name] = names.get(name, 0) + 1
+        unique = name if names[name] == 1 else f"{name}#{names[name]}"
+        sizes = torch.bincount(first.atoms, minlength=leaf.size)
+        groups.append(Group(unique, layers or [name], own, sizes, leaf, followed))
+    order = {name: i for i, name in enumerate(outs)}
+    return sorted(groups, key=lambda group: order.get(group.layers[0], len(order)))
 
 
-def _reach(
-    graph: tp.DependencyGraph, root: nn.Module, function: Handler, num: int, names: Mapping[int, str]
-) -> Iterator[ChannelPlace]:
-    """All channels that follow when channels of the root go, each with every root channel that it follows."""
-    for (node, handler), found in _followed(graph, root, function, num).items():
-        if not found:
-            continue
-        channels = torch.tensor([index.idx for index in found])
-        roots = torch.tensor([index.root_idx for index in found])
-        if isinstance(node.module, nn.Parameter):
-            # torch-pruning's names of raw parameters
-            name = graph._param_to_name[node.module]  # noqa: SLF001
-            yield ChannelPlace(name, "raw", channels, roots, node.pruning_dim)
-        elif id(node.module) in names:
-            side = "out" if graph.is_out_channel_pruning_fn(handler) else "in"
-            yield ChannelPlace(names[id(node.module)], side, channels, roots)
+def written_by(leaf: Axis, followed: Followed, outs: Mapping[str, tuple[str, int]]) -> list[str]:
+    """The layers among whose outputs the channels of a leaf are."""
+    return [
+        layer
+        for layer, (name, axis) in outs.items()
+        if name in followed.read and any(one is leaf for one in leaves_of(followed.named[name][axis]))
+    ]
 
 
-def _followed(
-    graph: tp.DependencyGraph, root: nn.Module, function: Handler, num: int
-) -> dict[tuple[Node, Handler], dict[Index, None]]:
-    """By node and side of the graph, the indices that are reached, in order: a walk until nothing new is found."""
-    # torch-pruning's indices have no public name
-    start = [tp._helpers._HybridIndex(idx=i, root_idx=i) for i in range(num)]  # noqa: SLF001
-    if isinstance(root, nn.modules.conv._ConvNd) and ops.module2type(root) == ops.OPTYPE.DEPTHWISE_CONV:
-        function = tp.pruner.function.PrunerBox[ops.OPTYPE.DEPTHWISE_CONV].prune_out_channels
-    pairs: dict[tuple[Node, Handler], dict[Index, None]] = defaultdict(dict)
-    pairs[graph.module2node[root], function] = dict.fromkeys(start)
-    stack = [(graph.module2node[root], function, start)]
-    while stack:
-        node, handler, indices = stack.pop()
-        for dep in node.dependencies:
-            if not dep.is_triggered_by(handler):
-                continue
-            new = indices
-            for mapping in dep.index_mapping:
-                new = mapping(new) if mapping is not None else new
-            known = pairs[dep.target, dep.handler]
-            new = [index for index in new if index not in known]
-            if new:
-                known.update(dict.fromkeys(new))
-                stack.append((dep.target, dep.handler, new))
-    return pairs
+def _chosen(followed: Followed) -> list[Axis]:
+    """The leaves that can lose channels, none of them beside another one in a product."""
+    chosen: dict[int, Axis] = {}
+    held: set[int] = set()
+    axes = [axis.now for name, axes in followed.named.items() if name in followed.read for axis in axes]
+    for axis in sorted(axes, key=lambda axis: axis.kind == "leaf"):  # products first: they hold leaves
+        _choose(axis, chosen, held)
+    return list(chosen.values())
 
 
-def _of_module(place: ChannelPlace, modules: Mapping[str, nn.Module]) -> ChannelPlace:
-    """The weight of a norm that torch-pruning does not know, as a side of its module."""
-    owner = place.module.rpartition(".")[0]
-    if place.side == "raw" and isinstance(modules.get(owner), nn.RMSNorm):
-        return ChannelPlace(owner, "out", place.channels, place.roots)
-    return place
+def _choose(axis: Axis, chosen: dict[int, Axis], held: set[int]) -> None:
+    """Choose leaves of an axis, and note those that are held because others were chosen."""
+    axis = axis.now
+    if axis.kind == "leaf":
+        if _is_free(axis) and id(axis) not in held:
+            chosen[id(axis)] = axis
+    elif axis.kind == "sum":
+        for term in axis.parts:
+            _choose(term, chosen, held)
+    else:
+        factors = factors_of(axis)
+        free = [[leaf for leaf in leaves_of(factor) if _is_free(leaf) and id(leaf) not in held] for factor in factors]
+        taken = [any(id(leaf) in chosen for leaf in leaves) for leaves in free]
+        able = taken if any(taken) else [bool(leaves) for leaves in free]
+        if any(able):
+            first = able.index(True)
+            for i, factor in enumerate(factors):
+                if i != first:
+                    held |= {id(leaf) for leaf in leaves_of(factor) if id(leaf) not in chosen}
+            _choose(factors[first], chosen, held)
 
 
-def _atomize(
-    name: str,
-    num: int,
-    layers: list[str],
-    places: list[ChannelPlace],
-    modules: Mapping[str, nn.Module],
-    attentions: Mapping[str, Attention],
-) -> Group:
-    """Join the root channels that a place, a grouped convolution or a head holds together."""
-    parent = list(range(num))
-
-    def find(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    def join(keys: Tensor, roots: Tensor) -> None:
-        first: dict[int, int] = {}
-        for key, root in zip(keys.tolist(), roots.tolist(), strict=True):
-            low, high = sorted((find(first.setdefault(key, root)), find(root)))
-            parent[high] = low
-
-    involved: dict[str, Attention] = {}
-    for place in places:
-        join(place.channels, place.roots)
-        module = modules.get(place.module)
-        if place.module == name and place.side == "out":
-            join(torch.cat([place.channels, torch.arange(num)]), torch.cat([place.roots, torch.arange(num)]))
-        groups, size = grouped(module, place.side)
-        if groups > 1:
-            join(place.channels % (size // groups), place.roots)
-        if isinstance(module, nn.MultiheadAttention):
-            join(place.channels // module.head_dim, place.roots)
-        if place.side == "out" and place.module in attentions:
-            attention = attentions[place.module]
-            join(place.channels // attention.head_dim % attention.num_heads, place.roots)
-            involved[attention.name] = attention
-    atoms = torch.tensor([find(i) for i in range(num)]).unique(return_inverse=True)[1]
-    return Group(layers[0], layers, places, atoms, list(involved.values()))
+def _is_free(leaf: Axis) -> bool:
+    return leaf.size > 1 and not leaf.why
 
 
-def grouped(module: nn.Module | None, side: str) -> tuple[int, int]:
-    """In how many groups of channels a module computes, and how many channels these are together."""
-    if isinstance(module, nn.modules.conv._ConvNd) and not module.groups == module.in_channels == module.out_channels:
-        return module.groups, module.out_channels if side == "out" else module.in_channels
-    if isinstance(module, nn.GroupNorm):
-        return module.num_groups, module.num_channels
-    return 1, 0
+def _places(followed: Followed, chosen: Sequence[Axis]) -> dict[int, list[Place]]:
+    """Where the channels of leaves lie, by the leaf's id."""
+    wanted = {id(leaf) for leaf in chosen}
+    places: dict[int, list[Place]] = {key: [] for key in wanted}
+    for name, axes in followed.named.items():
+        for number, axis in enumerate(axes):
+            for leaf in {id(leaf): leaf for leaf in leaves_of(axis) if id(leaf) in wanted}.values():
+                for atoms in place_of(axis, leaf):
+                    positions = (atoms >= 0).nonzero().flatten()
+                    places[id(leaf)].append(Place(name, number, positions, atoms[positions]))
+    return places

@@ -1,4 +1,4 @@
-"""Which channels go together: the groups that can be removed from a model, found by tracing one forward on a copy."""
+"""Which channels go together: the groups that can be removed from a model, found by following one forward on a copy."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from lightning_compress.checks import first_line
-from lightning_compress.layers import EMBEDDING, PRUNABLE, check_patterns, find_layers, plain_name
-from lightning_compress.structure.dependencies import ROOTS, Group, find_groups
-from lightning_compress.structure.heads import find_attentions
-from lightning_compress.structure.refusals import RECURRENT, why_left_alone, without_torn_ties
+from lightning_compress.layers import EMBEDDING, PRUNABLE, check_patterns, find_layers, matches, plain_name
+from lightning_compress.structure.axes import leaves_of, split_in_two
+from lightning_compress.structure.dependencies import Followed, Group, find_groups, written_by
+from lightning_compress.structure.follow import AN_INPUT, AN_OUTPUT, Follow
+from lightning_compress.structure.literals import Uses, marked
+from lightning_compress.structure.refusals import why_left_alone
+from lightning_compress.structure.rules.call import Axes
+from lightning_compress.structure.sizes import is_sized
 from lightning_compress.structure.unseen import without_what_unseen_parts_may_touch
 
 __all__ = ["Coupling", "Forward", "Group", "couple", "tracing"]
@@ -65,11 +67,11 @@ def couple(
     """Find the groups of channels that can be removed.
 
     Args:
-        model: A copy of the model, which is spoiled; its parameters say what is frozen.
+        model: A copy of the model, which is run.
         forward: Calls the model as training does and returns its outputs.
         include: Name patterns of the layers whose output channels may go; empty for all.
         exclude: Name patterns of layers that keep their output channels.
-        num_heads: Heads by the name pattern of an attention, where they cannot be found in its attributes.
+        num_heads: Heads by the name pattern of an attention, where its forward does not tell.
         skipped: What was left alone before, with the reason; it stays so.
         unseen: Names of the modules with weights that nothing has run so far.
 
@@ -79,115 +81,121 @@ def couple(
     layers, reasons = find_layers(model, (*PRUNABLE, *EMBEDDING), (), ())
     names = list(dict.fromkeys([*(layer.module_name for layer in layers), *reasons]))
     check_patterns(names, include=include, exclude=exclude)
-    modules = dict(model.named_modules())
-    attentions = find_attentions(modules, num_heads or {})
-    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
-    for p in model.parameters():
-        p.requires_grad_(p.is_floating_point())  # the trace follows gradients
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    _check_heads(modules, num_heads or {})
     # Embeddings are taken here, though other methods take them only where they are named.
     reasons = {name: reason for name, reason in reasons.items() if "taken only when" not in reason}
     # Channels that meet an empty weight have no scores there.
     skipped = {name: reason for name, reason in reasons.items() if "is empty" in reason} | dict(skipped or {})
-    with tracing(), torch.enable_grad():
-        try:
-            graph, outputs = _trace(model, forward)
-        except Exception as error:
-            why = f"its channels cannot be traced: {first_line(error)}"
-            return Coupling([], dict.fromkeys(names, why) | reasons)
-        found = list(find_groups(graph, modules, attentions))
+    try:
+        followed = _follow(model, forward, num_heads or {})
+    except Exception as error:
+        why = f"its channels cannot be followed: {first_line(error)}"
+        return Coupling([], dict.fromkeys(names, why) | reasons)
+    outs = _outs(model, names)
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     groups: list[Group] = []
-    for group in found:
-        plain = [plain_name(name) for name in group.layers]
-        why_not = why_left_alone(group, modules, frozen, outputs, include, exclude)
-        why_not = why_not or next((skipped[name] for name in plain if name in skipped), None)
+    left_alone: dict[str, str] = {}
+    for group in find_groups(followed, outs):
+        why_not = why_left_alone(group, frozen, include, exclude)
+        why_not = why_not or next((skipped[name] for name in group.layers if name in skipped), None)
         if why_not is None:
             groups.append(group)
         else:
-            reasons |= dict.fromkeys(plain, why_not)
-    groups = without_torn_ties(model, modules, groups, reasons)
-    groups = without_what_unseen_parts_may_touch(modules, groups, unseen, reasons)
-    reasons |= _not_followed(modules, found, [name for name in names if name not in reasons])
+            left_alone |= dict.fromkeys(group.layers, why_not)
+    groups = without_what_unseen_parts_may_touch(modules, groups, unseen, left_alone)
+    taken = {name for group in groups for name in group.layers}
+    for name in names:
+        if name not in taken and name not in left_alone:
+            left_alone[name] = _why_whole(name, modules, followed, outs) or reasons.get(name, "")
     for name, module in modules.items():
         if isinstance(module, nn.MultiheadAttention):  # its output layer is a part of it
-            reasons.pop(plain_name(f"{name}.out_proj".lstrip(".")), None)
-    return Coupling(groups, {**reasons, **skipped})
+            left_alone.pop(f"{name}.out_proj".lstrip("."), None)
+    return Coupling(groups, {**{n: why for n, why in left_alone.items() if n not in taken}, **skipped})
 
 
-def _not_followed(modules: Mapping[str, nn.Module], found: Sequence[Group], names: Sequence[str]) -> dict[str, str]:
-    """The reasons of those layers that are in no group."""
-    plain = {plain_name(name): module for name, module in modules.items()}
-    followed = {plain_name(name) for group in found for name in group.layers}
-    reasons = {}
-    for name in names:
-        if name in followed:
-            continue
-        module = plain.get(name)
-        is_recurrent = isinstance(module, RECURRENT)
-        reasons[name] = f"{type(module).__name__} is left whole" if is_recurrent else "not reached by forward"
-    return reasons
+def _check_heads(modules: Mapping[str, nn.Module], num_heads: Mapping[str, int]) -> None:
+    for pattern in num_heads:
+        if not any(matches(name, [pattern]) for name in modules):
+            raise ValueError(
+                f"num_heads={pattern!r} matches no module. Give the name of an attention or a glob such as '*.attn'."
+            )
 
 
-# This asks autograd, not a lightning_compress.trace.Trace: torch-pruning reads the graph of autograd, and only that
-# graph goes through the functions of a user's own autograd.Function.
-def _trace(model: nn.Module, forward: Forward) -> tuple[tp.DependencyGraph, set[str]]:
-    """The dependency graph, and the names of the layers whose outputs leave the model."""
-    layer_of: dict[Node | None, str] = {}
-    made: list[Tensor] = []
-    results: list[Tensor] = []
+def _follow(model: nn.Module, forward: Forward, num_heads: Mapping[str, int]) -> Followed:
+    """Follow the axes of a forward; what it gives keeps its shape."""
+    model.eval()
+    follow = Follow(model)
+    uses = Uses(follow.axes_of)
+    inputs: dict[str, Axes] = {}
 
-    def remember(name: str, module: nn.Module, args: object, output: object) -> None:
-        made.extend(_differentiable(output))
-        layer_of.update((x.grad_fn, name) for x in _differentiable(output))
+    def reads(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            inputs[name] = follow.axes_of(args[0])
 
-    def run(model: nn.Module, _: object) -> list[Tensor]:
-        results.extend(_differentiable(forward(model)))
-        reached = _nodes([x.grad_fn for x in results])
-        # what a router, say, gives leads to no result that could be differentiated
-        for x in reversed(made):
-            if x.grad_fn not in reached:
-                results.append(x)
-                reached |= _nodes([x.grad_fn])
-        made.clear()
-        return list(results)
-
-    graph = tp.DependencyGraph()
     with ExitStack() as stack:
+        for context in (tracing(), torch.no_grad(), marked(model), follow, uses):
+            stack.enter_context(context)
         for name, module in model.named_modules():
-            if isinstance(module, (*ROOTS, *RECURRENT)):
-                stack.enter_context(module.register_forward_hook(partial(remember, name)))
-        graph.build_dependency(model, None, forward_fn=run, verbose=False)
-    return graph, _last_layers([x.grad_fn for x in results], layer_of)
+            if is_sized(module):
+                stack.callback(module.register_forward_pre_hook(partial(reads, name)).remove)
+            given = [num for pattern, num in num_heads.items() if matches(plain_name(name), [pattern])]
+            for linear in module.children() if given else ():
+                if isinstance(linear, nn.Linear) and linear.out_features % given[0] == 0:
+                    _in_heads(follow.axes_of(linear.weight), given[0], linear)
+        follow.pin(forward(model), AN_OUTPUT)
+    return Followed(follow.named, follow.read, uses.found, inputs)
 
 
-def _last_layers(nodes: Sequence[Node | None], layer_of: Mapping[Node | None, str]) -> set[str]:
-    """The layers that nodes of autograd's graph come from, with no other layer between."""
-    found: set[str] = set()
-    seen: set[Node] = set()
-    left = list(nodes)
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in layer_of:
-            found.add(layer_of[node])
-        else:
-            left.extend(before for before, _ in node.next_functions)
+def _in_heads(weight: Axes, num: int, linear: nn.Linear) -> None:
+    """Let the outputs of queries, keys and values lie by heads."""
+    thrice = linear.out_features == 3 * linear.in_features
+    halves = split_in_two(weight[0], 3) if thrice else (None, weight[0])
+    if halves is not None and linear.out_features % num == 0:
+        split_in_two(halves[1], num)
+
+
+def _outs(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """The tensor and the axis of the output channels of every layer, by its name."""
+    plain = {plain_name(name): name for name, _ in model.named_modules()}
+    found: dict[str, tuple[str, int]] = {}
+    layers = {layer.module_name: layer for layer in find_layers(model, (*PRUNABLE, *EMBEDDING), (), ())[0]}
+    for name in names:
+        layer = layers.get(name)
+        module = model.get_submodule(plain[name]) if name in plain else None
+        if isinstance(module, nn.MultiheadAttention):
+            found[name] = f"{plain[name]}.out_proj.weight".lstrip("."), 0
+        elif layer is not None:
+            axis = 1 if isinstance(layer.module, EMBEDDING) else layer.out_axis
+            found[name] = f"{plain.get(layer.module_name, layer.module_name)}.{layer.parameter}".lstrip("."), axis
+        elif module is not None:
+            own = _computed_from(module)
+            if own is not None:
+                found[name] = f"{plain[name]}.{own}".lstrip("."), 1 if getattr(module, "transposed", False) else 0
     return found
 
 
-def _nodes(nodes: Sequence[Node | None]) -> set[Node | None]:
-    """Nodes of autograd's graph, and all that they come from."""
-    found: set[Node | None] = {None}
-    left = list(nodes)
-    while left:
-        node = left.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            left.extend(before for before, _ in node.next_functions)
-    return found
+def _computed_from(module: nn.Module) -> str | None:
+    """The parameter that a weight is computed from, which has its shape: of a weight norm the direction."""
+    keys = [key for key, p in module.named_parameters() if "weight" in key and p.dim() > 1]
+    return max(keys, key=lambda key: module.get_parameter(key).numel(), default=None)
 
 
-def _differentiable(values: object) -> list[Tensor]:
-    """The tensors that autograd knows the origin of."""
-    return [x for x in torch.utils._pytree.tree_leaves(values) if isinstance(x, Tensor) and x.grad_fn is not None]
+def _why_whole(
+    name: str, modules: Mapping[str, nn.Module], followed: Followed, outs: Mapping[str, tuple[str, int]]
+) -> str | None:
+    """Why the output channels of a layer are in no group."""
+    if name not in outs:
+        return None
+    tensor, axis = outs[name]
+    if tensor not in followed.read:
+        return "not reached by forward"
+    for leaf in leaves_of(followed.named[tensor][axis]):
+        if leaf.why == AN_OUTPUT:
+            others = [other for other in written_by(leaf, followed, outs) if other != name]
+            return AN_OUTPUT if not others else f"coupled with the output layer {others[-1]}"
+        if leaf.why == AN_INPUT:
+            return "coupled with the model's input"
+        if leaf.why and leaf.size > 1:
+            return leaf.why
+    return "it has a single output channel"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -10,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.checks import first_line
+from lightning_compress.copies import copy_module
 from lightning_compress.layers import plain_name
-from lightning_compress.structure.choose import Drops, Limits, drop_fewest, drop_lowest, record_of, score_groups
+from lightning_compress.structure.choose import Drops, Limits, drop_fewest, drop_lowest, score_groups
+from lightning_compress.structure.cuts import dropped_by_leaf, record_of
 from lightning_compress.structure.groups import Coupling, Forward, Group, tracing
-from lightning_compress.structure.record import Record, apply_record, tensors_by_name
+from lightning_compress.structure.record import Record, apply_record
+from lightning_compress.structure.zeroed import Zeroed
 
 Rehearse = Callable[[nn.Module], str | None]
 """Runs a model that was changed, and says why it does not run; None where it does."""
@@ -21,27 +23,37 @@ Rehearse = Callable[[nn.Module], str | None]
 __all__ = ["Rehearse", "choose_channels", "prove", "prove_groups"]
 
 
-def prove(model: nn.Module, forward: Forward, record: Record) -> str | None:
-    """Why a record must not be applied; None where the smaller model gives what the masked dense one gives.
+def prove(
+    model: nn.Module, forward: Forward, groups: Sequence[Group], drops: Drops, record: Record | None = None
+) -> str | None:
+    """Why channels must not be removed; None where the smaller model gives what the larger one gives without them.
 
-    The dense copy has zeros wherever something is removed, and its norms over channels see only those that are kept.
+    In the larger one all values of these channels are zero wherever they appear, and what is taken over channels, such
+    as a mean, is taken over those that are left.
 
     Args:
         model: The model, in float32; it is copied.
         forward: Calls a model and returns its outputs.
-        record: What is to be removed.
+        groups: The groups.
+        drops: What they lose.
+        record: What is removed, if that is not the record of these drops.
     """
-    outputs = []
+    record = record_of(model, groups, drops) if record is None else record
+    if not record.kept:
+        return None
+    dropped = dropped_by_leaf(groups, drops)
     with tracing(), torch.no_grad():
-        dense = copy.deepcopy(model).eval()
+        dense = copy_module(model).eval()
         _move(dense)
-        small = copy.deepcopy(dense)
+        small = copy_module(dense)
+        outputs = []
         try:
             apply_record(small, record)
-            _mask(dense, small, record)
-            for each in (dense, small):
-                torch.manual_seed(0)
-                outputs.append(torch.utils._pytree.tree_leaves(forward(each)))
+            torch.manual_seed(0)
+            with Zeroed(dense, groups[0].followed, dropped):
+                outputs.append(torch.utils._pytree.tree_leaves(forward(dense)))
+            torch.manual_seed(0)
+            outputs.append(torch.utils._pytree.tree_leaves(forward(small)))
         except Exception as error:
             return f"its forward fails without some of its channels: {first_line(error)}"
     for expected, found in zip(*outputs, strict=True):
@@ -57,7 +69,7 @@ def _move(model: nn.Module) -> None:
     for p in model.parameters():
         if p.is_floating_point():
             spread = float(p.std()) if p.numel() > 1 else 0.0
-            p.add_(torch.randn(p.shape, dtype=p.dtype) * 0.1 * (spread or 0.1))
+            p.add_(torch.empty_like(p).uniform_(-0.2, 0.2).mul_(spread or 0.1))
 
 
 def _difference(expected: Tensor, found: Tensor) -> str | None:
@@ -85,26 +97,24 @@ def prove_groups(
         rehearse: Runs a smaller model in all that it is used for.
     """
     skipped = dict(coupling.skipped)
-    groups: list[Group] = []
-    for group in coupling.groups:
-        # Which attributes of a user's attention follow its heads is found by trying.
-        chosen, why = _settle(model, forward, group, limits) if group.attentions else (group, None)
-        if why is None:
-            groups.append(chosen)
-        else:
-            skipped |= _left_alone(group, why)
-    groups = _surviving(groups, lambda some: prove(model, forward, _half(model, some, limits)), skipped)
+    groups = _surviving(coupling.groups, lambda some: prove(model, forward, some, _half(some, limits)), skipped)
     if rehearse is not None:
-        groups = _surviving(groups, lambda some: _rehearse(model, _half(model, some, limits), rehearse), skipped)
+        groups = _surviving(
+            groups, lambda some: _rehearse(model, record_of(model, some, _half(some, limits)), rehearse), skipped
+        )
     for group in groups:
-        for place in group.places:
-            if place.side == "raw":
-                skipped.pop(plain_name(place.module), None)
+        for place in group.places:  # a raw parameter, and a weight that is computed from another, are cut all the same
+            name = plain_name(place.name)
+            skipped = {key: why for key, why in skipped.items() if not _is_computed_from(key, name)}
     return Coupling(groups, skipped)
 
 
+def _is_computed_from(name: str, tensor: str) -> bool:
+    return tensor == name or tensor.startswith(f"{name}.parametrizations.")
+
+
 def _left_alone(group: Group, why: str) -> dict[str, str]:
-    return dict.fromkeys(map(plain_name, group.layers), why)
+    return dict.fromkeys(group.layers, why)
 
 
 def _surviving(
@@ -137,35 +147,20 @@ def _surviving(
 
 def _rehearse(model: nn.Module, record: Record, rehearse: Rehearse) -> str | None:
     """Why a model does not run without what a record removes, in all that it is used for; None where it does."""
-    smaller = copy.deepcopy(model)
+    smaller = copy_module(model)
     apply_record(smaller, record)
     return rehearse(smaller)
 
 
-def _settle(model: nn.Module, forward: Forward, group: Group, limits: Limits) -> tuple[Group, str | None]:
-    """The group with those attributes of its attentions that follow the heads; or why none do."""
-    reasons: list[str] = []
-    for drop_sizes in (False, True):
-        attentions = [copy.copy(attention) for attention in group.attentions]
-        for attention in attentions:
-            attention.sizes = () if drop_sizes else attention.sizes
-        tried = Group(group.name, group.layers, group.places, group.atoms, attentions)
-        why = prove(model, forward, _half(model, [tried], limits))
-        if why is None:
-            return tried, None
-        reasons.append(why)
-    return group, reasons[0]
-
-
-def _half(model: nn.Module, groups: Sequence[Group], limits: Limits) -> Record:
-    """The record that takes half of the channels of groups."""
+def _half(groups: Sequence[Group], limits: Limits) -> Drops:
+    """Half of the channels of groups."""
     in_order = {group.name: torch.arange(len(group.sizes)).float() for group in groups}
     drops = drop_lowest(groups, in_order, 0.5, Limits(limits.floor, limits.round_to, None, "local"))
     for group in groups:
         # Of few large atoms none may fit into the half: one goes all the same.
         if not drops[group.name].any():
             drops[group.name][0] = True
-    return record_of(model, groups, drops)
+    return drops
 
 
 def choose_channels(
@@ -174,7 +169,7 @@ def choose_channels(
     coupling: Coupling,
     scores: Mapping[str, Tensor],
     limits: Limits,
-    reached: Callable[[Drops, Record], bool],
+    reached: Callable[[Drops, Callable[[], Record]], bool],
     rehearse: Rehearse | None = None,
 ) -> tuple[Record, Drops, bool]:
     """Choose the channels that reach a target, and prove that the model computes the same without them.
@@ -187,18 +182,18 @@ def choose_channels(
         coupling: The model's groups.
         scores: A criterion's scores by the name of the weight's tensor.
         limits: How far the groups may shrink.
-        reached: Says whether a choice reaches the target.
+        reached: Says whether a choice reaches the target; it may ask for the record of it, which takes time.
         rehearse: Runs a smaller model in all that it is used for.
 
     Returns:
         The record, what it drops, and whether that reaches the target.
     """
     groups = coupling.groups
-    values = score_groups(groups, model, scores)
+    values = score_groups(groups, scores)
 
     def why_not(some: Sequence[Group], drops: Drops) -> str | None:
         record = record_of(model, some, drops)
-        why = prove(model, forward, record) if record.kept else None
+        why = prove(model, forward, some, drops, record)
         return _rehearse(model, record, rehearse) if why is None and rehearse is not None and record.kept else why
 
     while True:
@@ -211,37 +206,10 @@ def choose_channels(
         coupling.groups[:] = groups
 
 
-def _reached(model: nn.Module, groups: Sequence[Group], reached: Callable[[Drops, Record], bool], drops: Drops) -> bool:
-    return reached(drops, record_of(model, groups, drops))
-
-
-def _mask(dense: nn.Module, small: nn.Module, record: Record) -> None:
-    """Zeros in the dense model wherever the small one has nothing; norms over channels as in the small one."""
-    tensors = tensors_by_name(dense)
-    modules = dict(dense.named_modules())
-    smaller = dict(small.named_modules())
-    for name, axes in record.kept.items():
-        tensor = tensors[name].data
-        for axis, keep in axes.items():
-            gone = torch.ones(tensor.shape[axis], dtype=torch.bool)
-            gone[keep] = False
-            tensor.index_fill_(axis, gone.nonzero().flatten(), 0.0)
-        owner = name.rpartition(".")[0]
-        if isinstance(modules[owner], nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
-            axis = 1 if isinstance(modules[owner], nn.GroupNorm) else -1
-            (keep,) = axes.values()
-            modules[owner].__dict__["forward"] = _Gathered(smaller[owner], keep, axis)
-
-
-class _Gathered:
-    """A norm of some channels, with zeros for the others."""
-
-    def __init__(self, norm: nn.Module, keep: Tensor, axis: int) -> None:
-        self.norm = norm
-        self.keep = keep
-        self.axis = axis
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Normalize the kept channels of x, and put them back where they were."""
-        y = self.norm(x.index_select(self.axis, self.keep))
-        return torch.zeros_like(x).index_copy(self.axis, self.keep, y)
+def _reached(
+    model: nn.Module,
+    groups: Sequence[Group],
+    reached: Callable[[Drops, Callable[[], Record]], bool],
+    drops: Drops,
+) -> bool:
+    return reached(drops, partial(record_of, model, groups, drops))

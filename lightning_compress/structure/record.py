@@ -14,6 +14,7 @@ from lightning_compress.layers import plain_name
 from lightning_compress.structure.mirrors import mirrored
 from lightning_compress.structure.optimizers import cut, cut_state_of, forget
 from lightning_compress.structure.saved import Structure, Value, check_saved
+from lightning_compress.structure.whole import all_or_nothing
 
 __all__ = [
     "Record",
@@ -79,7 +80,9 @@ def apply_record(
     optimizers: Iterable[torch.optim.Optimizer] = (),
     copies: Iterable[nn.Module] = (),
 ) -> None:
-    """Shrink a model and what trains it. Parameters keep their identity, names and order.
+    """Shrink a model and what trains it: all of it, or nothing where that fails.
+
+    Parameters keep their identity, names and order.
 
     Args:
         model: The live model.
@@ -91,14 +94,16 @@ def apply_record(
     record = mirrored(model, record)
     kept = kept_by_id(model, record)
     before = {id(p) for p in model.parameters()}
-    # Before the parameters: state is known by having their shape.
-    for optimizer in optimizers:
-        cut_state_of(optimizer, kept)
-    for each in (model, *copies):
-        _shrink(each, record)
-    gone = before - {id(p) for p in model.parameters()}
-    for optimizer in optimizers:
-        forget(optimizer, gone)
+    models = [model, *copies]
+    with all_or_nothing(models, optimizers):
+        # Before the parameters: state is known by having their shape.
+        for optimizer in optimizers:
+            cut_state_of(optimizer, kept)
+        for each in models:
+            _shrink(each, record)
+        gone = before - {id(p) for p in model.parameters()}
+        for optimizer in optimizers:
+            forget(optimizer, gone)
 
 
 def kept_by_id(model: nn.Module, record: Record) -> dict[int, dict[int, Tensor]]:

@@ -13,7 +13,6 @@ from itertools import pairwise
 from torch import nn
 
 from lightning_compress.layers import plain_name
-from lightning_compress.structure.channels import entries, tensor_of
 from lightning_compress.structure.dependencies import Group
 
 __all__ = ["sizes_of", "without_what_unseen_parts_may_touch"]
@@ -30,7 +29,7 @@ def without_what_unseen_parts_may_touch(
         unseen: Names of the modules with weights that no step has run.
         reasons: Gets the reason of every group that is left alone, by the names of its layers.
     """
-    widths = [_widths(group, modules) for group in groups]
+    widths = [_widths(group) for group in groups]
     left = dict(enumerate(groups))
     for name, size, reads in _sizes(modules, unseen):
         touched = [i for i, own in enumerate(widths) if size in own]
@@ -49,17 +48,10 @@ def sizes_of(model: nn.Module, unseen: Sequence[str]) -> set[int]:
     return {size for _, size, _ in _sizes(dict(model.named_modules()), unseen)}
 
 
-def _widths(group: Group, modules: Mapping[str, nn.Module]) -> set[int]:
+def _widths(group: Group) -> set[int]:
     """The sizes of the axes along which a group's channels lie, in all that is known to read or feed them."""
-    found = {len(group.atoms)}
-    for place in group.places:
-        if place.side == "raw":
-            continue
-        for entry in entries(modules[place.module], place.side):
-            tensor = tensor_of(modules[place.module], entry.key)
-            assert tensor is not None
-            found.add(tensor.shape[entry.axis])
-    return found
+    named = group.followed.named
+    return {int(group.sizes.sum()), *(named[place.name][place.axis].size for place in group.places)}
 
 
 def _sizes(modules: Mapping[str, nn.Module], unseen: Sequence[str]) -> Iterator[tuple[str, int, bool]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.copies import copy_module
 from lightning_compress.layers import Layer
 from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.observation import Observation
@@ -116,7 +116,7 @@ def _observe(criterion: Criterion, layer: Layer, where: str) -> Layer | None:
     method = f"{name}.observe_gradient" if criterion.observes_gradients else f"{name}.observe"
     for bare in (False,) if criterion.needs_norm else (True, False):
         model = _Trained(layer.module, bare).train()
-        plain = copy.deepcopy(model)
+        plain = copy_module(model)
         observation = Observation(criterion, [layer], model)
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
         shapes = set()

@@ -332,7 +332,7 @@ METHODS: dict[str, Method] = {
         zeros=False,  # the last channels go in the last step, and masks make up for the zeros that go with them
     ),
     "layers": Method(
-        lambda name: [LayerPruning(1, phase=CUT)],
+        lambda name: [LayerPruning(1, max_share=1.0, phase=CUT)],
         reached_layers,
         6,
         SHRUNK,
@@ -344,7 +344,7 @@ METHODS: dict[str, Method] = {
     "prune+layers+int8": Method(
         lambda name: [
             GradualPruning(SPARSITY, phase=Phase(0.1, 0.3), every=2),
-            LayerPruning(1, phase=Phase(0.3, 0.5)),
+            LayerPruning(1, max_share=1.0, phase=Phase(0.3, 0.5)),
             int8(CALIBRATE, QUANTIZE),
         ],
         reached_shallow_int8,

@@ -104,7 +104,7 @@ CASES: dict[str, Callable[[Path], list[pl.Callback]]] = {
     "RigL": lambda _: [RigL(0.7, every=4)],
     "SET": lambda _: [SET(0.7, every=4)],
     "ChannelPruning(Taylor)": lambda _: [ChannelPruning(0.4, Taylor(), Phase(0.2, 0.6), steps=2)],
-    "LayerPruning": lambda _: [LayerPruning(1, phase=Phase(0.2, 0.6))],
+    "LayerPruning": lambda _: [LayerPruning(1, max_share=1.0, phase=Phase(0.2, 0.6))],
     "QAT(int8)": lambda _: [_quantize()],
     "QAT(w4a8)": lambda _: [_quantize("w4a8")],
     "PTQ": lambda _: [PostTrainingQuantization("int8", Phase(0.5, 1.0))],

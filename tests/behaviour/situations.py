@@ -49,7 +49,7 @@ CALLBACKS: dict[str, Callable[..., pl.Callback]] = {
     "RigL": lambda at, **kw: RigL(0.5, phase=at(0.25, 1.0), every=2, **kw),
     "SET": lambda at, **kw: SET(0.5, phase=at(0.25, 1.0), every=2, **kw),
     "ChannelPruning": lambda at, **kw: ChannelPruning(0.4, phase=at(0.5, 0.75), **kw),
-    "LayerPruning": lambda at, **kw: LayerPruning(1, phase=at(0.5, 0.75), **kw),
+    "LayerPruning": lambda at, **kw: LayerPruning(1, max_share=1.0, phase=at(0.5, 0.75), **kw),
     "QuantizationAwareTraining": lambda at, **kw: QuantizationAwareTraining("int8", at(0.5, 0.75), at(0.75, 1.0), **kw),
     "PostTrainingQuantization": lambda at, **kw: PostTrainingQuantization("int8", at(0.5, 1.0), **kw),
     "KnowledgeDistillation": lambda at, **kw: KnowledgeDistillation(phase=at(0.5, 1.0), **kw),

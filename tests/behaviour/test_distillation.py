@@ -195,7 +195,7 @@ def test_distil_shrink(name: str, tmp_path: Path) -> None:
 
 def test_features_of_a_removed_block_are_left_out(tmp_path: Path) -> None:
     def make(*extra: pl.Callback) -> pl.Trainer:
-        layers = LayerPruning(1, phase=Phase(BEGIN / NUM_BATCHES, 0.5))
+        layers = LayerPruning(1, max_share=1.0, phase=Phase(BEGIN / NUM_BATCHES, 0.5))
         distil = KnowledgeDistillation(features=["net.1.conv1", "net.1"])
         return make_trainer(tmp_path, layers, distil, *extra, prune=False, limit_val_batches=1)
 

@@ -136,7 +136,7 @@ def test_a_run_resumes_bit_identically(optimizer: str, pruning: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "shrinking", [ChannelPruning(0.4, phase=Phase(0.4, 0.5)), LayerPruning(1, phase=Phase(0.4, 0.5))]
+    "shrinking", [ChannelPruning(0.4, phase=Phase(0.4, 0.5)), LayerPruning(1, max_share=1.0, phase=Phase(0.4, 0.5))]
 )
 @pytest.mark.parametrize("start", [0.2, 0.45, 0.8])
 def test_a_stochastic_average_shrinks_with_the_model(shrinking: Any, start: float, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_an_exchange_of_weights_reaches_averages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [GradualPruning, SET, ChannelPruning, LayerPruning])
 def test_an_average_in_the_module_is_compressed_with_its_source(kind: Any, tmp_path: Path) -> None:
-    amount = {"num_layers": 1} if kind is LayerPruning else {}
+    amount = {"num_layers": 1, "max_share": 1.0} if kind is LayerPruning else {}
     module = make(Averaged)
     dense = sum(p.numel() for p in module.average.parameters())
     trainer = fit(tmp_path, module, kind(phase=Phase(0.2, 0.5), **amount))

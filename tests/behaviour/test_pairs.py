@@ -43,7 +43,7 @@ CALLBACKS: dict[str, Callable[[Phase], Any]] = {
     "RigL": lambda phase: RigL(0.5, phase=phase, every=2),
     "SET": lambda phase: SET(0.5, phase=phase, every=2),
     "ChannelPruning": lambda phase: ChannelPruning(0.4, phase=phase, steps=2),
-    "LayerPruning": lambda phase: LayerPruning(1, phase=phase),
+    "LayerPruning": lambda phase: LayerPruning(1, max_share=1.0, phase=phase),
     "QuantizationAwareTraining": quantize,
     "PostTrainingQuantization": lambda phase: PostTrainingQuantization("w4a8", phase),
     "FineTuning": lambda phase: FineTuning(phase, 0.5),

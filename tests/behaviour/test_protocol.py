@@ -39,7 +39,7 @@ OTHERS: dict[str, Any] = {
     "RigL": lambda: RigL(0.5, phase=Phase(0.1, 0.3), every=2),
     "SET": lambda: SET(0.5, phase=Phase(0.1, 0.3), every=2),
     "ChannelPruning": lambda: ChannelPruning(0.5, phase=Phase(0.1, 0.3)),
-    "LayerPruning": lambda: LayerPruning(1, phase=Phase(0.1, 0.3)),
+    "LayerPruning": lambda: LayerPruning(1, max_share=1.0, phase=Phase(0.1, 0.3)),
     "FineTuning": lambda: FineTuning(Phase(0.1, 0.3), "constant"),
     "KnowledgeDistillation": lambda: KnowledgeDistillation(alpha=0.5, phase=Phase(0.1, 0.3)),
     "AccuracyGuard": lambda: AccuracyGuard(100.0, bits=(6, 4)),
@@ -141,7 +141,7 @@ def widths(module: Small) -> list[int]:
 def test_half_is_half_of_what_is_there_when_it_begins(target: Any, steps: int, tmp_path: Path) -> None:
     pruning = ChannelPruning(0.5, phase=Phase(0.4, 0.8), target=target, steps=steps, floor=0.0)
     module = make()
-    fit(tmp_path, module, LayerPruning(1, phase=Phase(0.1, 0.3)), pruning)
+    fit(tmp_path, module, LayerPruning(1, max_share=1.0, phase=Phase(0.1, 0.3)), pruning)
     assert facts(module)["blocks"] == 2
     assert pruning.stands() == {target: pytest.approx(0.5, abs=0.06)}
     assert pruning.stands()[target] >= 0.5
@@ -165,16 +165,16 @@ def test_layers_of_their_own_target_lose_it_of_what_is_there(tmp_path: Path) -> 
 
 
 def test_a_block_that_is_gone_is_not_removed_again(tmp_path: Path) -> None:
-    module, second = make(), LayerPruning(1, phase=Phase(0.4, 0.6))
-    fit(tmp_path, module, LayerPruning(1, phase=Phase(0.1, 0.3)), second)
+    module, second = make(), LayerPruning(1, max_share=1.0, phase=Phase(0.4, 0.6))
+    fit(tmp_path, module, LayerPruning(1, max_share=1.0, phase=Phase(0.1, 0.3)), second)
     assert facts(module)["blocks"] == 1
     assert second.stands() == {"layers": 1} == second.asked()
 
 
 def test_where_no_block_is_left_that_is_said(tmp_path: Path) -> None:
-    second = LayerPruning(2, phase=Phase(0.4, 0.6))
+    second = LayerPruning(2, max_share=1.0, phase=Phase(0.4, 0.6))
     with pytest.warns(UserWarning, match="LayerPruning.num_layers=2: 1 are removed, because other callbacks"):
-        fit(tmp_path, make(), LayerPruning(2, phase=Phase(0.1, 0.3)), second)
+        fit(tmp_path, make(), LayerPruning(2, max_share=1.0, phase=Phase(0.1, 0.3)), second)
     assert second.stands() == {"layers": 1}
 
 

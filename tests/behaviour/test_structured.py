@@ -125,7 +125,7 @@ def test_each_layer_can_have_a_share_of_its_own(tmp_path: Path) -> None:
 def test_a_share_of_a_layer_that_is_not_there_is_refused_before_training(tmp_path: Path) -> None:
     module = make_module("mlp")
     pruning = ChannelPruning(0.5, scope="local", targets={"tail": 0.5})
-    with pytest.raises(ValueError, match=r"targets\['tail'\] matches no layer.*net.3, net.0"):
+    with pytest.raises(ValueError, match=r"targets\['tail'\] matches no layer.*net.0, net.3"):
         make_trainer(tmp_path, callbacks=[pruning]).fit(module)
     assert module.trainer.global_step == 0
 
@@ -179,7 +179,7 @@ def test_an_example_input_array_stands_in_for_validation_data(tmp_path: Path) ->
 
 def test_more_blocks_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"only 1 blocks can be removed together.*net\.3"):
-        make_trainer(tmp_path, callbacks=[LayerPruning(2)]).fit(make_module("mlp"))
+        make_trainer(tmp_path, callbacks=[LayerPruning(2, max_share=1.0)]).fit(make_module("mlp"))
     with pytest.raises(ValueError, match="are: none"):
         make_trainer(tmp_path, callbacks=[LayerPruning()]).fit(make_module("lstm"))
 
@@ -199,9 +199,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "targets": (lambda: ChannelPruning(scope="local", targets={"a": 1.0}), ValueError, "accepted is a share in 0..1"),
     "targets of all": (lambda: ChannelPruning(targets={"a": 0.5}), ValueError, "Accepted are target='channels' and"),
     "target": (lambda: ChannelPruning(target="flops"), ValueError, "target='flops': accepted are 'channels'"),
-    "scope": (lambda: ChannelPruning(scope="layer"), ValueError, "scope='layer': accepted are 'global'"),
+    "scope": (lambda: ChannelPruning(scope="layer"), ValueError, "scope='layer': accepted are 'balanced'"),
     "criterion": (lambda: ChannelPruning(criterion="l1"), TypeError, "criterion='l1': accepted is a Criterion"),
     "num_layers": (lambda: LayerPruning(0), ValueError, "num_layers=0: accepted is a whole number"),
+    "max_share": (lambda: LayerPruning(max_share=0.0), ValueError, "max_share=0.0: accepted is a share above 0"),
 }
 
 

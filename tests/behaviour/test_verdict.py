@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[Any, str]] = {
     "RigL": (lambda **kw: RigL(0.5, phase=LATE, every=2, **kw), "sparsity"),
     "SET": (lambda **kw: SET(0.5, phase=LATE, every=2, **kw), "exchanged weights"),
     "ChannelPruning": (lambda **kw: ChannelPruning(0.5, phase=LATE, **kw), "channels"),
-    "LayerPruning": (lambda **kw: LayerPruning(1, phase=LATE, **kw), "layers"),
+    "LayerPruning": (lambda **kw: LayerPruning(1, max_share=1.0, phase=LATE, **kw), "layers"),
     "QuantizationAwareTraining": (lambda **kw: QuantizationAwareTraining("int8", LATE, Phase(0.9, 1.0), **kw), "bits"),
     "PostTrainingQuantization": (lambda **kw: PostTrainingQuantization("int8", LATE, **kw), "bits"),
     "KnowledgeDistillation": (lambda **kw: KnowledgeDistillation(phase=LATE, **kw), "taught steps"),

@@ -64,7 +64,9 @@ def test_a_checkpoint_of_weights_alone_loads_as_it_was_trained(kind: str, tmp_pa
 
 def test_quantized_after_training_and_without_a_block(tmp_path: Path) -> None:
     module = Small()
-    trainer = make_trainer(tmp_path, callbacks=[LayerPruning(1, phase=EARLY), PostTrainingQuantization()])
+    trainer = make_trainer(
+        tmp_path, callbacks=[LayerPruning(1, max_share=1.0, phase=EARLY), PostTrainingQuantization()]
+    )
     trainer.fit(module)
     trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     loaded = load_from_checkpoint(Small, tmp_path / "x.ckpt")

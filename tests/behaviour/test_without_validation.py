@@ -202,7 +202,7 @@ CALLBACKS: dict[str, tuple[Callable[[], list[Any]], Callable[..., bool]]] = {
     "SET": (lambda: [SET(0.8)], is_sparse),
     "FineTuning": (lambda: [GradualPruning(0.8, phase=SOME), FineTuning(Phase(0.5, 0.75), "rewind")], is_sparse),
     "ChannelPruning": (lambda: [ChannelPruning(0.5, phase=SOME)], is_smaller),
-    "LayerPruning": (lambda: [LayerPruning(1, phase=SOME)], is_smaller),
+    "LayerPruning": (lambda: [LayerPruning(1, max_share=1.0, phase=SOME)], is_smaller),
     "QuantizationAwareTraining": (
         lambda: [QuantizationAwareTraining(calibrate=SOME, phase=Phase(0.5, 1.0))],
         is_quantized,
@@ -382,7 +382,7 @@ def test_a_file_is_compared_on_the_inputs_of_a_training_step(tmp_path: Path, mon
 @pytest.mark.parametrize("name", ["no validation_step", "GAN, manual"])
 def test_a_run_is_bitwise_the_same_where_its_steps_were_watched(name: str, tmp_path: Path) -> None:
     weights = []
-    for callbacks in ([], [CompressionReport(show=False), LayerPruning(1, phase=Phase(1.0, 1.0))]):
+    for callbacks in ([], [CompressionReport(show=False), LayerPruning(1, max_share=1.0, phase=Phase(1.0, 1.0))]):
         torch.manual_seed(0)
         module = MODULES[name]()
         data = (loader(torch.Generator().manual_seed(1)),)

@@ -33,7 +33,7 @@ OURS: dict[str, Callable[[], Any]] = {
     "RigL": lambda: RigL(0.5, every=2),
     "SET": lambda: SET(0.5, every=2),
     "ChannelPruning": lambda: ChannelPruning(0.4, phase=Phase(0.2, 0.8), steps=3),
-    "LayerPruning": lambda: LayerPruning(1, phase=Phase(0.2, 0.8)),
+    "LayerPruning": lambda: LayerPruning(1, max_share=1.0, phase=Phase(0.2, 0.8)),
     "PostTrainingQuantization": lambda: PostTrainingQuantization("int8", Phase(0.2, 0.8)),
     "QuantizationAwareTraining": lambda: QuantizationAwareTraining("int4", Phase(0.2, 0.4), Phase(0.4, 1.0)),
 }

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from lightning_compress.layers import find_layers
 from lightning_compress.pruning import Element, Magnitude, Masks
-from lightning_compress.structure.blocks import choose_blocks, find_blocks, record_blocks, score_block
+from lightning_compress.structure.blocks import choose_blocks, find_blocks, freed, record_blocks, score_block
 from lightning_compress.structure.choose import (
     Limits,
     drop_fewest,
     drop_lowest,
     num_channels,
-    num_parameters,
-    record_of,
     score_groups,
 )
+from lightning_compress.structure.cuts import num_parameters, record_of
 from lightning_compress.structure.groups import Coupling, couple
 from lightning_compress.structure.optimizers import check_optimizer
 from lightning_compress.structure.proof import choose_channels, prove, prove_groups
@@ -144,8 +143,12 @@ def test_the_same_channels_removed_by_torch_pruning_itself_give_the_same_bits(na
             warnings.simplefilter("ignore")
             graph = tp.DependencyGraph().build_dependency(theirs, x)
         root = theirs.get_submodule(group.layers[0])
-        first = next(p for p in group.places if p.module == group.layers[0] and p.side == "out")
-        gone = first.channels[drops[group.name][group.atoms[first.roots]]].unique().tolist()
+        first = next(
+            p
+            for p in group.places
+            if p.name.startswith(f"{group.layers[0]}.") and p.axis == (name == "bert" and "word" in p.name)
+        )
+        gone = first.positions[drops[group.name][first.atoms]].unique().tolist()
         pruner = graph.get_pruner_of_module(root)
         graph.get_pruning_group(root, pruner.prune_out_channels, gone).prune()
         expected = theirs.state_dict()
@@ -203,13 +206,10 @@ UNSAFE: dict[str, tuple[Any, torch.Size, dict[str, str]]] = {
     "lstm": (lambda: Recurrent(nn.LSTM), torch.Size([2, 2, 12]), {"net": "LSTM is left whole", "b": "net"}),
     "gru": (lambda: Recurrent(nn.GRU), torch.Size([2, 2, 12]), {"net": "GRU is left whole", "b": ""}),
     "rnn": (lambda: Recurrent(nn.RNN), torch.Size([2, 2, 12]), {"net": "RNN is left whole", "b": ""}),
-    "concat + grouped": (lambda: Concat(4), IMAGES, {"a": "computes in groups", "b": "computes in groups"}),
-    "pixel shuffle": (Shuffle, IMAGES, {"a": "rearranged on the way to b"}),
-    "raw parameter": (Raw, ROWS, {"raw": "a raw parameter", "a": "forward fails"}),
     "no_grad and unused": (
         Detached,
         ROWS,
-        {"stem": "not reached", "unused": "not reached", "b": "forward fails", "c": "an output layer"},
+        {"unused": "not reached", "b": "forward fails", "c": "an output layer"},
     ),
 }
 
@@ -232,19 +232,43 @@ def test_what_is_not_safe_is_left_alone_with_its_reason(kind: str) -> None:
         assert all(small.get_submodule(n).weight.shape[0] for n in taken)
 
 
-def test_frozen_parametrized_and_torn_layers_are_left_alone() -> None:
+FOLLOWED: dict[str, tuple[Any, torch.Size, set[str]]] = {
+    "concat + grouped": (lambda: Concat(4), IMAGES, {"a", "b", "c"}),
+    "pixel shuffle": (Shuffle, IMAGES, {"a", "b"}),
+    "raw parameter": (Raw, ROWS, {"a", "raw"}),
+    "no_grad": (Detached, ROWS, {"stem", "a"}),
+}
+
+
+@pytest.mark.parametrize("kind", list(FOLLOWED))
+def test_what_no_layer_shows_is_followed(kind: str) -> None:
+    make, shape, expected = FOLLOWED[kind]
+    torch.manual_seed(0)
+    model, x = make().eval(), inputs_for(shape)
+    before = {name: p.numel() for name, p in model.named_parameters()}
+    record, coupling = planned(model, x)
+    assert {layer for group in coupling.groups for layer in group.layers} == expected
+    apply_record(model, record)
+    model(x)
+    for name, p in model.named_parameters():
+        if name.partition(".")[0] in expected:
+            assert p.numel() < before[name], name
+
+
+def test_frozen_parametrized_and_torn_layers() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3))
     model[0].requires_grad_(False)
     nn.utils.parametrizations.weight_norm(model[2])
     coupling = groups_of(model, inputs_for(ROWS))
     assert "is frozen" in coupling.skipped["0"]
-    assert "parametrized" in coupling.skipped["2"]
-    assert [group.layers for group in coupling.groups] == [["4"]]
+    assert sorted(group.layers for group in coupling.groups) == [["2"], ["4"]]
+    apply_record(model, planned(model, inputs_for(ROWS))[0])
+    assert model[2].weight.shape == (model[2].out_features, 8)
+    assert model[2].out_features < 8
     torn = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     torn[2].weight = torn[0].weight
     skipped = groups_of(torn, inputs_for(ROWS)).skipped
-    assert "share one weight" in skipped["0"]
-    assert "share one weight" in skipped["2"]
+    assert skipped["0"] == skipped["2"] == "coupled with the model's input"
 
 
 def test_norms_over_channels_shrink_with_them() -> None:
@@ -285,16 +309,18 @@ def test_whole_heads_go(name: str) -> None:
     assert min(heads) < 4
 
 
-def test_heads_by_name_where_no_attribute_tells() -> None:
+def test_heads_are_found_whatever_the_attribute_is_called() -> None:
     torch.manual_seed(0)
     model, x = build("vit")
     for block in model.blocks:
         block.attn.count = block.attn.__dict__.pop("num_heads")
         type(block.attn).num_heads = property(lambda self: self.count)
     try:
-        assert "blocks.0.attn.qkv" in groups_of(model, x).skipped
-        coupling = groups_of(model, x, num_heads={"blocks.*.attn": 4})
+        record, coupling = planned(model, x, 0.6)
         assert "blocks.0.attn.qkv" not in coupling.skipped
+        apply_record(model, record)
+        assert model(x).shape == (4, 10)
+        assert min(block.attn.count for block in model.blocks) < 4
     finally:
         del type(model.blocks[0].attn).num_heads
 
@@ -302,18 +328,20 @@ def test_heads_by_name_where_no_attribute_tells() -> None:
 def test_a_proof_fails_where_shapes_alone_would_not_tell() -> None:
     """Kept indices that are off by one fit everywhere and compute something else."""
     model, x = build("mobilenet")
-    record, _ = planned(model, x)
-    assert prove(model, lambda m: m(x), record) is None
+    groups = groups_of(model, x).groups
+    drops = drop_lowest(groups, score_groups(groups, scores_of(model)), 0.5, Limits())
+    record = record_of(model, groups, drops)
+    assert prove(model, lambda m: m(x), groups, drops) is None
     name = next(n for n, axes in record.kept.items() if 1 in axes)
     kept = record.kept[name][1]
     record.kept[name][1] = (kept + 1) % tensors_by_name(model)[name].shape[1]
-    assert "something else" in str(prove(model, lambda m: m(x), record))
+    assert "something else" in str(prove(model, lambda m: m(x), groups, drops, record))
 
 
 def test_floor_rounding_and_scope() -> None:
     model, x = build("resnet")
     coupling = groups_of(model, x)
-    scores = score_groups(coupling.groups, model, scores_of(model))
+    scores = score_groups(coupling.groups, scores_of(model))
     for limits in (Limits(floor=0.5), Limits(round_to=4), Limits(scope="local")):
         drops, _ = drop_fewest(coupling.groups, scores, limits, lambda drops: False)
         for group in coupling.groups:
@@ -381,6 +409,45 @@ def test_blocks() -> None:
     restore_structure(model, {}, dense.state_dict())
     model.load_state_dict(dense.state_dict())
     assert torch.equal(model(x), dense(x))
+
+
+class Hourglass(nn.Module):
+    """A U-Net in small: one block that gives back the shape it reads holds nearly all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.net(x))
+
+
+def test_a_block_that_is_most_of_the_network_stays() -> None:
+    model, x = Hourglass(), torch.randn(2, 4)
+    names, skipped = find_blocks(model, lambda m: m(x))
+    assert names == ["stem"]
+    num = sum(p.numel() for p in model.parameters())
+    share = sum(p.numel() for p in model.net.parameters()) / num
+    assert f"it holds {share:.0%} of the model's parameters, and a block may hold up to 50%" in skipped["net"]
+    # the block inside of it holds more than half, too
+    assert "max_share" in skipped["net.1.0"]
+    names, _ = find_blocks(model, lambda m: m(x), max_share=0.75)
+    assert names == ["stem", "net.1.0"]
+    names, _ = find_blocks(model, lambda m: m(x), max_share=1.0)
+    assert names == ["stem", "net"]
+
+
+def test_what_a_block_shares_with_the_rest_is_not_freed() -> None:
+    model, x = Hourglass(), torch.randn(2, 4)
+    model.net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model.net[1].weight = model.stem.weight
+    assert freed(model, "net") == 3 * 4 + 2 * 16
+    assert freed(model, "net.1") == 4
+    assert freed(model, "stem") == 4
+    assert find_blocks(model, lambda m: m(x), max_share=0.55)[0] == ["stem", "net.0", "net.1", "net.2"]
 
 
 def test_blocks_of_transformers_are_layers_and_not_their_parts() -> None:
