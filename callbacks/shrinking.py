@@ -27,6 +27,7 @@ from lightning_compress.structure.record import Record, apply_record, structure_
 from .examples import Calls, example_calls, in_single_precision
 from .live_shape import CutError, check_strategy, check_structure_on_load, tell
 from .protocol import State
+from .raw_layers import know_layers
 from .rehearsal import why_it_fails
 from .run import check_run, on_rank_zero, read_clock, tell_left_alone
 from .verdict import end_with_verdict
@@ -192,6 +193,7 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
         observed = None if self._state is None else self._restore(self._state)
         self._state = None
         if not self.reached:
+            know_layers(self, trainer, pl_module)  # which raw parameters have scores
             self._calls = on_rank_zero(trainer, lambda: example_calls(trainer, pl_module, type(self).__name__))
             self._observe(pl_module, observed)
             if self.progress is None:
