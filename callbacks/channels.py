@@ -61,7 +61,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         target: What the share is taken of: ``"channels"`` (of those that can be removed), ``"parameters"``,
             ``"macs"`` (multiply-accumulates) or ``"latency"`` (measured on the CPU, one sample).
         scope: ``"global"`` ranks all channels together, each relative to its layer; ``"local"`` each group by itself;
-            ``"balanced"`` by the mean of both ranks, with what three or more layers share, such as the width of a
+            ``"balanced"`` by the mean of both ranks, with what many layers give and read, such as the width of a
             residual stream, behind the lower half of the others.
         include: Name patterns of the layers whose output channels may go; empty for all.
         exclude: Name patterns of layers that keep their output channels.

@@ -24,7 +24,18 @@ from lightning_compress.checks import first_line
 __all__ = ["copy_module", "forget_graphs"]
 
 # of the standard library: what holds threads, processes, files and connections, as a whole
-_WHOLE = ("_thread", "threading", "concurrent", "queue", "_queue", "multiprocessing", "io", "_io", "socket", "sqlite3")
+_WHOLE: tuple[str, ...] = (
+    "_thread",
+    "threading",
+    "concurrent",
+    "queue",
+    "_queue",
+    "multiprocessing",
+    "io",
+    "_io",
+    "socket",
+    "sqlite3",
+)
 _WHOLE += ("subprocess", "asyncio", "tempfile", "contextvars", "_contextvars", "ssl", "select", "mmap")
 # whose objects lead out of the model, such as to the Trainer and from there to the data
 _OTHERS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import tempfile
 import warnings
@@ -117,7 +116,7 @@ def _import_once() -> None:
     torch.set_num_threads(1)
     with warnings.catch_warnings(), suppress(ImportError):
         warnings.simplefilter("ignore")
-        torch.onnx.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), io.BytesIO(), dynamo=True, verbose=False)
+        torch.onnx.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), None, dynamo=True, verbose=False)
 
 
 def run(
@@ -139,7 +138,7 @@ def run(
         rows.append(kept(name, trials or TRIALS[1:], limit, folder))
         print({key: rows[-1][key] for key in COLUMNS if key in rows[-1]}, flush=True)
     missing = [name for name in MODELS if name not in names]
-    result = {"headline": headline(rows), "versions": versions, "missing": missing, "rows": rows}
+    result: dict[str, Any] = {"headline": headline(rows), "versions": versions, "missing": missing, "rows": rows}
     if write is not None:
         write_whole(write, page_of(result))
     counted = result["headline"]

@@ -164,12 +164,13 @@ def prune(name: str, folder: Path) -> dict[str, Any]:
     after = dict(fit(make(name), callback, report).named_parameters())
     zeros = {key: int((after[key] == 0).sum()) for key in factors}
     taken = {key for key, num in zeros.items() if num > SPARSITY * factors[key].numel() - 1}
-    missed = abs(callback.stands()["sparsity"] - SPARSITY) > 1e-3 + 1 / max(1, sum(zeros.values()))
-    unmeasured = [] if report.report is None else report.report.get("unmeasured", [])
+    reached = float(callback.stands()["sparsity"])
+    missed = abs(reached - SPARSITY) > 1e-3 + 1 / max(1, sum(zeros.values()))
+    unmeasured: Any = [] if report.report is None else report.report.get("unmeasured", [])
     return {
         "pruned": share(taken, factors),
         "left": left_alone(taken, factors, callback.skipped),
-        "prune": "ok" if not missed else f"missed: {callback.stands()['sparsity']:.4f} of {SPARSITY}",
+        "prune": "ok" if not missed else f"missed: {reached:.4f} of {SPARSITY}",
         "unmeasured": list(unmeasured),
     }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,19 @@ def mean_bits(layers: Iterable[Layer]) -> float:
     return sum(num * bits for num, bits in sizes) / max(1, sum(num for num, _ in sizes))
 
 
+@contextmanager
+def _untrained(model: nn.Module) -> Iterator[None]:
+    """Without gradients for its parameters: torch's counter expects a history of those that are passed to modules."""
+    trained = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
 def count_macs(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     """Multiply-accumulates of one sample by module name, "" for the whole model; zeros count like other weights.
 
@@ -73,7 +87,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     torch.backends.mha.set_fastpath_enabled(False)
     counter = FlopCounterMode(display=False)
     try:
-        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # whose products the counter knows
+        with counter, torch.no_grad(), _untrained(model), sdpa_kernel(SDPBackend.MATH):  # whose products are known
             run_model(model, one)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Axis", "cut", "factors_of", "leaves_of", "pin", "place_of", "product_of", "side_by_side", "split_in_two"]
-__all__ += ["unite"]
+__all__ = ["Axis", "cut", "factors_of", "in_steps", "leaves_of", "pin", "place_of", "product_of", "side_by_side"]
+__all__ += ["split_in_two", "unite"]
 
 
 class Axis:
@@ -27,14 +27,18 @@ class Axis:
     Args:
         size: How many positions it has.
         why: Why none of them can be removed; empty where nothing speaks against it.
+
+    Attributes:
+        step: What is left has to be a multiple of this, as kernels want it.
     """
 
-    __slots__ = ("_is", "kind", "number", "parts", "size", "why")
+    __slots__ = ("_is", "kind", "number", "parts", "size", "step", "why")
     _numbers = count()
 
     def __init__(self, size: int, why: str = "") -> None:
         self.size = size
         self.why = why
+        self.step = 1
         self.kind: Literal["leaf", "product", "sum"] = "leaf"
         self.parts: tuple[Axis, ...] = ()
         self.number = next(Axis._numbers)
@@ -55,6 +59,7 @@ class Axis:
         other = other.now
         if other is not self:
             pin(other, self.why)
+            in_steps(other, self.step)
             self._is = other
 
     def consists_of(self, kind: Literal["product", "sum"], parts: Sequence[Axis]) -> None:
@@ -63,6 +68,7 @@ class Axis:
         self.parts = tuple(parts)
         for part in self.parts:
             pin(part, self.why)
+            in_steps(part, self.step)
 
 
 def product_of(parts: Sequence[Axis]) -> Axis:
@@ -102,6 +108,13 @@ def pin(axis: Axis, why: str) -> None:
     if why:
         for leaf in leaves_of(axis):
             leaf.why = leaf.why or why
+
+
+def in_steps(axis: Axis, step: int) -> None:
+    """Let what is left of an axis be a multiple of a number."""
+    if step > 1:
+        for leaf in leaves_of(axis):
+            leaf.step = math.lcm(leaf.step, step)
 
 
 def unite(a: Axis, b: Axis) -> None:

@@ -91,7 +91,8 @@ def drop_lowest(groups: Sequence[Group], scores: Mapping[str, Tensor], ratio: fl
             share = 1.0 if limits.shares is None else limits.shares.get(group.name, 0.0)
             _drop_from([group], kept, scores, ratio * share, limits)
     for group in groups:
-        _round(kept[group.name], group.sizes, scores[group.name], limits.round_to)
+        step = group.leaf.step * int(group.sizes[0])
+        _round(kept[group.name], group.sizes, scores[group.name], math.lcm(limits.round_to, step))
     return {name: ~keep for name, keep in kept.items()}
 
 
@@ -107,11 +108,17 @@ def _balanced(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[str
     together = torch.cat([scores[group.name] for group in groups])
     of_all = dict(zip([group.name for group in groups], _ranks(together).split([*map(_num, groups)]), strict=True))
     found = {group.name: (_ranks(scores[group.name]) + of_all[group.name]) / 2 for group in groups}
-    shared = {group.name for group in groups if len(group.layers) >= _MANY}
+    shared = {group.name for group in groups if _is_shared(group)}
     return {name: 0.5 + ranks / 2 if name in shared else ranks for name, ranks in found.items()}
 
 
 _MANY = 3  # layers that give the same channels: more than a block and its shortcut
+
+
+def _is_shared(group: Group) -> bool:
+    """Whether many layers give its channels, and several read them: queries, keys and values are read by one."""
+    axes = {(place.name, place.axis) for place in group.places if len(group.followed.named[place.name]) > 1}
+    return len(group.layers) >= _MANY and len(axes) - len(group.layers) > 1
 
 
 def _num(group: Group) -> int:

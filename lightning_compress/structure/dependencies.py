@@ -21,12 +21,14 @@ class Followed:
 
     Args:
         named: The axes of each parameter and buffer, by its name.
+        parameters: Names of the parameters.
         read: Names of those that an operation read.
         uses: The sizes that functions were given by attributes.
         inputs: The axes of what modules without weights of their own have read, by the module's name.
     """
 
     named: dict[str, Axes]
+    parameters: set[str]
     read: set[str]
     uses: list[Use]
     inputs: dict[str, Axes]
@@ -86,8 +88,8 @@ def find_groups(followed: Followed, outs: Mapping[str, tuple[str, int]]) -> list
     for leaf in chosen:
         layers = written_by(leaf, followed, outs)
         own = places[id(leaf)]
-        if not any(place.name in followed.read for place in own):
-            continue
+        if not any(place.name in followed.read & followed.parameters for place in own):
+            continue  # a table of positions, say
         first = (
             next((place for place in own if (place.name, place.axis) == outs.get(layers[0])), own[0])
             if layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,7 +88,10 @@ def couple(
     # Channels that meet an empty weight have no scores there.
     skipped = {name: reason for name, reason in reasons.items() if "is empty" in reason} | dict(skipped or {})
     try:
-        followed = _follow(model, forward, num_heads or {})
+        try:
+            followed = _follow(model, forward, num_heads or {}, marked(model))
+        except Exception:  # code that takes numbers for what they are not, such as keys
+            followed = _follow(model, forward, num_heads or {}, nullcontext())
     except Exception as error:
         why = f"its channels cannot be followed: {first_line(error)}"
         return Coupling([], dict.fromkeys(names, why) | reasons)
@@ -103,6 +106,7 @@ def couple(
             groups.append(group)
         else:
             left_alone |= dict.fromkeys(group.layers, why_not)
+    unseen = [name for name in unseen if not _is_read(name, followed)]
     groups = without_what_unseen_parts_may_touch(modules, groups, unseen, left_alone)
     taken = {name for group in groups for name in group.layers}
     for name in names:
@@ -114,6 +118,12 @@ def couple(
     return Coupling(groups, {**{n: why for n, why in left_alone.items() if n not in taken}, **skipped})
 
 
+def _is_read(name: str, followed: Followed) -> bool:
+    """Whether all weights of a module were read through another one that shares them."""
+    own = {full for full in followed.parameters if plain_name(full).rpartition(".")[0] == name}
+    return bool(own) and own <= followed.read
+
+
 def _check_heads(modules: Mapping[str, nn.Module], num_heads: Mapping[str, int]) -> None:
     for pattern in num_heads:
         if not any(matches(name, [pattern]) for name in modules):
@@ -122,7 +132,9 @@ def _check_heads(modules: Mapping[str, nn.Module], num_heads: Mapping[str, int])
             )
 
 
-def _follow(model: nn.Module, forward: Forward, num_heads: Mapping[str, int]) -> Followed:
+def _follow(
+    model: nn.Module, forward: Forward, num_heads: Mapping[str, int], marks: AbstractContextManager[None]
+) -> Followed:
     """Follow the axes of a forward; what it gives keeps its shape."""
     model.eval()
     follow = Follow(model)
@@ -134,7 +146,7 @@ def _follow(model: nn.Module, forward: Forward, num_heads: Mapping[str, int]) ->
             inputs[name] = follow.axes_of(args[0])
 
     with ExitStack() as stack:
-        for context in (tracing(), torch.no_grad(), marked(model), follow, uses):
+        for context in (tracing(), torch.no_grad(), marks, follow, uses):
             stack.enter_context(context)
         for name, module in model.named_modules():
             if is_sized(module):
@@ -144,7 +156,8 @@ def _follow(model: nn.Module, forward: Forward, num_heads: Mapping[str, int]) ->
                 if isinstance(linear, nn.Linear) and linear.out_features % given[0] == 0:
                     _in_heads(follow.axes_of(linear.weight), given[0], linear)
         follow.pin(forward(model), AN_OUTPUT)
-    return Followed(follow.named, follow.read, uses.found, inputs)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return Followed(follow.named, parameters, follow.read, uses.found, inputs)
 
 
 def _in_heads(weight: Axes, num: int, linear: nn.Linear) -> None:

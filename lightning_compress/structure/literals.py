@@ -105,6 +105,10 @@ class Marked(int):
         made.attributes = attributes
         return made
 
+    def __hash__(self) -> int:
+        """Not that of the plain number: what caches results by sizes would give those of another attribute."""
+        return hash((int(self), self.attributes))
+
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         """A copy is a plain number."""
         return int, (int(self),)

@@ -27,9 +27,9 @@ def all_or_nothing(models: Iterable[nn.Module], optimizers: Iterable[Optimizer])
     """
     modules = [module for model in models for module in model.modules()]
     attributes = [(module, dict(module.__dict__), _changes_of(module)) for module in modules]
-    parts = [
-        (held, dict(held)) for module in modules for held in (module._parameters, module._buffers, module._modules)
-    ]
+    parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for module in modules:
+        parts += [(held, dict(held)) for held in (module._parameters, module._buffers, module._modules)]
     tensors = [(x, x.data, x.grad if x.is_leaf else None) for module in modules for x in _tensors(module)]
     every = [each for optimizer in optimizers for each in with_wrapped(optimizer)]
     states = [(optimizer, _of_optimizer(optimizer)) for optimizer in every]
@@ -58,11 +58,11 @@ def all_or_nothing(models: Iterable[nn.Module], optimizers: Iterable[Optimizer])
 
 def _changes_of(module: nn.Module) -> dict[str, Any]:
     """What hangs on a module and says how it differs from its dense self, as it is now."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in module.__dict__.items():
-        if key.startswith("_compress_") and dataclasses.is_dataclass(value):
+        if key == "_compress_structure":
             own = {field.name: _of_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
-            found[key] = type(value)(**own)
+            found[key] = dataclasses.replace(value, **own)
     return found
 
 

@@ -12,6 +12,7 @@ from lightning_compress.structure.cuts import kept_along
 from lightning_compress.structure.dependencies import Followed
 from lightning_compress.structure.follow import Follow, name_of
 from lightning_compress.structure.rules.call import Axes
+from lightning_compress.structure.rules.layers import BATCH_NORMS
 from lightning_compress.structure.rules.reductions import RULES as REDUCTIONS
 from lightning_compress.structure.rules.reductions import reduced_dims
 
@@ -55,6 +56,8 @@ class Zeroed(Follow):
             for dim in reduced_dims(call, left.dim()):
                 left = self._left(left, args[0], dim)
             return func(left, *args[1:], **kwargs)
+        if name in BATCH_NORMS:
+            return self._batch_norm(func, args, kwargs)
         if name == "_weight_norm_interface":
             return func(self._without(args[0]), *args[1:], **kwargs)
         if name == "native_layer_norm":
@@ -88,6 +91,14 @@ class Zeroed(Follow):
         """What is left of a tensor along one of the axes of another."""
         keep = self.kept(self.axes_of(like)[dim])
         return x if keep is None else x.index_select(dim, keep.nonzero().flatten())
+
+    def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Its statistics are those of all axes but the channels', as where a weight is standardized by it."""
+        left = args[0]
+        for dim in range(left.dim()):
+            left = left if dim == 1 else self._left(left, args[0], dim)
+        result, *others = func(left, *args[1:], **kwargs)
+        return (self._spread(result, args[0]), *others)
 
     def _layer_norm(
         self, func: Any, x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float

@@ -21,7 +21,7 @@ _SMILES = ("CCO", "c1ccccc1", "CC(=O)O", "CCN", "CCOC", "c1ccncc1", "CC(C)O", "C
 class OnGraphs(Wrapped):
     """A net of nodes and edges that classifies nodes."""
 
-    def forward(self, x: Tensor, edge_index: Tensor) -> Any:
+    def forward(self, x: Tensor, edge_index: Tensor) -> Any:  # type: ignore[override]
         """What the net says of each node."""
         return self.net(x, edge_index)
 
@@ -43,8 +43,8 @@ def _graphs(name: str, **fields: Any) -> Made:
         )
         for _ in range(NUM_SAMPLES)
     ]
-    loaders = (DataLoader(found[:num], BATCH_SIZE) for num in (NUM_SAMPLES, 2 * BATCH_SIZE))
-    return Made(OnGraphs(net), *loaders, {"net": net})
+    train, val = (DataLoader(found[:num], BATCH_SIZE) for num in (NUM_SAMPLES, 2 * BATCH_SIZE))
+    return Made(OnGraphs(net), train, val, {"net": net})
 
 
 def _chemprop() -> Made:
@@ -58,8 +58,8 @@ def _chemprop() -> Made:
         parts.MeanAggregation(),
         parts.RegressionFFN(input_dim=64, hidden_dim=64),
     )
-    loaders = (data.build_dataloader(found, batch_size=BATCH_SIZE, num_workers=0, shuffle=False) for _ in range(2))
-    return Made(module, *loaders, {})
+    train, val = (data.build_dataloader(found, batch_size=BATCH_SIZE, num_workers=0, shuffle=False) for _ in range(2))
+    return Made(module, train, val, {})
 
 
 MODELS: dict[str, tuple[str, Callable[[], Made]]] = {

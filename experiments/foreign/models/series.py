@@ -54,8 +54,8 @@ def _forecasting(name: str, data: dict[str, Any], fields: dict[str, Any]) -> Mad
 
     found = _series(**data)
     module = getattr(pytorch_forecasting, name).from_dataset(found, learning_rate=1e-3, log_interval=-1, **fields)
-    loaders = (found.to_dataloader(train=False, batch_size=BATCH_SIZE, num_workers=0) for _ in range(2))
-    return Made(module, *loaders, {})
+    train, val = (found.to_dataloader(train=False, batch_size=BATCH_SIZE, num_workers=0) for _ in range(2))
+    return Made(module, train, val, {})
 
 
 class Windows(nn.Module):

@@ -47,7 +47,7 @@ def net_of(config: str, model: str, **fields: Any) -> nn.Module:
     return getattr(transformers, model)(made)
 
 
-def _of(config: str, model: str, batch: Callable[[], dict[str, Tensor]], **fields: Any) -> Made:
+def _of(config: str, model: str, batch: Any, **fields: Any) -> Made:
     return by_keywords(net_of(config, model, **fields), batch())
 
 
@@ -56,7 +56,7 @@ def _lora() -> Made:
 
     net = net_of("BertConfig", "BertForSequenceClassification", **_BERT)
     config = peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
-    return by_keywords(peft.get_peft_model(net, config), tokens())  # type: ignore[arg-type]
+    return by_keywords(peft.get_peft_model(net, config), tokens())
 
 
 def _x_transformer(**fields: Any) -> Made:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lightning_compress.structure.axes import Axis, pin, product_of, split_in_two, unite
+from lightning_compress.structure.axes import Axis, in_steps, pin, product_of, split_in_two, unite
 from lightning_compress.structure.rules.call import Axes, Call, Rule, joined
 
-__all__ = ["RULES"]
+__all__ = ["BATCH_NORMS", "RULES"]
 
 
 def _product(call: Call) -> Sequence[Axes]:
@@ -35,6 +35,8 @@ def _product_of_experts(call: Call) -> Sequence[Axes] | None:
     if (len(first), len(second)) != (2, 3):
         return None
     unite(first[1], second[1])
+    for axis in second[1:]:  # the kernel wants rows of whole 16 bytes
+        in_steps(axis, 16 // call.outputs[0].element_size())
     return [(first[0], second[2])]
 
 
@@ -168,6 +170,9 @@ def _transform(call: Call) -> Sequence[Axes]:
     return [tuple(new if dim in dims else axes[dim] for dim, new in enumerate(call.new()))]
 
 
+BATCH_NORMS: tuple[str, ...] = ("native_batch_norm", "_native_batch_norm_legit", "batch_norm")
+BATCH_NORMS += ("_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_batch_norm_no_update")
+
 _MOVING: tuple[str, ...] = (
     "max_pool1d",
     "max_pool2d",
@@ -201,8 +206,7 @@ RULES: dict[str, Rule] = {
     "_convolution": _convolution,
     "native_layer_norm": _layer_norm,
     "native_group_norm": _group_norm,
-    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"), _batch_norm),
-    **dict.fromkeys(("_native_batch_norm_legit_no_training", "_batch_norm_no_update", "batch_norm"), _batch_norm),
+    **dict.fromkeys(BATCH_NORMS, _batch_norm),
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention": _attention,
     "_scaled_dot_product_efficient_attention": _attention,

@@ -68,7 +68,12 @@ _COPIES += (
     "alpha_dropout",
     "resolve_conj",
 )
-_BROADCAST = ("copy", "_prelu_kernel", "where", "masked_fill", "masked_scatter", "lerp", "addcmul", "addcdiv", "_conj")
+_BROADCAST: tuple[str, ...] = ("copy", "_prelu_kernel", "where", "masked_fill", "masked_scatter", "lerp", "addcmul")
+_BROADCAST += ("addcdiv", "_conj")
+_BROADCAST += ("hardswish", "log_sigmoid", "log_sigmoid_forward", "rrelu_with_noise", "polar", "complex", "real")
+_BROADCAST += ("imag",)
+_BROADCAST += ("floor_divide", "special_expit", "special_erf", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+_BROADCAST += ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 _ALONG: tuple[str, ...] = (
     "_softmax",
     "_log_softmax",
