@@ -84,7 +84,8 @@ def _yolos() -> Made:
 def _detr() -> Made:
     import transformers
 
-    backbone = transformers.ResNetConfig(  # type: ignore[call-arg]
+    resnet: Any = transformers.ResNetConfig
+    backbone = resnet(
         embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], out_features=["stage2"], layer_type="basic"
     )
     return _boxes(
