@@ -60,6 +60,7 @@ def find_axes(model: nn.Module, traces: Iterable[Trace]) -> dict[str, str]:
         traces: Of its steps.
 
     Example:
+        >>> import torch
         >>> from lightning_compress.watch import Watch
         >>> model = nn.ParameterDict({"w": torch.randn(3, 2), "shift": torch.randn(1, 2)})
         >>> with Watch(model) as watch:
