@@ -66,7 +66,7 @@ def find_axes(model: nn.Module, traces: Iterable[Trace]) -> dict[str, str]:
         >>> with Watch(model) as watch:
         ...     y = torch.randn(5, 3) @ model["w"] + model["shift"]
         >>> find_axes(model, [watch.trace])
-        {'w': 'io', 'shift': ''}
+        {'shift': '', 'w': 'io'}
     """
     axes = dict.fromkeys(raw_parameters(model), "")
     for trace in traces:
