@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -19,6 +20,8 @@ from lightning_compress.structure.zeroed import Zeroed
 
 Rehearse = Callable[[nn.Module], str | None]
 """Runs a model that was changed, and says why it does not run; None where it does."""
+
+_SECONDS = 60  # of planning, of a thread: a model that takes longer has groups by the hundred that fail
 
 __all__ = ["Rehearse", "choose_channels", "prove", "prove_groups"]
 
@@ -118,12 +121,28 @@ def _left_alone(group: Group, why: str) -> dict[str, str]:
 
 
 def _surviving(
-    groups: Sequence[Group], try_: Callable[[Sequence[Group]], str | None], skipped: dict[str, str]
+    groups: Sequence[Group],
+    try_: Callable[[Sequence[Group]], str | None],
+    skipped: dict[str, str],
+    ends: float | None = None,
 ) -> list[Group]:
     """The groups that pass a trial together; the others are added to what is skipped.
 
     The trials go from one for all groups to halves of them and on to single ones: nearly always the first is enough.
+    Groups for which there is no time left are skipped, too.
+
+    Args:
+        groups: The groups.
+        try_: Says why some of them do not pass.
+        skipped: Gets the reasons, by the names of the layers.
+        ends: When the time is over, in seconds of this thread; in a minute without it.
     """
+    if ends is None:
+        ends = time.thread_time() + _SECONDS
+    elif time.thread_time() > ends:
+        for group in groups:
+            skipped |= _left_alone(group, f"not settled within {_SECONDS} seconds of planning")
+        return []
     why = try_(groups) if groups else None
     if why is None:
         return list(groups)
@@ -131,7 +150,7 @@ def _surviving(
         skipped |= _left_alone(groups[0], why)
         return []
     middle = len(groups) // 2
-    halves = [_surviving(half, try_, skipped) for half in (groups[:middle], groups[middle:])]
+    halves = [_surviving(half, try_, skipped, ends) for half in (groups[:middle], groups[middle:])]
     passed = halves[0]
     if all(halves) and try_([*passed, *halves[1]]) is not None:
         # Each half passes by itself, so one group more is tried at a time.

@@ -457,3 +457,15 @@ def test_blocks_of_transformers_are_layers_and_not_their_parts() -> None:
     assert find_blocks(model, lambda m: m(x), exclude=["blocks.0"])[0] == ["blocks.1"]
     model, x = build("mobilenet")
     assert find_blocks(model, lambda m: m(x))[0] == ["3", "5"]
+
+
+def test_what_is_not_settled_in_time_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build("resnet")
+    passing = {group.name for group in groups_of(model, x).groups}
+    monkeypatch.setattr("lightning_compress.structure.proof._SECONDS", 0)
+    # one trial of all is always made: where it passes, nothing is left to settle
+    assert {group.name for group in groups_of(model, x).groups} == passing
+    coupling = couple(copy.deepcopy(model), lambda m: m(x))
+    coupling = prove_groups(model, lambda m: m(x), coupling, Limits(), lambda _: "it does not run")
+    assert not coupling.groups
+    assert "not settled within 0 seconds of planning" in coupling.skipped.values()
