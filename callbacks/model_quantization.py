@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.checkpoint import callback_state
 from lightning_compress.checks import check_instance
-from lightning_compress.layers import known
+from lightning_compress.layers import know, known
 from lightning_compress.pruning.prunable import check_finite
 from lightning_compress.quantization.fake_quant import hold_on
 from lightning_compress.quantization.model import ModelQuantization, quantization_of, quantize_layers
@@ -82,8 +82,10 @@ def attach(
     if anew:
         check_finite(name, model)
     if anew or state is not None:
-        told = None if state is None else state.get("layers", {})
-        know_layers(callback, model.trainer, model, told)
+        if state is None:
+            know_layers(callback, model.trainer, model)
+        else:  # which may be where the model is attached to no Trainer any more
+            know(model, state.get("layers", {}))
     found = quantization_of(model)
     if found is not None and anew and not found.enabled and found.known != known(model):
         found.remove(model)  # made before its raw parameters were looked at

@@ -314,18 +314,18 @@ class Shrinking(pl.Callback, ABC, Generic[P]):
         )
 
     def _planned(self, pl_module: pl.LightningModule, share: float) -> _Shrink:
-        """What to remove; what goes wrong on the copy does not end the run."""
+        """What to remove; what goes wrong on the copy does not end the run, but a criterion that fails does."""
+        scores = scores_by_tensor(pl_module, self.criterion, self._observation)
         try:
-            return self._choose(pl_module, share)
+            return self._choose(pl_module, scores, share)
         except Exception as error:
             raise CutError(f"planning it raised {first_line(error)}") from error
 
-    def _choose(self, pl_module: pl.LightningModule, share: float) -> _Shrink:
+    def _choose(self, pl_module: pl.LightningModule, scores: Mapping[str, Tensor], share: float) -> _Shrink:
         """What to remove, on a float copy."""
         assert self.progress is not None
         model = in_single_precision(pl_module)
         macs = self._calls.macs(model)
-        scores = scores_by_tensor(pl_module, self.criterion, self._observation)
         record, progress, skipped = self.choose(model, self.progress, scores, share)
         apply_record(model, record)
         return _Shrink(record, progress, skipped, macs, self._calls.macs(model))
