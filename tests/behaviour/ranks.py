@@ -117,7 +117,11 @@ CASES: dict[str, Callable[[Path], list[pl.Callback]]] = {
         _prune(),
         Export(["onnx"], path / "deploy"),
     ],
-    "Channels, prune, QAT": lambda _: [ChannelPruning(0.4, phase=Phase(0.1, 0.2)), _prune(), _quantize()],
+    "Channels, prune, QAT": lambda _: [
+        ChannelPruning(0.4, phase=Phase(0.1, 0.2), scope="global"),
+        _prune(),
+        _quantize(),
+    ],
 }
 
 
