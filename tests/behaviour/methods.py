@@ -37,7 +37,6 @@ NOTHING = {
     "gru": {"net": "GRU is left whole", "head": "an output layer"},
     "boring": {"layer": "an output layer"},
     "manual-boring": {"layer": "an output layer"},
-    "tied": {"embed": "share one weight and would lose different channels", "decoder": "an output layer"},
 }
 # The modules with a block that gives back the shape it reads; LayerPruning refuses the others.
 BLOCKS = ("conv+bn+residual", "mlp", "attention", "transformer", "branch", "dict", "tied", "frozen", "foreign")
