@@ -77,7 +77,7 @@ class Walk:
         self._calls: list[_Call] = []
         # the layer that a stored weight belongs to, and the layers that multiply by it as it is stored
         own = {name: number for (name, key), number in trace.tensors.items() if key == "weight"}
-        layers = [name for name in quantized if isinstance(modules[name], QUANTIZABLE)]
+        layers = [name for name in quantized if isinstance(modules.get(name), QUANTIZABLE)]
         self._weight_of = {name: own[name] for name in layers if name in own}
         self._owners = {number: name for name, number in self._weight_of.items()}
         self._as_stored: set[str] = set()
