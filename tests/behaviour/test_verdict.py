@@ -144,7 +144,8 @@ def test_a_user_who_interrupts_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["GradualPruning", "RigL", "ChannelPruning", "QuantizationAwareTraining"])
 def test_nothing_to_compress_is_a_miss(name: str, tmp_path: Path) -> None:
-    module = make_module("mlp")
+    # channels go through a weight norm: of a single layer they are the outputs
+    module = make_module("boring" if name == "ChannelPruning" else "mlp")
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.utils.parametrizations.weight_norm(child)
