@@ -10,7 +10,7 @@ is unification of terms (Robinson 1965); nothing looks at numbers in tensors, an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Literal
 
@@ -134,9 +134,9 @@ def unite(a: Axis, b: Axis) -> None:
         elif b.kind == "leaf":
             b.becomes(a)
         elif "product" in (a.kind, b.kind):
-            left.extend(_aligned_factors(a, b))
+            left.extend(_aligned(a, b, factors_of, split_in_two))
         else:
-            left.extend(_aligned_terms(a, b))
+            left.extend(_aligned(a, b, _terms, cut))
 
 
 def _clash(a: Axis, b: Axis) -> None:
@@ -162,10 +162,12 @@ def _terms(axis: Axis) -> list[Axis]:
     return [term for part in axis.parts for term in _terms(part)]
 
 
-def _aligned_factors(a: Axis, b: Axis) -> list[tuple[Axis, Axis]]:
-    """Pairs of factors of one size, split where one axis is divided more finely."""
-    ours = factors_of(a)[::-1]
-    theirs = factors_of(b)[::-1]
+def _aligned(
+    a: Axis, b: Axis, parts: Callable[[Axis], list[Axis]], divide: Callable[[Axis, int], tuple[Axis, Axis] | None]
+) -> list[tuple[Axis, Axis]]:
+    """Pairs of parts of one size, divided where one axis has more of them."""
+    ours = parts(a)[::-1]
+    theirs = parts(b)[::-1]
     pairs = []
     while ours and theirs:
         x = ours.pop()
@@ -174,33 +176,12 @@ def _aligned_factors(a: Axis, b: Axis) -> list[tuple[Axis, Axis]]:
             pairs.append((x, y))
             continue
         larger, smaller, rest = (x, y, ours) if x.size > y.size else (y, x, theirs)
-        halves = split_in_two(larger, smaller.size)
-        if halves is None:
+        two = divide(larger, smaller.size)
+        if two is None:
             _clash(a, b)
             return []
-        pairs.append((halves[0], smaller))
-        rest.extend(reversed(factors_of(halves[1])))
-    return pairs
-
-
-def _aligned_terms(a: Axis, b: Axis) -> list[tuple[Axis, Axis]]:
-    """Pairs of terms of one size, cut where one axis has more of them."""
-    ours = _terms(a)[::-1]
-    theirs = _terms(b)[::-1]
-    pairs = []
-    while ours and theirs:
-        x = ours.pop()
-        y = theirs.pop()
-        if x.size == y.size:
-            pairs.append((x, y))
-            continue
-        larger, smaller, rest = (x, y, ours) if x.size > y.size else (y, x, theirs)
-        pieces = cut(larger, smaller.size)
-        if pieces is None:
-            _clash(a, b)
-            return []
-        pairs.append((pieces[0], smaller))
-        rest.extend(reversed(_terms(pieces[1])))
+        pairs.append((two[0], smaller))
+        rest.extend(reversed(parts(two[1])))
     return pairs
 
 
