@@ -20,7 +20,7 @@ from lightning_compress.deploy.judge import Limits, judge, worst
 from lightning_compress.deploy.reasons import reason_of
 from lightning_compress.deploy.verify import Artifact, difference
 from lightning_compress.metrics import MODES, Mode, more_is_better, pick_metric
-from lightning_compress.quantization.convert import check_convertible, to_float
+from lightning_compress.quantization.convert import check_convertible, float_twin
 
 from .evaluate import copied, evaluate
 from .examples import example_inputs, no_inputs
@@ -192,7 +192,7 @@ class Export(pl.Callback):
                 inputs = example_inputs(trainer, pl_module)
                 if inputs is None:
                     return f"Export needs an example of the model's inputs: {no_inputs(pl_module)}"
-                plain = to_float(pl_module)
+                plain = float_twin(pl_module)
                 check_convertible(plain)
                 for name in formats:
                     try_format(FORMATS[name], plain, taken_by_file(plain, inputs).inputs, Path(folder))

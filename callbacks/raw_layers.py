@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.checks import first_line
-from lightning_compress.layers import Layer, know, known, raw_parameters
+from lightning_compress.layers import Layer, know, known, raw_parameters, weights_in_own_forwards
 from lightning_compress.multiplied import find_axes
 from lightning_compress.share import share_taken
 from lightning_compress.trace import Trace
@@ -42,7 +42,7 @@ def know_layers(
     """
     if told is not None:
         know(model, told)
-    elif not raw_parameters(model).keys() <= known(model).keys():
+    elif not (raw_parameters(model).keys() | weights_in_own_forwards(model).keys()) <= known(model).keys():
         if is_model_parallel(trainer):
             rank_zero_info(f"{type(callback).__name__} finds no layers among raw parameters that are sharded.")
         else:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.computed import computed_weight
+
 __all__ = ["EMBEDDING", "PRUNABLE", "QUANTIZABLE", "Layer"]
 
 _CONVOLUTION = (nn.modules.conv._ConvNd,)
@@ -30,6 +32,7 @@ class Layer:
         axes: What each axis of a raw parameter is in the product, one letter per axis: ``o`` outputs, ``i`` inputs,
             ``k`` positions of a kernel, ``e`` weights side by side, such as those of experts. Empty for torch's own
             layers, whose class says it.
+        source: The parameter, from the module on, that a weight is computed from; empty where it is stored as it is.
     """
 
     name: str
@@ -39,13 +42,23 @@ class Layer:
     norm: nn.Module | None = None
     whole: nn.Parameter | None = None
     axes: str = ""
+    source: str = ""
 
     @property
     def weight(self) -> nn.Parameter:
-        """The stored weight, whatever the module shows under that name."""
-        weight = self.module._parameters[self.parameter] if self.whole is None else self.whole
+        """The stored weight, whatever the module shows under that name; what it is computed from, where it is."""
+        if self.whole is not None:
+            return self.whole
+        if self.source:
+            return self.module.get_parameter(self.source)
+        weight = self.module._parameters[self.parameter]
         assert weight is not None
         return weight
+
+    @property
+    def multiplied(self) -> Tensor:
+        """What the layer multiplies by: the stored weight, or what is computed from it, detached."""
+        return computed_weight(self.module, self.source) if self.source else self.weight
 
     @property
     def gradient(self) -> Tensor | None:

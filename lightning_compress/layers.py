@@ -12,10 +12,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.computed import has_own_forward, source_of
 from lightning_compress.layer import EMBEDDING, PRUNABLE, QUANTIZABLE, Layer
 
 __all__ = ["EMBEDDING", "PRUNABLE", "QUANTIZABLE", "Layer", "find_layers", "matches", "modules_by_name"]
 __all__ += ["check_patterns", "every_weight", "know", "known", "plain_name", "raw_parameters"]
+__all__ += ["weights_in_own_forwards"]
 
 _KNOWN = "_compress_multiplied"
 _OF_MANY = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)  # with several weights, each under its own name
@@ -97,13 +99,13 @@ def find_layers(  # noqa: C901  # one branch per reason to leave a weight alone
     for layer in every_weight(model):
         name = layer.name
         kind = type(layer.module).__name__
-        weight = layer.module._parameters.get(layer.parameter)
+        weight = layer.weight if layer.source else layer.module._parameters.get(layer.parameter)
         named = bool(include) and matches(name, include)
         if not layer.axes and not isinstance(layer.module, QUANTIZABLE):
             why = "by which no step multiplies" if name in watched else "which is not a kind of layer known here"
             skipped[name] = f"a raw parameter of {kind}, {why}"
         elif weight is None:
-            skipped[name] = "its weight is parametrized or computed by other code"
+            skipped[name] = "its weight is computed by code that does not tell from which parameter"
         elif isinstance(weight, nn.UninitializedParameter):
             skipped[name] = "a lazy layer that has no shape yet; call the model once before training"
         elif weight.numel() == 0:
@@ -133,7 +135,8 @@ def know(model: nn.Module, axes: Mapping[str, str]) -> None:
 
     Args:
         model: The model; its copies know it, too, and ``state_dict`` does not hold it.
-        axes: What each axis is (see :class:`Layer`), by the parameter's name; empty for one that no step multiplies by.
+        axes: What each axis is (see :class:`Layer`), by the parameter's name; empty for one that no step multiplies by
+            as it is stored.
 
     Example:
         >>> model = nn.ParameterDict({"w": torch.randn(3, 2)})
@@ -161,6 +164,15 @@ def raw_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def weights_in_own_forwards(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights of linear layers and convolutions, by name, of which a forward of their own may compute others."""
+    return {
+        f"{name}.weight" if name else "weight": module._parameters["weight"]
+        for name, module in modules_by_name(model).items()
+        if has_own_forward(module) and isinstance(module._parameters.get("weight"), nn.Parameter)
+    }
+
+
 def _is_of_class(module: nn.Module, key: str) -> bool:
     """Whether the class of a module says what one of its parameters is."""
     if isinstance(module, _OF_MANY):
@@ -175,11 +187,16 @@ def every_weight(model: nn.Module) -> Iterator[Layer]:
         before = f"{name}." if name else ""
         is_simple = isinstance(module, QUANTIZABLE) and not isinstance(module, _OF_MANY)
         if is_simple:
-            yield Layer(name or "weight", module, "weight")
+            yield Layer(name or "weight", module, "weight", source=_source(module, axes.get(f"{before}weight")))
         for key, value in module._parameters.items():
             # of a class made from a known one, such as an adapter, only what is known to be a layer
             if _is_weight(module, key, value) and (axes.get(before + key) or not is_simple):
                 yield Layer(before + key, module, key, axes=axes.get(before + key, ""))
+
+
+def _source(module: nn.Module, axes: str | None) -> str:
+    """The parameter that a weight is computed from, by torch or, as was watched, in the forward of the module's own."""
+    return "weight" if axes == "" and has_own_forward(module) else source_of(module)
 
 
 def _is_weight(module: nn.Module, key: str, value: nn.Parameter | None) -> bool:

@@ -6,13 +6,13 @@ expert. What it is multiplied by must come from data: a product of weights alone
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from lightning_compress.functions import LAYERS
-from lightning_compress.layers import plain_name, raw_parameters
+from lightning_compress.layers import plain_name, raw_parameters, weights_in_own_forwards
 from lightning_compress.moves import moved
 from lightning_compress.trace import Ran, Trace, Value
 
@@ -55,6 +55,8 @@ class _View:
 def find_axes(model: nn.Module, traces: Iterable[Trace]) -> dict[str, str]:
     """What each axis of each raw parameter is, by name; empty for those that no trace multiplies by.
 
+    So are weights of layers that read them in a forward of their own: empty where it computes others from them.
+
     Args:
         model: The model that was watched, or one of the same names.
         traces: Of its steps.
@@ -68,22 +70,38 @@ def find_axes(model: nn.Module, traces: Iterable[Trace]) -> dict[str, str]:
         >>> find_axes(model, [watch.trace])
         {'shift': '', 'w': 'io'}
     """
-    axes = dict.fromkeys(raw_parameters(model), "")
+    raw = raw_parameters(model)
+    own = weights_in_own_forwards(model)
+    axes = dict.fromkeys(raw, "")
     for trace in traces:
-        for products in find_products(trace, model).values():
+        numbers = {number for event in trace.events if isinstance(event, Ran) for number in _numbers(event)}
+        axes |= {name: axes.get(name, "") for name in own if trace.tensors[_split(name)] in numbers}
+        for products in find_products(trace, model, raw | own).values():
             for product in products:
                 axes[product.name] = axes[product.name] or product.axes
     return axes
 
 
-def find_products(trace: Trace, model: nn.Module) -> dict[int, list[Product]]:
+def _split(name: str) -> tuple[str, str]:
+    module, _, key = name.rpartition(".")
+    return module, key
+
+
+def _numbers(event: Ran) -> list[int]:
+    return [value.number for value in event.reads]
+
+
+def find_products(
+    trace: Trace, model: nn.Module, raw: Mapping[str, nn.Parameter] | None = None
+) -> dict[int, list[Product]]:
     """The multiplications by raw parameters, by the index of the event.
 
     Args:
         trace: Of a step of the model.
         model: The model.
+        raw: The parameters by name; of all that no class tells of by default.
     """
-    raw = raw_parameters(model)
+    raw = raw_parameters(model) if raw is None else raw
     parameters = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     views: dict[int, list[_View]] = {}
     fixed: set[int] = set()  # what is computed from parameters alone

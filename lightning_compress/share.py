@@ -79,12 +79,12 @@ def share_taken(model: nn.Module, layers: Sequence[Layer], skipped: Mapping[str,
     taken = 0
     seen = set(apart)
     for layer in every_weight(model):
-        weight = layer.module._parameters.get(layer.parameter)
+        weight = layer.weight if layer.source else layer.module._parameters.get(layer.parameter)
         if isinstance(layer.module, EMBEDDING) or isinstance(weight, nn.UninitializedParameter):
             continue
         if not layer.axes and not isinstance(layer.module, QUANTIZABLE):
             continue
-        shown = getattr(layer.module, layer.parameter, None) if weight is None else weight  # parametrized
+        shown = getattr(layer.module, layer.parameter, None) if weight is None else weight  # computed by other code
         if shown is None or id(shown) in seen or (weight is not None and not weight.requires_grad):
             continue
         seen.add(id(shown))

@@ -96,6 +96,7 @@ class Masks:
         if not self._streams(criterion, pattern, parts, floor):
             for part, share in parts:
                 update_held(self._masks, criterion, pattern, part, share, floor, observation)
+        self._keep_finite(layer for part, _ in parts for layer in part)
         self._count(layer for part, _ in parts for layer in part)
         self.apply(layers)
 
@@ -121,7 +122,7 @@ class Masks:
         return num_dropped(sparsity, num_weights) - (num_weights - self._num_kept(layers))
 
     @torch.no_grad()
-    def exchange(self, layers: Iterable[Layer], share: float, growth: Callable[[Layer], Tensor]) -> dict[str, Tensor]:
+    def exchange(self, layers: Sequence[Layer], share: float, growth: Callable[[Layer], Tensor]) -> dict[str, Tensor]:
         """Drop the smallest of the kept weights and let as many others grow from 0: the sparsity of each layer stays.
 
         Args:
@@ -144,8 +145,21 @@ class Masks:
             new = (kept & ~mask).view(layer.weight.shape).to(torch.int8)
             grown[layer.name] = sharded_as(new, self._masks[layer.name])
             self._masks[layer.name].copy_(sharded_as(kept.view(layer.weight.shape), self._masks[layer.name]))
+        self._keep_finite(layers)
+        self._count(layer for layer in layers if layer.source)
         self.apply(layers)
         return grown
+
+    def _keep_finite(self, layers: Iterable[Layer]) -> None:
+        """Keep the largest weight of a row that no weights are left of, where a norm would divide by its length."""
+        for layer in layers:
+            if layer.source:
+                mask, held = self._masks[layer.name], layer.weight.data
+                layer.weight.data = held * mask
+                bad = ~torch.isfinite(layer.multiplied)
+                layer.weight.data = held
+                largest = held.abs().masked_fill(~bad, -1).flatten(1).argmax(1, keepdim=True)
+                mask.flatten(1).scatter_(1, largest, mask.flatten(1).gather(1, largest) | bad.flatten(1).any(1, True))
 
     @torch.no_grad()
     def apply(self, layers: Iterable[Layer] | None = None) -> None:

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_compress.computed import keeps_zeros, takes_empty_rows
 from lightning_compress.layers import PRUNABLE, QUANTIZABLE, Layer, find_layers, matches, modules_by_name, plain_name
 from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.observation import Observation
-from lightning_compress.pruning.patterns import Pattern
+from lightning_compress.pruning.patterns import Element, NofM, Pattern
 from lightning_compress.pruning.sharding import whole
 from lightning_compress.structure.mirrors import find_mirrors
 
@@ -52,7 +53,7 @@ def find_prunable(
         if average is not None:
             skipped[layer.name] = f"an average of {averages[average]}, which it follows"
             continue
-        reason = criterion.refuses(layer) or pattern.refuses(_shape(layer))
+        reason = criterion.refuses(layer) or pattern.refuses(_shape(layer)) or _why_not_computed(layer, pattern)
         if keep_first and i == 0:
             reason = "the first layer stays dense (keep_first)"
         if keep_last and i == len(found) - 1:
@@ -62,6 +63,17 @@ def find_prunable(
         else:
             skipped[layer.name] = reason
     return layers, skipped
+
+
+def _why_not_computed(layer: Layer, pattern: Pattern) -> str | None:
+    """Why zeros in the parameter that a weight is computed from do not do."""
+    if not layer.source:
+        return None
+    if not keeps_zeros(layer.module, layer.source):
+        return "the layer multiplies by what it computes from the weight, where zeros do not stay zeros"
+    if not isinstance(pattern, Element | NofM) and not takes_empty_rows(layer.module, layer.source):
+        return f"a row of zeros comes to NaN in what the layer computes from the weight, and {pattern} makes such rows"
+    return None
 
 
 def _shape(layer: Layer) -> torch.Size:

@@ -16,12 +16,12 @@ from lightning_compress.quantization.call_sites import with_own_call_sites
 from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize
 from lightning_compress.quantization.grouped import TokenCodes, finds_ranges, group_codes, is_grouped
-from lightning_compress.quantization.model import quantization_of
+from lightning_compress.quantization.model import quantization_of, store_weights
 from lightning_compress.quantization.overflow import fits_pairs
 from lightning_compress.quantization.placement import Placement
 from lightning_compress.quantization.quantizer import QParams, Quantizer, along
 
-__all__ = ["Activations", "check_convertible", "convert", "overflowing", "to_float"]
+__all__ = ["Activations", "check_convertible", "convert", "float_twin", "overflowing", "to_float"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -112,6 +112,7 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
     quantization = quantization_of(model)
     assert quantization is not None
     quantization.observe(False)
+    store_weights(model)
     placement = quantization.placement or Placement()
     on = {x.name for x in quantization.layers if weights(x.module)[x.parameter].enabled}
     # a norm behind groups stays: their scales are short numbers, which would not hold its factors
@@ -219,7 +220,7 @@ def _simulated_only(field: str, quantizer: Quantizer, name: str) -> str:
 
 
 def to_float(model: Module) -> Module:
-    """A copy that computes in float: the float twin that a quantized file is compared with."""
+    """A copy that computes in float."""
     model = copy_module(model).cpu().eval()
     quantization = quantization_of(model)
     if quantization is not None:
@@ -228,11 +229,18 @@ def to_float(model: Module) -> Module:
     return model
 
 
+def float_twin(model: Module) -> Module:
+    """A copy that ships in float, and that a quantized file is compared with."""
+    model = to_float(model)
+    store_weights(model)
+    return model
+
+
 @torch.no_grad()
 def _codes(layer: Layer, norm: Any, step: float | None) -> tuple[Tensor, Tensor, int]:
     """A weight's codes, scales and their axis, with the norm folded in; step is the scale of the input."""
     fake_quantize = weights(layer.module)[layer.parameter]
-    codes, qparams = fake_quantize.codes(layer.weight)
+    codes, qparams = fake_quantize.codes(layer.multiplied)
     if qparams.zero_point.any() or not _in_equal_steps(fake_quantize.quantizer, codes.float(), qparams):
         raise ValueError(_simulated_only("weight", fake_quantize.quantizer, layer.name))
     scale = qparams.scale.detach()

@@ -1,7 +1,8 @@
 """Fake-quantized layers: upgraded in place, so that names, order and identity of parameters stay.
 
-A weight is quantized by a property of the layer's own (upgraded) class, an activation by a hook. Nothing of it
-stands in ``state_dict``: a checkpoint of a quantized model loads into the plain one and the other way round.
+A weight is quantized by a property of the layer's own (upgraded) class, or in its forward where the layer computes it
+from others; an activation by a hook. Nothing of it stands in ``state_dict``: a checkpoint of a quantized model loads
+into the plain one and the other way round.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from lightning_compress.computed import ComputedWeights, source_of, store_weight
 from lightning_compress.layers import QUANTIZABLE, Layer, modules_by_name
 from lightning_compress.quantization.call_sites import attach_call_sites, detach_call_sites, is_call_site
 from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize, WeightFakeQuantize
 from lightning_compress.quantization.quantizer import Quantizer
 
-__all__ = ["activations", "attach", "detach", "downgrade", "hold_on", "upgrade", "weights"]
+__all__ = ["activations", "attach", "computes_weight", "detach", "downgrade", "hold_on", "upgrade", "weights"]
+__all__ += ["with_stored_weights"]
 
 _WEIGHTS = "_compress_weights"
 
@@ -40,7 +44,7 @@ def upgrade(layers: Iterable[Layer], quantizer: Quantizer, granularity: str | in
         axis = None if granularity == "tensor" else layer.out_axis
         quantizers[layer.parameter] = WeightFakeQuantize(quantizer, axis, group)
         kind: Any = type(module)
-        module.__class__ = _upgraded(getattr(kind, "_base", kind), tuple(quantizers))
+        module.__class__ = _upgraded(getattr(kind, "_base", kind), tuple(quantizers), layer.source)
 
 
 def downgrade(layers: Iterable[Layer]) -> None:
@@ -51,6 +55,17 @@ def downgrade(layers: Iterable[Layer]) -> None:
         if isinstance(module, nn.RNNBase):  # whose list of weights an upgraded class makes anew at every call
             names = module._flat_weights_names  # noqa: SLF001  # torch has no public name for either
             module._flat_weights = [getattr(module, name, None) for name in names]  # noqa: SLF001
+
+
+def with_stored_weights(model: nn.Module) -> None:
+    """Let a copy that ships hold the weights that torch computes from others, and quantize those."""
+    for module in model.modules():
+        quantizers = weights(module)
+        if source_of(module):
+            module.__class__ = getattr(type(module), "_base", type(module))
+            store_weight(module)
+            if quantizers:
+                module.__class__ = _upgraded(type(module), tuple(quantizers), source_of(module))
 
 
 def attach(module: nn.Module, activation: ActivationFakeQuantize) -> None:
@@ -93,20 +108,28 @@ def weights(module: nn.Module) -> dict[str, Any]:
     return module.__dict__.get(_WEIGHTS, {})
 
 
+def computes_weight(module: nn.Module) -> bool:
+    """Whether what an upgraded layer quantizes is computed from its parameters, and not one of them."""
+    return bool(getattr(type(module), "_source", ""))
+
+
 def activations(module: nn.Module) -> list[ActivationFakeQuantize]:
     """The activation quantizers of one module."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return [hook for hook in hooks if isinstance(hook, ActivationFakeQuantize)]
 
 
-def _rebuild(base: object, names: tuple[str, ...]) -> nn.Module:
+def _rebuild(base: object, names: tuple[str, ...], source: str = "") -> nn.Module:
     kind: Any = base
-    return kind.__new__(_upgraded(kind, names))
+    return kind.__new__(_upgraded(kind, names, source))
 
 
 @cache
-def _upgraded(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of a layer's class whose weights are properties; pickled by its base and names."""
+def _upgraded(base: type[nn.Module], names: tuple[str, ...], source: str) -> type[nn.Module]:
+    """A subclass of a layer's class whose weights are properties; pickled by its base and names.
+
+    Where the layer computes its weight from a parameter, the source, that is quantized as the layer multiplies by it.
+    """
 
     def weight_property(name: str) -> property:
         def get(self: nn.Module) -> Tensor:
@@ -116,20 +139,27 @@ def _upgraded(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 
     def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
         state = base.__getstate__(self) if hasattr(base, "__getstate__") else self.__dict__
-        return _rebuild, (base, names), dict(state)
+        return _rebuild, (base, names, source), dict(state)
 
     def new(kind: type, *args: Any, **kwargs: Any) -> nn.Module:
         return base(*args, **kwargs)  # what type(module)(...) makes is a plain layer
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         # that of the base may make a plain layer, as torch_geometric's does
-        copied: nn.Module = _rebuild(base, names)
+        copied: nn.Module = _rebuild(base, names, source)
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(reduce(self, None)[2], memo))
+        # a parametrized module refuses to tell its state, though torch copies it
+        state = self.__dict__ if parametrize.is_parametrized(self) else reduce(self, None)[2]
+        copied.__setstate__(copy.deepcopy(state, memo))
         return copied
 
-    members: dict[str, Any] = {name: weight_property(name) for name in names}
-    members |= {"_base": base, "__reduce_ex__": reduce, "__module__": __name__, "__new__": new}
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with ComputedWeights(self.__dict__[_WEIGHTS]["weight"], self.get_parameter(source).shape):
+            return base.forward(self, *args, **kwargs)
+
+    members: dict[str, Any] = {} if source else {name: weight_property(name) for name in names}
+    members |= {"forward": torch.compiler.disable(forward)} if source else {}
+    members |= {"_base": base, "_source": source, "__reduce_ex__": reduce, "__module__": __name__, "__new__": new}
     members |= {"__deepcopy__": deepcopy} if hasattr(base, "__deepcopy__") else {}
     if issubclass(base, nn.RNNBase):
         # forward reads a cached list of the weights, so the list is made anew from the properties

@@ -75,7 +75,7 @@ def group_codes(layer: Layer) -> GroupCodes:
     num_inputs = layer.weight.shape[1]
     if num_inputs % group:
         raise refusal("weight_granularity", group, f"a divisor of the {num_inputs} inputs of {layer.name}", fix)
-    codes, qparams = fake_quantize.codes(layer.weight)
+    codes, qparams = fake_quantize.codes(layer.multiplied)
     rows = codes.reshape(-1, group).float()
     values = fake_quantize.quantizer.dequantize(rows, qparams)
     scale = qparams.scale.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,15 @@ from torch import nn
 from lightning_compress.checks import check_instance
 from lightning_compress.layers import QUANTIZABLE, find_layers, know, known, modules_by_name
 from lightning_compress.quantization.call_sites import attach_call_sites
-from lightning_compress.quantization.fake_quant import detach, downgrade, hold_on, upgrade, weights
+from lightning_compress.quantization.fake_quant import (
+    computes_weight,
+    detach,
+    downgrade,
+    hold_on,
+    upgrade,
+    weights,
+    with_stored_weights,
+)
 from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize, WeightFakeQuantize
 from lightning_compress.quantization.per_token import at_their_readers
 from lightning_compress.quantization.placement import Placement, find_placement, without_data
@@ -30,7 +38,7 @@ from lightning_compress.structure.record import Record, is_removed, kept_by_id
 from lightning_compress.trace import Trace
 from lightning_compress.watch import Watch
 
-__all__ = ["ModelQuantization", "quantization_of", "quantize_layers", "restore_quantization"]
+__all__ = ["ModelQuantization", "quantization_of", "quantize_layers", "restore_quantization", "store_weights"]
 
 _ATTRIBUTE = "_compress_quantization"
 
@@ -201,7 +209,7 @@ class ModelQuantization:
     def begin(self) -> None:
         """Let what is learned begin from the present weights and ranges; what has begun goes on."""
         for layer in self.layers:
-            weights(layer.module)[layer.parameter].begin(layer.weight)
+            weights(layer.module)[layer.parameter].begin(layer.multiplied)
         for activation in self.activations.values():
             activation.begin()
 
@@ -228,7 +236,7 @@ class ModelQuantization:
         kept = kept_by_id(model, record)
         self.layers = [layer for layer in self.layers if id(layer.weight) in present]
         for layer in self.layers:
-            weights(layer.module)[layer.parameter].keep(layer.weight, kept.get(id(layer.weight), {}))
+            weights(layer.module)[layer.parameter].keep(layer.multiplied, kept.get(id(layer.weight), {}))
         if self.placement is not None:
             self.placement = self.placement.without(partial(is_removed, record=record))
             for place in list(self.activations):
@@ -314,6 +322,15 @@ def restore_quantization(model: nn.Module, scheme: Scheme, state: QuantizationSt
     quantization = quantize_layers(model, scheme)
     quantization.load_state_dict(model, state)
     return quantization
+
+
+def store_weights(model: nn.Module) -> None:
+    """Let a copy that ships hold, as those of its layers, the weights that torch computes whenever it runs."""
+    with_stored_weights(model)
+    quantization = quantization_of(model)
+    for i, layer in enumerate(quantization.layers if quantization is not None else ()):
+        if layer.source and not computes_weight(layer.module):
+            quantization.layers[i] = replace(layer, source="")
 
 
 def quantization_of(model: nn.Module) -> ModelQuantization | None:

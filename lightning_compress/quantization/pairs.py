@@ -110,7 +110,8 @@ class _Walk:
         names = {id(module): name for name, module in self._by_name.items()}
         found = {}
         for layer in layers:
-            is_simple = not layer.axes and isinstance(layer.module, nn.Linear | nn.modules.conv._ConvNd)
+            is_stored = not layer.axes and not layer.source
+            is_simple = is_stored and isinstance(layer.module, nn.Linear | nn.modules.conv._ConvNd)
             if is_simple and owners[id(layer.weight)] == 1:
                 found[self._tensors[names[id(layer.module)], layer.parameter]] = layer
         return found

@@ -33,7 +33,8 @@ class Placement:
             name; empty where they are in float.
         ran: Modules with quantized weights that ran; none in a checkpoint of version 0.1.
         calls: Functions whose result is quantized, by :mod:`lightning_compress.quantization.call_sites`.
-        transformed: Modules that multiply by what they compute from their weight; they stay in float.
+        transformed: Modules that multiply by what they compute from their weight. They stay in float where that was
+            not known before (see :func:`lightning_compress.layers.know`).
     """
 
     inputs: list[str] = field(default_factory=list)
@@ -98,7 +99,7 @@ def without_data(placement: Placement | None, layers: Sequence[Layer], seen: Map
     for layer in layers:
         if layer.module_name not in placement.ran:
             found[layer.name] = "no batch of the calibration ran it, so it stays in float"
-        elif layer.module_name in placement.transformed:
+        elif layer.module_name in placement.transformed and not layer.source:
             found[layer.name] = "it multiplies by what it computes from its weight, so it stays in float"
         elif any(seen.values()) and not seen.get(_feed(placement, layer), True):
             found[layer.name] = "no data reached it while ranges were observed, so it stays in float"

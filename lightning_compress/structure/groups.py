@@ -180,7 +180,8 @@ def _outs(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, int]]:
             found[name] = f"{plain[name]}.out_proj.weight".lstrip("."), 0
         elif layer is not None:
             axis = 1 if isinstance(layer.module, EMBEDDING) else layer.out_axis
-            found[name] = f"{plain.get(layer.module_name, layer.module_name)}.{layer.parameter}".lstrip("."), axis
+            tensor = layer.source or layer.parameter
+            found[name] = f"{plain.get(layer.module_name, layer.module_name)}.{tensor}".lstrip("."), axis
         elif module is not None:
             own = _computed_from(module)
             if own is not None:

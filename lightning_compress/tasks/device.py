@@ -50,7 +50,7 @@ def rehearse(cfg: DictConfig) -> None:
     from lightning_compress.deploy.files import try_format
     from lightning_compress.deploy.formats import FORMATS, check_formats
     from lightning_compress.forward import record_inputs
-    from lightning_compress.quantization.convert import to_float
+    from lightning_compress.quantization.convert import float_twin
 
     name = cfg.search.format
     check_formats([name])
@@ -62,7 +62,7 @@ def rehearse(cfg: DictConfig) -> None:
         return  # which the search says
     with TemporaryDirectory() as folder:
         try:
-            try_format(FORMATS[name], to_float(model), inputs, Path(folder))
+            try_format(FORMATS[name], float_twin(model), inputs, Path(folder))
         except Exception as error:  # whatever a converter raises
             raise ValueError(
                 f"search.format={name!r} cannot take {type(model).__name__}: {error}. Change that part of the model, "

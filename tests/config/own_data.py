@@ -11,6 +11,14 @@ def dataset() -> TensorDataset:
     return TensorDataset(*(t.repeat(8, *[1] * (t.dim() - 1)) for t in MLP().tensors()))
 
 
+class Deep(MLP):
+    """With a block that may go: none of them holds more than half of the net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(5, nn.Linear(32, 32))
+
+
 class Relu(MLP):
     """Of operators that microcontrollers have."""
 

@@ -228,7 +228,11 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of each, as one sweep."""
     folder = tmp_path_factory.mktemp("recipes")
     command(
-        *("-m", "model._target_=tests.zoo.MLP", "data._target_=lightning.pytorch.LightningDataModule.from_datasets"),
+        *(
+            "-m",
+            "model._target_=tests.config.own_data.Deep",
+            "data._target_=lightning.pytorch.LightningDataModule.from_datasets",
+        ),
         *("data=mlp", "logger=csv", f"compression={','.join(RECIPES)}", "trainer.max_epochs=8"),
         *("trainer.accelerator=cpu", f"hydra.searchpath=[file://{ROOT / 'tests' / 'config'}]"),
         f"hydra.sweep.dir={folder}",

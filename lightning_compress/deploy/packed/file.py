@@ -25,7 +25,7 @@ from lightning_compress.checks import check_instance, check_path, first_line
 from lightning_compress.deploy.packed.claims import check_content, read_index
 from lightning_compress.deploy.packed.codec import decode, encode, encode_quantized, same_bits
 from lightning_compress.files import write_whole
-from lightning_compress.quantization.fake_quant import weights
+from lightning_compress.quantization.fake_quant import computes_weight, weights
 from lightning_compress.quantization.model import quantization_of, restore_quantization
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.structure.record import restore_structure, structure_of
@@ -42,7 +42,8 @@ def save_packed(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> No
     """Write the weights in few bytes; the file that was at the path stays until the new one is whole.
 
     Of a quantized model the file holds the values that its layers compute with, as codes, with every zero +0; and where
-    activations are quantized too, all that :func:`load_packed` needs to do so again.
+    activations are quantized too, all that :func:`load_packed` needs to do so again. Weights that a layer computes from
+    others stand there as those, in floats, and are quantized again where the file is loaded into a model.
 
     Args:
         model: The model, or its state dict.
@@ -179,7 +180,7 @@ def _quantized(model: nn.Module) -> Iterator[tuple[str, Shown]]:
     """By name, the weights that a quantizer shows: as shown, and as levels and scales along an axis."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for parameter, fake_quantize in weights(module).items():
-            if not fake_quantize.enabled:
+            if not fake_quantize.enabled or computes_weight(module):
                 continue
             weight = module._parameters[parameter]
             axis = fake_quantize.axis or 0
@@ -199,13 +200,16 @@ def _quantized(model: nn.Module) -> Iterator[tuple[str, Shown]]:
 def _quantization(model: nn.Module) -> dict[str, Any]:
     """What quantizes the activations of a model, as plain values, with the parameters of its weights; or nothing."""
     quantization = quantization_of(model)
-    if quantization is None or not any(a.enabled for a in quantization.activations.values()):
+    if quantization is None:
+        return {}
+    computed = [layer for layer in quantization.layers if layer.source and weights(layer.module)["weight"].enabled]
+    if not computed and not any(a.enabled for a in quantization.activations.values()):
         return {}
     state: Any = quantization.state_dict()
     for layer in quantization.layers:  # held, the parameters give the weights of the file again
         if not weights(layer.module)[layer.parameter].enabled:
             continue
-        _, qparams = weights(layer.module)[layer.parameter].codes(layer.weight)
+        _, qparams = weights(layer.module)[layer.parameter].codes(layer.multiplied)
         state["learned"].setdefault(layer.name, {k: v for k, v in qparams._asdict().items() if v is not None})
     return state
 
