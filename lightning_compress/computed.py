@@ -27,8 +27,8 @@ __all__ = ["ComputedWeights", "computed_weight", "has_own_forward", "keeps_zeros
 __all__ += ["store_weight", "takes_empty_rows"]
 
 _KINDS = (nn.Linear, _ConvNd)
-_FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-_FORWARDS |= {kind.forward for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_FORWARDS = [nn.Linear.forward, *(kind.forward for kind in _CONVOLUTIONS)]
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -94,6 +94,11 @@ def computed_weight(module: Any, source: str) -> Tensor:
 def _of_own_forward(module: Any) -> Tensor:
     """What a copy of a module multiplies zeros by."""
     seen: list[Tensor] = []
+
+    def note(weight: Tensor) -> Tensor:
+        seen.append(weight)
+        return weight
+
     copied: Any = copy_module(module)
     copied.__class__ = getattr(type(copied), "_base", type(copied))
     copied.eval()
@@ -103,7 +108,7 @@ def _of_own_forward(module: Any) -> Tensor:
     else:  # of the kernel's own size and more, so that any padding fits
         sizes = [2 * dilation * size for size, dilation in zip(copied.kernel_size, copied.dilation, strict=True)]
         x = torch.zeros(1, copied.in_channels, *sizes)
-    with torch.random.fork_rng(devices=[]), ComputedWeights(lambda weight: (seen.append(weight), weight)[1], shape):
+    with torch.random.fork_rng(devices=[]), ComputedWeights(note, shape):
         copied.forward(x.to(copied.weight))
     return seen[0].detach().clone()
 
@@ -121,9 +126,8 @@ def _as_evaluated(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-@torch.no_grad()
 def keeps_zeros(module: nn.Module, source: str) -> bool:
-    """Whether a weight is zero wherever the parameter is zero that it is computed from: tried with every other one.
+    """Whether a weight is zero wherever the parameter is zero that it is computed from, whatever the values are.
 
     Example:
         >>> norms = nn.utils.parametrizations
@@ -131,13 +135,15 @@ def keeps_zeros(module: nn.Module, source: str) -> bool:
         >>> [keeps_zeros(layer, source_of(layer)) for layer in layers]
         [True, False]
     """
-    held = module.get_parameter(source)
-    zeros = torch.arange(held.numel(), device=held.device).view(held.shape) % 2 == 0
+    zeros = torch.rand(module.get_parameter(source).shape, generator=torch.Generator().manual_seed(0)) < _SOME
     weight = _with_zeros(module, source, zeros)
-    return weight is not None and not weight[zeros].any()
+    if weight is None:
+        return False
+    told = weight[zeros]
+    told = told[torch.isfinite(told)]  # a norm divides by the length of what may be empty
+    return told.numel() > 0 and not told.any()
 
 
-@torch.no_grad()
 def takes_empty_rows(module: nn.Module, source: str) -> bool:
     """Whether a weight is finite where the first row of the parameter is zero that it is computed from.
 
@@ -147,23 +153,27 @@ def takes_empty_rows(module: nn.Module, source: str) -> bool:
         >>> [takes_empty_rows(layer, source_of(layer)) for layer in layers]
         [False, True]
     """
-    zeros = torch.zeros_like(module.get_parameter(source), dtype=torch.bool)
+    zeros = torch.zeros(module.get_parameter(source).shape, dtype=torch.bool)
     zeros[0] = True
     weight = _with_zeros(module, source, zeros)
     return weight is not None and bool(torch.isfinite(weight).all())
 
 
+_SOME = 0.5
+
+
+@torch.no_grad()
 def _with_zeros(module: nn.Module, source: str, zeros: Tensor) -> Tensor | None:
-    """The weight where some of the parameter are zero; None where it cannot be computed."""
-    parameter = module.get_parameter(source)
-    held = parameter.data
-    parameter.data = held.masked_fill(zeros, 0)
+    """What a copy computes of numbers that are alike in every state of training; None where it raises."""
+    generator = torch.Generator().manual_seed(0)
     try:
-        return computed_weight(module, source)
+        copied = copy_module(module).cpu()
+        for parameter in copied.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+        copied.get_parameter(source)[zeros] = 0
+        return computed_weight(copied, source)
     except Exception:  # whatever the code of a module raises
         return None
-    finally:
-        parameter.data = held
 
 
 def store_weight(module: Any) -> None:

@@ -166,11 +166,12 @@ def raw_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def weights_in_own_forwards(model: nn.Module) -> dict[str, nn.Parameter]:
     """Weights of linear layers and convolutions, by name, of which a forward of their own may compute others."""
-    return {
-        f"{name}.weight" if name else "weight": module._parameters["weight"]
-        for name, module in modules_by_name(model).items()
-        if has_own_forward(module) and isinstance(module._parameters.get("weight"), nn.Parameter)
-    }
+    found: dict[str, nn.Parameter] = {}
+    for name, module in modules_by_name(model).items():
+        weight = module._parameters.get("weight")
+        if weight is not None and has_own_forward(module):
+            found[f"{name}.weight" if name else "weight"] = weight
+    return found
 
 
 def _is_of_class(module: nn.Module, key: str) -> bool:

@@ -141,8 +141,14 @@ def left_alone(
 ) -> list[str]:
     """The largest weights that were not taken, each with the reason that was given."""
     names = sorted((name for name in factors if name not in taken), key=lambda name: -factors[name].numel())
-    reasons = {name: skipped.get(name) or skipped.get(name.removesuffix(".weight")) for name in names}
-    return [f"{name} ({factors[name].numel():,}): {reasons[name] or 'no reason given'}" for name in names[:num]]
+    return [f"{name} ({factors[name].numel():,}): {_reason(name, skipped)}" for name in names[:num]]
+
+
+def _reason(name: str, skipped: Mapping[str, str]) -> str:
+    """Why a weight was left alone; what another is computed from stands under the name of its layer."""
+    of_layer = name.partition(".parametrizations.")[0].removesuffix(".weight")
+    of_module = name.rpartition(".")[0]
+    return skipped.get(name) or skipped.get(of_layer) or skipped.get(of_module) or "no reason given"
 
 
 def plain(name: str, folder: Path) -> dict[str, Any]:
@@ -180,7 +186,8 @@ def quantize(name: str, folder: Path) -> dict[str, Any]:
     factors = factors_of(make(name))
     callback = QuantizationAwareTraining(calibrate=Phase(0.0, 0.3), phase=Phase(0.4, 1.0))
     module = fit(make(name), callback)
-    on = {id(m._parameters[key]): None for m in module.modules() for key, q in weights(m).items() if q.enabled}
+    layers = callback.quantization.layers if callback.quantization is not None else []
+    on = {id(layer.weight) for layer in layers if weights(layer.module)[layer.parameter].enabled}
     taken = {key for key, p in module.named_parameters() if id(p) in on}
     skipped = callback.quantization.skipped if callback.quantization is not None else {}
     return {"quantized": share(taken, factors), "left_float": left_alone(taken, factors, skipped), "quantize": "ok"}

@@ -64,8 +64,9 @@ def with_stored_weights(model: nn.Module) -> None:
         if source_of(module):
             module.__class__ = getattr(type(module), "_base", type(module))
             store_weight(module)
+            kind: Any = type(module)
             if quantizers:
-                module.__class__ = _upgraded(type(module), tuple(quantizers), source_of(module))
+                module.__class__ = _upgraded(kind, tuple(quantizers), source_of(module))
 
 
 def attach(module: nn.Module, activation: ActivationFakeQuantize) -> None:

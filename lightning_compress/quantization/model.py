@@ -328,9 +328,10 @@ def store_weights(model: nn.Module) -> None:
     """Let a copy that ships hold, as those of its layers, the weights that torch computes whenever it runs."""
     with_stored_weights(model)
     quantization = quantization_of(model)
-    for i, layer in enumerate(quantization.layers if quantization is not None else ()):
-        if layer.source and not computes_weight(layer.module):
-            quantization.layers[i] = replace(layer, source="")
+    if quantization is not None:
+        is_stored = [bool(layer.source) and not computes_weight(layer.module) for layer in quantization.layers]
+        of_them = zip(quantization.layers, is_stored, strict=True)
+        quantization.layers = [replace(layer, source="") if stored else layer for layer, stored in of_them]
 
 
 def quantization_of(model: nn.Module) -> ModelQuantization | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.layers import PRUNABLE, QUANTIZABLE, Layer, find_layers, matches, modules_by_name
 from lightning_compress.quantization.affine import Affine
@@ -167,11 +169,31 @@ def test_the_weight_of_a_layer_is_the_stored_one_whatever_the_module_shows() -> 
 
 
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
-def test_a_parametrized_weight_is_left_alone_with_the_reason(norm: object) -> None:
-    layers, skipped = find_layers(nn.Sequential(norm(nn.Linear(3, 3)), nn.Linear(3, 2)))
+def test_a_parametrized_weight_is_known_by_what_it_is_computed_from(norm: Any) -> None:
+    net = nn.Sequential(norm(nn.Linear(3, 3)), nn.Linear(3, 2))
+    layers, skipped = find_layers(net)
+    assert [layer.name for layer in layers] == ["0", "1"]
+    assert not skipped
+    assert layers[0].weight.shape == (3, 3)
+    assert any(layers[0].weight is p for p in net[0].parametrizations.parameters())
+    torch.testing.assert_close(layers[0].multiplied, net[0].weight.detach())
+    assert layers[1].multiplied is net[1].weight
+
+
+class Outer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ x.mT
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x[:, :2].detach().clone()
+
+
+def test_a_weight_that_nothing_of_its_shape_is_computed_to_is_left_alone() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    nn.utils.parametrize.register_parametrization(net[0], "weight", Outer(), unsafe=True)
+    layers, skipped = find_layers(net)
     assert [layer.name for layer in layers] == ["1"]
-    assert list(skipped) == ["0"]
-    assert "parametrized" in skipped["0"]
+    assert skipped == {"0": "its weight is computed by code that does not tell from which parameter"}
 
 
 def test_a_raw_parameter_is_left_alone_with_the_reason() -> None:

@@ -223,12 +223,47 @@ def test_weights_beside_a_known_one_are_layers_too() -> None:
     assert [(layer.name, layer.axes) for layer in find_layers(net)[0]] == [("0", ""), ("0.down", "oi"), ("0.up", "oi")]
 
 
+class Whole(nn.Module):
+    """A matrix from half of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, -x])
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x[: len(x) // 2].detach().clone()
+
+
 def test_a_small_share_names_the_largest_that_are_left() -> None:
-    net = nn.Sequential(nn.Linear(4, 3), nn.utils.parametrizations.weight_norm(nn.Linear(10, 10)), nn.Embedding(9, 9))
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(10, 10), nn.Embedding(9, 9))
+    nn.utils.parametrize.register_parametrization(net[1], "weight", Whole(), unsafe=True)
     layers, skipped = find_layers(net)
     share = share_taken(net, layers, skipped)
     assert (share.taken, share.multiplying) == (12, 112)
     assert share.is_small
-    assert share.largest == "1 (100 weights: its weight is parametrized or computed by other code)"
+    assert share.largest == "1 (100 weights: its weight is computed by code that does not tell from which parameter)"
     layers, skipped = find_layers(net, exclude=["1"])
     assert not share_taken(net, layers, {**skipped, "1": "excluded by name"}).is_small
+
+
+class Standard(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        return F.conv1d(x, weight - weight.mean((1, 2), keepdim=True), self.bias)
+
+
+class AsStored(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias).relu()
+
+
+def test_what_a_forward_of_its_own_multiplies_by_is_watched() -> None:
+    net = nn.Sequential(Standard(4, 4, 3), AsStored(3, 3), nn.Linear(3, 3))
+    assert [layer.source for layer in find_layers(net)[0]] == ["", "", ""]
+    found = axes_of(net, torch.randn(2, 4, 5))
+    assert found == {"0.weight": "", "1.weight": "oi"}
+    know(net, found)
+    first, *others = find_layers(net)[0]
+    assert first.source == "weight"
+    assert [layer.source for layer in others] == ["", ""]
+    expected = first.weight - first.weight.mean((1, 2), keepdim=True)
+    torch.testing.assert_close(first.multiplied, expected.detach())
