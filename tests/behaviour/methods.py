@@ -96,7 +96,8 @@ def assert_quantized(module: pl.LightningModule, learned: bool = False) -> None:
     assert all(a.enabled and not a.observing for a in found.activations.values())
     for layer in found.layers:
         quantizer = weights(layer.module)[layer.parameter]
-        values, stored = getattr(layer.module, layer.parameter).detach(), layer.weight.detach()
+        shown = quantizer(layer.multiplied) if layer.source else getattr(layer.module, layer.parameter)
+        values, stored = shown.detach(), layer.weight.detach()
         channels = [values] if quantizer.axis is None else values.movedim(quantizer.axis, 0)
         assert max(len(channel.unique()) for channel in channels) <= quantizer.quantizer.num_codes, layer.name
         assert len(values.unique()) > 1, layer.name
