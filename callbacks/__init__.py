@@ -12,6 +12,7 @@ from .post_training import PostTrainingQuantization
 from .protocol import Compressing
 from .pruning import GradualPruning
 from .quantization import QuantizationAwareTraining
+from .recipe import Recipe
 from .report import CompressionReport
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "LayerPruning",
     "PostTrainingQuantization",
     "QuantizationAwareTraining",
+    "Recipe",
     "RigL",
 ]
 

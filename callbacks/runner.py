@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
+from lightning_compress.environment import without_variable
 from lightning_compress.structure.held import may_swap
 from lightning_compress.structure.optimizers import copy_optimizer
 
@@ -43,7 +44,7 @@ def open_runner(
     # of those that only cast around the model, float32 is the more exact
     precision = trainer.precision_plugin
     of_weights = [precision] if isinstance(precision, HalfPrecision | DoublePrecision) else []
-    with same_random(), quiet(), alone():
+    with same_random(), quiet(), alone(), without_variable():
         # made anew, so that a rank that runs alone sees all data and not its share
         loaders = _without_workers(source.dataloader())
         with rewound(loaders):

@@ -198,6 +198,10 @@ _TABLE: dict[Callable[..., Any], Mapping[str, Sequence[Any]]] = {
         "show": _FLAG,
         "mode": ("higher", "MAX", 1, True),
     },
+    callbacks.Recipe: {
+        "recipe": (None, 3, "", "prune_int", "none.yaml", ["int8"]),
+        "overrides": ("prune.sparsity=0.8", [3], ["prune"], ["prun.sparsity=0.5"], ["prune.sparsit=1"], ["prune=3"]),
+    },
     callbacks.FineTuning: {
         "phase": _PHASE,
         "learning_rate": ("fast", *_NUMBER, 0, None, ["rewind"]),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         w8,
         w8a16,
     )
+    from lightning_compress.recipes import recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "load_packed",
     "log4",
     "lsq",
+    "recipe",
     "save_pack_quantized",
     "save_packed",
     "scheme",
@@ -86,6 +88,7 @@ _WHERE = {
     "convert": "quantization.convert",
     "load_from_checkpoint": "checkpoint",
     "load_packed": "deploy.packed",
+    "recipe": "recipes",
     "save_pack_quantized": "deploy.pack_quantized",
     "save_packed": "deploy.packed",
     **dict.fromkeys(_SCHEMES, "quantization.schemes"),

@@ -14,6 +14,8 @@ import hydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from lightning_compress.environment import without_variable
+
 __all__ = ["TASKS", "CompareRuns", "main"]
 
 TASKS = ("train", "sensitivity", "search", "pareto")
@@ -50,7 +52,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning's own, of torch 2.13
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "Tip:" not in record.getMessage())
-    _main()
+    with without_variable():  # a run of ours has its own recipe
+        _main()
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()  # left to the interpreter, gloo at times aborts it (pytorch#179291)

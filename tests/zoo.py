@@ -305,12 +305,12 @@ class Frozen(ConvResidual):
 
 
 class Foreign(Classifier):
-    """What no method here can take: a user's parametrization, a raw parameter; and a layer built in configure_model."""
+    """Layers that no class tells of: a parametrization, a raw parameter; and one that is built in configure_model."""
 
     def __init__(self) -> None:
         super().__init__()
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 24))
-        self.raw = nn.Parameter(noise(24, 24, seed=3) * 0.2)
+        self.raw = nn.Parameter(noise(24, 24, seed=3) * 0.1)
         self.net: Any = None
 
     def configure_model(self) -> None:

@@ -151,15 +151,16 @@ class Masks:
         return grown
 
     def _keep_finite(self, layers: Iterable[Layer]) -> None:
-        """Keep the largest weight of a row that no weights are left of, where a norm would divide by its length."""
+        """Keep the largest weight of a row that nothing is left of, where a norm would divide by its length.
+
+        The smallest others of the layer go in their place.
+        """
         for layer in layers:
-            if layer.source:
-                mask, held = self._masks[layer.name], layer.weight.data
-                layer.weight.data = held * mask
-                bad = ~torch.isfinite(layer.multiplied)
-                layer.weight.data = held
-                largest = held.abs().masked_fill(~bad, -1).flatten(1).argmax(1, keepdim=True)
-                mask.flatten(1).scatter_(1, largest, mask.flatten(1).gather(1, largest) | bad.flatten(1).any(1, True))
+            for _ in range(_TRIES if layer.source else 0):
+                back = _needed(layer, self._masks[layer.name])
+                if not back.any():
+                    break
+                _exchanged(layer, self._masks[layer.name], back)
 
     @torch.no_grad()
     def apply(self, layers: Iterable[Layer] | None = None) -> None:
@@ -256,6 +257,30 @@ class Masks:
                 self._masks[layer.name] = mask.index_select(axis, indices.to(mask.device)).contiguous()
         self.bind(model)
         self._count(self.layers)
+
+
+_TRIES = 4  # what goes in the place of others may be the last of another row
+
+
+def _needed(layer: Layer, mask: Tensor) -> Tensor:
+    """The largest weight of each row that holds what is not finite where the mask is applied."""
+    held = layer.weight.data
+    layer.weight.data = held * mask
+    bad = ~torch.isfinite(layer.multiplied)
+    layer.weight.data = held
+    sizes = held.abs().masked_fill(~bad, -1).flatten(1)
+    largest = torch.zeros_like(sizes, dtype=torch.bool).scatter_(1, sizes.argmax(1, keepdim=True), True)
+    return (largest & bad.flatten(1)).view(mask.shape)
+
+
+def _exchanged(layer: Layer, mask: Tensor, back: Tensor) -> None:
+    """Keep some, and drop as many of the smallest that are not the largest of their row."""
+    mask.masked_fill_(back, 1)
+    sizes = layer.weight.detach().abs().masked_fill(mask == 0, -1).flatten(1)
+    others = sizes.scatter(1, sizes.argmax(1, keepdim=True), -1).masked_fill(back.flatten(1), -1)
+    num = min(int(back.sum()), int((others >= 0).sum()))
+    dropped = others.masked_fill(others < 0, torch.inf).flatten().topk(num, largest=False).indices
+    mask.view(-1)[dropped] = 0
 
 
 def _pack(mask: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def validator(cfg: DictConfig, data: Any) -> Callable[[Any], dict[str, float]]:
     import lightning.pytorch as pl
 
     from lightning_compress.callbacks.evaluate import quiet
+    from lightning_compress.environment import without_variable
 
     limit = cfg.trainer.get("limit_val_batches", 1.0)
     options: dict[str, Any] = dict.fromkeys(
@@ -46,7 +47,7 @@ def validator(cfg: DictConfig, data: Any) -> Callable[[Any], dict[str, float]]:
     loaders: list[Any] = []
 
     def validate(model: Any) -> dict[str, float]:
-        with quiet():
+        with quiet(), without_variable():
             runner = pl.Trainer(accelerator="cpu", devices=1, limit_val_batches=limit, **options)
             if not loaders:
                 runner.validate(model, datamodule=data, verbose=False)  # which sets the data up

@@ -63,7 +63,7 @@ def test_every_public_name_of_a_module_is_there_and_has_a_docstring() -> None:
 
 def test_the_names_of_the_package_are_those_of_their_modules() -> None:
     schemes = import_module("lightning_compress.quantization.schemes")
-    others = {"Phase", "convert", "load_from_checkpoint", "load_packed", "save_pack_quantized", "save_packed"}
+    others = {"Phase", "convert", "load_from_checkpoint", "load_packed", "recipe", "save_pack_quantized", "save_packed"}
     assert set(lightning_compress.__all__) == others | set(schemes.__all__)
     assert all(getattr(lightning_compress, word) is getattr(schemes, word) for word in schemes.__all__)
     assert {"int8", "w8", "int4", "w4a8", "w2a8", "ternary", "log4", "exp4", "apot4", "codebook", "fp8"} <= set(
@@ -95,6 +95,7 @@ def test_the_callbacks_are_exactly_these() -> None:
         "LayerPruning",
         "PostTrainingQuantization",
         "QuantizationAwareTraining",
+        "Recipe",
         "RigL",
         "SET",
     ]

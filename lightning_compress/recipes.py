@@ -1,0 +1,200 @@
+"""Recipes: callbacks in a YAML file, the same for Hydra, for LightningCLI, for a script and for LIGHTNING_COMPRESS.
+
+A recipe maps names to callbacks, each with its class as ``_target_`` and its arguments::
+
+    prune:
+      _target_: lightning_compress.callbacks.GradualPruning
+      sparsity: 0.8
+    report:
+      _target_: lightning_compress.callbacks.CompressionReport
+"""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_compress.checks import check_list, check_path, first_line
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
+__all__ = ["read_recipe", "recipe", "recipes", "split_words"]
+
+_ENDINGS = (".yaml", ".yml")
+_PREFIXES = ("compression.", "callbacks.")  # of the addresses in a Hydra application
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that come with the package.
+
+    Example:
+        >>> [name for name in recipes() if "int8" in name]
+        ['int8', 'prune_int8']
+    """
+    paths = files("lightning_compress.conf").joinpath("compression").iterdir()
+    names = [path.name.removesuffix(".yaml") for path in paths if path.name.endswith(".yaml")]
+    return sorted(name for name in names if name != "none")
+
+
+def recipe(name: str | Path, *overrides: str) -> list[Callback]:
+    """The callbacks of a recipe.
+
+    Args:
+        name: One of :func:`recipes`, or the path of a YAML file.
+        overrides: Changes as on Hydra's command line: ``"prune.sparsity=0.8"``; ``"finetune=null"`` leaves one out.
+
+    Raises:
+        ValueError: If there is no such recipe, or it or a change names what its callbacks do not take.
+
+    Example:
+        >>> [type(callback).__name__ for callback in recipe("magnitude", "prune.sparsity=0.8", "export=null")]
+        ['GradualPruning', 'CompressionReport']
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    made = []
+    for key, node in read_recipe(name, overrides).items():
+        try:
+            made.append(instantiate(node, _convert_="all"))
+        except InstantiationException as error:
+            reason = error.__cause__ or error
+            raise ValueError(f"recipe name={str(name)!r}, {key}: {first_line(reason)}") from error
+    return made
+
+
+def split_words(words: str) -> tuple[str, list[str]]:
+    """A recipe and its changes from one line.
+
+    Example:
+        >>> split_words("prune_int8 prune.sparsity=.8 export.formats=[onnx]")
+        ('prune_int8', ['prune.sparsity=.8', 'export.formats=[onnx]'])
+    """
+    name, *overrides = shlex.split(words)
+    return name, overrides
+
+
+def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """A recipe as plain values, changed and checked; what is null in it is left out.
+
+    Raises:
+        ValueError: Like :func:`recipe`.
+    """
+    from omegaconf import OmegaConf
+
+    check_path("recipe.name", name, f"one of {', '.join(recipes())}, or the path of a YAML file")
+    check_list("recipe.overrides", overrides, str, "such as 'prune.sparsity=0.8'")
+    content = _read(name)
+    names = list(content)
+    for override in overrides:
+        content = OmegaConf.merge(content, _changed(override))
+    try:
+        plain: Any = OmegaConf.to_container(content, resolve=True)
+    except Exception as error:  # of an interpolation, whatever is wrong with it
+        raise ValueError(
+            f"recipe name={str(name)!r}: {first_line(error)}. Accepted are values that resolve."
+        ) from error
+    nodes = {key: node for key, node in plain.items() if node is not None}
+    if not nodes:
+        raise ValueError(
+            f"recipe name={str(name)!r} with {_named(overrides)} changed leaves no callback. Accepted is one at least."
+        )
+    for key, node in nodes.items():
+        if not isinstance(node, dict) or "_target_" not in node:
+            raise ValueError(
+                f"recipe name={str(name)!r}: {key}={node!r} is no callback. Accepted are null and a mapping with a "
+                f"_target_. The recipe has {_named(names)}.{_closest(key, [other for other in names if other != key])}"
+            )
+        _check_arguments(f"recipe name={str(name)!r}: {key}", node)
+    return nodes
+
+
+def _read(name: str | Path) -> Any:
+    """The content of a recipe's file."""
+    from omegaconf import DictConfig, OmegaConf
+
+    path = Path(name)
+    known = recipes()
+    if str(name) in known:
+        text = files("lightning_compress.conf").joinpath("compression", f"{name}.yaml").read_text()
+    elif path.suffix in _ENDINGS and path.is_file():
+        text = path.read_text()
+    elif path.suffix in _ENDINGS:
+        raise ValueError(
+            f"recipe name={str(name)!r}: there is no such file in {Path.cwd()}. Accepted is one that exists."
+        )
+    else:
+        raise ValueError(
+            f"recipe name={str(name)!r} is none of those here: {', '.join(known)}. Accepted is one of them, or the "
+            f"path of a YAML file.{_closest(str(name), known)}"
+        )
+    try:
+        content = OmegaConf.create(text)
+    except Exception as error:  # whatever the parser says
+        raise ValueError(
+            f"recipe name={str(name)!r} is no YAML: {first_line(error)}. Accepted is a YAML file."
+        ) from error
+    if not isinstance(content, DictConfig) or "defaults" in content:
+        raise ValueError(
+            f"recipe name={str(name)!r} holds no callbacks by name. Accepted is a mapping such as "
+            "prune: {_target_: lightning_compress.callbacks.GradualPruning, sparsity: 0.8}, without Hydra's defaults."
+        )
+    return content
+
+
+def _changed(override: str) -> Any:
+    """One change, with Hydra's marks and addresses taken for what they mean here."""
+    from omegaconf import OmegaConf
+
+    is_gone = override.startswith("~")
+    address, equals, value = override.lstrip("~+").partition("=")
+    for prefix in _PREFIXES:
+        address = address.removeprefix(prefix)
+    if not address or not (equals or is_gone):
+        raise ValueError(
+            f"overrides: {override!r} changes nothing. Accepted is name.argument=value, such as prune.sparsity=0.8."
+        )
+    try:
+        return OmegaConf.from_dotlist([f"{address}=null" if is_gone else f"{address}={value}"])
+    except Exception as error:  # whatever the parser says
+        raise ValueError(
+            f"overrides: {override!r} has no value of YAML ({first_line(error)}). Accepted is name.argument=value."
+        ) from error
+
+
+def _check_arguments(place: str, node: Mapping[str, Any]) -> None:
+    """Raise unless every class takes the arguments that it is given."""
+    from hydra.utils import get_object
+
+    target = node["_target_"]
+    try:
+        made = get_object(target)
+    except Exception as error:  # whatever an import raises
+        raise ValueError(
+            f"{place}._target_={target!r} cannot be imported: {first_line(error)}. Accepted is a class."
+        ) from error
+    parameters = inspect.signature(made).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key, value in node.items():
+        if not takes_all and key not in parameters and not (key.startswith("_") and key.endswith("_")):
+            raise ValueError(
+                f"{place}.{key}: {made.__name__} has no such argument. It has {_named(parameters)}."
+                f"{_closest(key, parameters)}"
+            )
+        if isinstance(value, Mapping) and "_target_" in value:
+            _check_arguments(f"{place}.{key}", value)
+
+
+def _named(names: Iterable[str]) -> str:
+    return ", ".join(map(str, names)) or "none"
+
+
+def _closest(name: str, names: Iterable[str]) -> str:
+    found = get_close_matches(name, list(map(str, names)), 1)
+    return f" Did you mean {found[0]!r}?" if found else ""
