@@ -74,7 +74,7 @@ def load_from_checkpoint(
     checkpoint = read_checkpoint("path", path, weights_only=plain)
     with _following(module_class, path):
         try:
-            model = module_class.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
+            model = _loaded(module_class, path, kwargs)
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading state_dict"):
                 raise
@@ -91,6 +91,16 @@ def load_from_checkpoint(
             how = scheme or Scheme.from_state(state["scheme"])
             restore_quantization(model, how, state)
     return model
+
+
+def _loaded(module_class: Any, path: str | Path, options: Mapping[str, object]) -> Any:
+    try:
+        return module_class.load_from_checkpoint(path, **options)
+    except TypeError as error:
+        # a class that loads in a way of its own may say by itself whether objects are read
+        if "weights_only" not in options or "weights_only" not in str(error):
+            raise
+    return module_class.load_from_checkpoint(path, **{k: v for k, v in options.items() if k != "weights_only"})
 
 
 def read_checkpoint(

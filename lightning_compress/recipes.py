@@ -93,7 +93,7 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, di
     content = _read(name)
     names = list(content)
     for override in overrides:
-        content = OmegaConf.merge(content, _changed(override))
+        content = OmegaConf.merge(content, _change(override))
     try:
         plain: Any = OmegaConf.to_container(content, resolve=True)
     except Exception as error:  # of an interpolation, whatever is wrong with it
@@ -106,12 +106,14 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, di
             f"recipe name={str(name)!r} with {_named(overrides)} changed leaves no callback. Accepted is one at least."
         )
     for key, node in nodes.items():
+        changes = [override for override in overrides if _address(override).partition(".")[0] == key]
+        place = f"recipe name={str(name)!r}{f', overrides={changes}' if changes else ''}: {key}"
         if not isinstance(node, dict) or "_target_" not in node:
             raise ValueError(
-                f"recipe name={str(name)!r}: {key}={node!r} is no callback. Accepted are null and a mapping with a "
-                f"_target_. The recipe has {_named(names)}.{_closest(key, [other for other in names if other != key])}"
+                f"{place}={node!r} is no callback. Accepted are null and a mapping with a _target_. The recipe has "
+                f"{_named(names)}.{_closest(key, [other for other in names if other != key])}"
             )
-        _check_arguments(f"recipe name={str(name)!r}: {key}", node)
+        _check_arguments(place, node)
     return nodes
 
 
@@ -127,7 +129,8 @@ def _read(name: str | Path) -> Any:
         text = path.read_text()
     elif path.suffix in _ENDINGS:
         raise ValueError(
-            f"recipe name={str(name)!r}: there is no such file in {Path.cwd()}. Accepted is one that exists."
+            f"recipe name={str(name)!r}: there is no such file in {Path.cwd()}. Accepted is one that exists. "
+            "Give its path."
         )
     else:
         raise ValueError(
@@ -148,23 +151,30 @@ def _read(name: str | Path) -> Any:
     return content
 
 
-def _changed(override: str) -> Any:
-    """One change, with Hydra's marks and addresses taken for what they mean here."""
+def _address(override: str) -> str:
+    """What a change is of, without Hydra's marks, and as it is known here."""
+    address = override.lstrip("~+").partition("=")[0]
+    for prefix in _PREFIXES:
+        address = address.removeprefix(prefix)
+    return address
+
+
+def _change(override: str) -> Any:
+    """One change, as a part of a recipe."""
     from omegaconf import OmegaConf
 
     is_gone = override.startswith("~")
-    address, equals, value = override.lstrip("~+").partition("=")
-    for prefix in _PREFIXES:
-        address = address.removeprefix(prefix)
+    address = _address(override)
+    _, equals, value = override.partition("=")
     if not address or not (equals or is_gone):
         raise ValueError(
-            f"overrides: {override!r} changes nothing. Accepted is name.argument=value, such as prune.sparsity=0.8."
+            f"overrides={override!r} changes nothing. Accepted is name.argument=value. Write prune.sparsity=0.8, say."
         )
     try:
         return OmegaConf.from_dotlist([f"{address}=null" if is_gone else f"{address}={value}"])
     except Exception as error:  # whatever the parser says
         raise ValueError(
-            f"overrides: {override!r} has no value of YAML ({first_line(error)}). Accepted is name.argument=value."
+            f"overrides={override!r} has no value of YAML ({first_line(error)}). Accepted is name.argument=value."
         ) from error
 
 
@@ -184,7 +194,7 @@ def _check_arguments(place: str, node: Mapping[str, Any]) -> None:
     for key, value in node.items():
         if not takes_all and key not in parameters and not (key.startswith("_") and key.endswith("_")):
             raise ValueError(
-                f"{place}.{key}: {made.__name__} has no such argument. It has {_named(parameters)}."
+                f"{place}.{key}: {made.__name__} has no such argument. Accepted are {_named(parameters)}. Name one."
                 f"{_closest(key, parameters)}"
             )
         if isinstance(value, Mapping) and "_target_" in value:

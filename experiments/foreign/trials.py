@@ -141,14 +141,17 @@ def left_alone(
 ) -> list[str]:
     """The largest weights that were not taken, each with the reason that was given."""
     names = sorted((name for name in factors if name not in taken), key=lambda name: -factors[name].numel())
-    return [f"{name} ({factors[name].numel():,}): {_reason(name, skipped)}" for name in names[:num]]
+    return [f"{name} ({factors[name].numel():,}): {_reason(name, skipped, taken)}" for name in names[:num]]
 
 
-def _reason(name: str, skipped: Mapping[str, str]) -> str:
+def _reason(name: str, skipped: Mapping[str, str], taken: set[str]) -> str:
     """Why a weight was left alone; what another is computed from stands under the name of its layer."""
     of_layer = name.partition(".parametrizations.")[0].removesuffix(".weight")
     of_module = name.rpartition(".")[0]
-    return skipped.get(name) or skipped.get(of_layer) or skipped.get(of_module) or "no reason given"
+    found = skipped.get(name) or skipped.get(of_layer) or skipped.get(of_module)
+    if found is None and any(other.startswith(f"{of_module}.") for other in taken):
+        return "the weight beside it, which is taken, is computed with it"
+    return found or "no reason given"
 
 
 def plain(name: str, folder: Path) -> dict[str, Any]:

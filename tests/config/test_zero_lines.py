@@ -168,9 +168,9 @@ def test_every_recipe_is_made(name: str) -> None:
 WRONG = {
     "prun.sparsity=3": "prun={'sparsity': 3} is no callback.*Did you mean 'prune'",
     "prune.sparsit=3": "GradualPruning has no such argument.*Did you mean 'sparsity'",
-    "prune.phase.begn=3": "Phase has no such argument. It has begin, end, unit. Did you mean 'begin'",
+    "prune.phase.begn=3": "Phase has no such argument. Accepted are begin, end, unit. Name one. Did you mean 'begin'",
     "prune.sparsity=3": "prune: ValueError: GradualPruning.sparsity=3: accepted is a share",
-    "prune": "'prune' changes nothing",
+    "prune": "overrides='prune' changes nothing",
     "prune=[1": "has no value of YAML",
     "prune._target_=nowhere.Class": "cannot be imported",
     "prune.sparsity=${other}": "Interpolation key 'other' not found",

@@ -150,3 +150,18 @@ def test_names_may_differ_where_that_is_asked_for_but_shapes_may_not() -> None:
 def test_many_differences_are_counted() -> None:
     with pytest.raises(ValueError, match=r"8 missing there \(0\.weight, 0\.bias, 1\.weight and 5 more\)"):
         check_structure(nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))), {})
+
+
+class OwnLoading(Module):
+    """As chemprop's: it says by itself how objects are read, and takes no other word on it."""
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any) -> Any:
+        return super().load_from_checkpoint(checkpoint_path, map_location, weights_only=False, **kwargs)
+
+
+def test_a_class_that_loads_in_its_own_way_is_not_told_twice(tmp_path: Path) -> None:
+    model, path = train(tmp_path, [GradualPruning(0.5, phase=Phase(0.1, 0.6))])
+    for options in ({}, {"weights_only": False}, {"weights_only": False, "map_location": "cpu"}):
+        loaded = load_from_checkpoint(OwnLoading, path, **options).eval()
+        assert torch.equal(run(loaded, noise(4, 6)), run(model, noise(4, 6)))
