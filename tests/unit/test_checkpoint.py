@@ -152,7 +152,7 @@ def test_many_differences_are_counted() -> None:
         check_structure(nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))), {})
 
 
-class OwnLoading(Module):
+class LoadsItself(Module):
     """As chemprop's: it says by itself how objects are read, and takes no other word on it."""
 
     @classmethod
@@ -163,5 +163,5 @@ class OwnLoading(Module):
 def test_a_class_that_loads_in_its_own_way_is_not_told_twice(tmp_path: Path) -> None:
     model, path = train(tmp_path, [GradualPruning(0.5, phase=Phase(0.1, 0.6))])
     for options in ({}, {"weights_only": False}, {"weights_only": False, "map_location": "cpu"}):
-        loaded = load_from_checkpoint(OwnLoading, path, **options).eval()
+        loaded = load_from_checkpoint(LoadsItself, path, **options).eval()
         assert torch.equal(run(loaded, noise(4, 6)), run(model, noise(4, 6)))
