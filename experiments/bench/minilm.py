@@ -157,7 +157,7 @@ def batches(tokenizer: Any, texts: Sequence[str], size: int) -> list[dict[str, T
     return made
 
 
-def compress(model: Sentences, callbacks: list[pl.Callback], data: list[dict[str, Tensor]], trains: bool) -> Sentences:
+def compress(model: Sentences, callbacks: list[pl.Callback], data: Any, trains: bool) -> Sentences:
     """The model after a run, or after a calibration on the first of the batches."""
     if not callbacks:
         return model

@@ -103,10 +103,17 @@ class Walk:
                 for output in self._every_output[folds.get(name, name)]:
                     self._quantize_output(output)
         for wish in reversed(self._wishes):
-            if wish.result in self._quantized_at:
+            if self._is_quantized(wish.result):
                 for root, place in wish.operands:
                     self._quantize(root, place)
         self._quantize_once()
+
+    def _is_quantized(self, number: int) -> bool:
+        """Whether a value is, or what a relu alone makes of it."""
+        readers = self._readers[number]
+        is_clipped = self.num_reads[number] == 1 and bool(readers) and readers[0].name in CLIPS
+        result = readers[0].results[0].number if is_clipped and readers[0].results else number
+        return bool({number, result} & self._quantized_at.keys())
 
     def _quantize_output(self, output: Value) -> None:
         readers = self._readers[output.number]
@@ -181,12 +188,15 @@ class Walk:
         result = event.results[0].number
         if event.name in LAYERS:
             self._read_by_layer(event)
-        elif event.name in AVERAGES or (event.name in ADDITIONS and len(operands) > 1):
+        elif event.name in AVERAGES:
             # what a function made may be anything, a mask with infinities, say: an integer kernel must gain by it
             made = [value for value in operands if not self._is_made_by_function(value)]
             for value in made:
                 self._need(value)
             self._wish(result, [value for value in operands if value not in made])
+        elif event.name in ADDITIONS and len(operands) > 1:
+            # a sum that a norm reads in float has no integer kernel, and in transformers the widest ranges of all
+            self._wish(result, operands)
         elif event.name in MULTIPLICATIONS and len(operands) > 1:
             made_by = {self._maker.get(self._root(value), "") for value in operands}
             self._wish(result, [] if made_by & STATISTICS else operands)

@@ -78,7 +78,7 @@ def test_residual_net_is_quantized_once_at_the_end_of_each_chain(relu: str, inpl
 def test_what_a_function_made_is_quantized_at_the_outermost_module_that_gives_or_receives_it(relu: str) -> None:
     placement = trace(randomized(Residual(relu)).train(), X)
     assert placement.inputs == ["conv", "block1", "block1.conv2", "block2.conv2"]
-    assert placement.outputs == ["block1.bn2", "block1", "block2.bn2", "block2", "pool"]
+    assert sorted(placement.outputs) == ["block1", "block1.bn2", "block2", "block2.bn2", "pool"]
     assert placement.folds == RESIDUAL_FOLDS
 
 
@@ -206,7 +206,7 @@ def test_an_input_that_two_layers_share_is_quantized_at_both() -> None:
 def test_a_layer_called_twice_is_placed_once() -> None:
     placement = trace(randomized(Reshaped()), X)
     assert placement.inputs == ["conv"]
-    assert placement.outputs == ["conv", "fc"]
+    assert placement.outputs == ["conv"]
 
 
 def test_attention_quantizes_what_it_receives_and_an_embedding_nothing() -> None:
@@ -331,3 +331,30 @@ def test_a_loss_inside_of_the_model_quantizes_nothing() -> None:
 
     placement = trace(randomized(WithLoss()), noise(5, 4))
     assert (placement.inputs, placement.outputs) == (["fc"], [])
+
+
+class Summed(nn.Module):
+    """A sum that something reads."""
+
+    def __init__(self, reader: Callable[[Tensor], Tensor], cat: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.norm, self.relu = nn.Linear(6, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU()
+        self.last = nn.Linear(16 if cat else 8, 3)
+        self.reader, self.cat = reader, cat
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = self.second(y)
+        return self.last(self.reader(torch.cat([y, z], -1) if self.cat else y + z))
+
+
+def test_what_is_added_is_quantized_where_an_integer_kernel_reads_the_sum() -> None:
+    x = noise(4, 6)
+    plain = {"first", "second"}
+    for cat in (False, True):
+        for reader in (nn.Identity(), torch.relu, nn.ReLU()):
+            outputs = trace(randomized(Summed(reader, cat)), x).outputs
+            assert plain <= {*outputs}, reader
+    # a norm reads it in float: of a residual stream it has the widest range of all
+    placement = trace(randomized(Summed(nn.LayerNorm(8))), x)
+    assert placement.outputs == ["first", "reader"]  # which the second layer and the last one read
