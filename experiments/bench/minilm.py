@@ -115,6 +115,7 @@ def calibrated(scheme: Scheme) -> Callable[[], list[pl.Callback]]:
 VARIANTS: dict[str, tuple[Callable[[], list[pl.Callback]], bool]] = {
     "float": (list, False),
     "8-bit weights, calibrated": (calibrated(w8()), False),
+    "8-bit weights, trained": (trained(w8()), True),
     "int8, calibrated": (calibrated(int8()), False),
     "int8, trained": (trained(int8()), True),
     "4-bit groups, calibrated": (calibrated(w4_groups(32, overrides=_EMBEDDINGS)), False),

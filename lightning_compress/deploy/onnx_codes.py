@@ -130,10 +130,11 @@ def own_zero_points(graph: Any) -> None:
     """
     weights = [n for n in graph if n.op_type == "DequantizeLinear" and n.inputs[0].name in graph.initializers]
     for i, node in enumerate(n for n in weights if len(n.inputs) == 3):
-        codes, _, zeros = node.inputs
-        # of many thousand channels, as a vocabulary has, the exporter leaves a node that makes the zeros
-        array = np.zeros(node.inputs[1].shape.numpy(), codes.dtype.numpy()) if zeros.const_value is None else None
-        own = stored(graph, f"zero_point_{i}", zeros.const_value.numpy() if array is None else array)
+        zeros = node.inputs[2].const_value
+        if zeros is None:  # of many thousand channels, as a vocabulary has, a node makes the zeros: none say the same
+            node.resize_inputs(2)
+            continue
+        own = stored(graph, f"zero_point_{i}", zeros.numpy())
         node.replace_input_with(2, own)
     for node in reversed(list(graph)):
         if not any(value.uses() or value.is_graph_output() for value in node.outputs):
