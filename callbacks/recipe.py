@@ -13,6 +13,7 @@ from lightning_compress.checks import check_list, check_path
 from lightning_compress.recipes import recipe as callbacks_of
 from lightning_compress.recipes import recipes, split_words
 
+from .live_shape import check_package
 from .protocol import all_callbacks, compressing
 from .run import is_launched
 
@@ -52,6 +53,7 @@ class Recipe(pl.Callback):
         Raises:
             ValueError: If the Trainer launches processes, whose callbacks the one of the user would not have.
         """
+        check_package(trainer, self)
         if is_launched(trainer):
             raise ValueError(
                 f"{self.asked_by} with strategy='ddp_spawn', 'ddp_fork' or 'ddp_notebook': its callbacks would be "

@@ -178,6 +178,8 @@ def _is_of_class(module: nn.Module, key: str) -> bool:
     """Whether the class of a module says what one of its parameters is."""
     if isinstance(module, _OF_MANY):
         return True
+    if key.startswith("weight_") and source_of(module):  # what its weight is computed from
+        return True
     return isinstance(module, QUANTIZABLE) and key in ("weight", "bias")
 
 

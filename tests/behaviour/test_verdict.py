@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.callbacks import (
     SET,
@@ -142,13 +142,23 @@ def test_a_user_who_interrupts_is_told(tmp_path: Path) -> None:
         trainer.fit(make_module("mlp"))
 
 
+class Doubled(nn.Module):
+    """A weight from a parameter of another shape, which nothing is known of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(0)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return torch.stack([weight / 2, weight / 2]).detach()
+
+
 @pytest.mark.parametrize("name", ["GradualPruning", "RigL", "ChannelPruning", "QuantizationAwareTraining"])
 def test_nothing_to_compress_is_a_miss(name: str, tmp_path: Path) -> None:
-    # channels go through a weight norm: of a single layer they are the outputs
+    # channels go through whatever computes a weight: of a single layer they are the outputs
     module = make_module("boring" if name == "ChannelPruning" else "mlp")
     for child in module.modules():
         if isinstance(child, nn.Linear):
-            nn.utils.parametrizations.weight_norm(child)
+            nn.utils.parametrize.register_parametrization(child, "weight", Doubled(), unsafe=True)
     trainer = make_trainer(tmp_path, callbacks=[METHODS[name][0]()])
     with pytest.warns(UserWarning, match=f"{name}: target not reached: .* (nothing to|no more can)"):
         trainer.fit(module)
