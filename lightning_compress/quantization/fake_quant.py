@@ -134,7 +134,8 @@ def _upgraded(base: type[nn.Module], names: tuple[str, ...], source: str) -> typ
 
     def weight_property(name: str) -> property:
         def get(self: nn.Module) -> Tensor:
-            return self.__dict__[_WEIGHTS][name](self._parameters[name])
+            quantizer = weights(self).get(name)  # none in what torch.compile makes of the class alone
+            return self._parameters[name] if quantizer is None else quantizer(self._parameters[name])  # type: ignore[return-value]
 
         return property(get)
 
@@ -143,6 +144,8 @@ def _upgraded(base: type[nn.Module], names: tuple[str, ...], source: str) -> typ
         return _rebuild, (base, names, source), dict(state)
 
     def new(kind: type, *args: Any, **kwargs: Any) -> nn.Module:
+        if not args and not kwargs:  # as torch.compile makes an empty one
+            return object.__new__(kind)
         return base(*args, **kwargs)  # what type(module)(...) makes is a plain layer
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
