@@ -8,7 +8,7 @@ from gluonts import torch as estimators
 from gluonts.dataset.pandas import PandasDataset
 
 months = pd.period_range("2020-01", periods=100, freq="M")
-series = {str(i): pd.Series(np.sin(np.arange(100) / (i + 2)), months) for i in range(8)}
+series = {str(i): pd.Series(np.sin(np.arange(100) / (i + 2)).astype("float32"), months) for i in range(8)}
 name, *checkpoint = sys.argv[1:]
 options: dict[str, object] = {"freq": "M"} if name == "DeepAREstimator" else {}
 options |= {"patch_len": 4} if name == "PatchTSTEstimator" else {}
