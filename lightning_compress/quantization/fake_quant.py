@@ -143,10 +143,10 @@ def _upgraded(base: type[nn.Module], names: tuple[str, ...], source: str) -> typ
         state = base.__getstate__(self) if hasattr(base, "__getstate__") else self.__dict__
         return _rebuild, (base, names, source), dict(state)
 
-    def new(kind: type, *args: Any, **kwargs: Any) -> nn.Module:
-        if not args and not kwargs:  # as torch.compile makes an empty one
-            return object.__new__(kind)
-        return base(*args, **kwargs)  # what type(module)(...) makes is a plain layer
+    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # what type(module)(...) makes is a plain layer; torch.compile makes an empty one, and fills it, without this
+        self.__class__ = base
+        base.__init__(self, *args, **kwargs)
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         # that of the base may make a plain layer, as torch_geometric's does
@@ -163,7 +163,7 @@ def _upgraded(base: type[nn.Module], names: tuple[str, ...], source: str) -> typ
 
     members: dict[str, Any] = {} if source else {name: weight_property(name) for name in names}
     members |= {"forward": torch.compiler.disable(forward)} if source else {}
-    members |= {"_base": base, "_source": source, "__reduce_ex__": reduce, "__module__": __name__, "__new__": new}
+    members |= {"_base": base, "_source": source, "__reduce_ex__": reduce, "__module__": __name__, "__init__": init}
     members |= {"__deepcopy__": deepcopy} if hasattr(base, "__deepcopy__") else {}
     if issubclass(base, nn.RNNBase):
         # forward reads a cached list of the weights, so the list is made anew from the properties

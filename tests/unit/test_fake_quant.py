@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantize
 from torch.ao.quantization.observer import MovingAverageMinMaxObserver
 
-from lightning_compress.layers import QUANTIZABLE, Layer, find_layers
+from lightning_compress.layers import QUANTIZABLE, Layer, find_layers, know
 from lightning_compress.quantization import Affine, MinMax, MovingAverage, Observer
 from lightning_compress.quantization.fake_quant import activations, attach, upgrade, weights
 from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize
@@ -153,6 +153,32 @@ def test_a_deepcopy_and_a_pickle_compute_the_same_and_share_nothing(name: str, o
             for p in copied.parameters():
                 p.zero_()
         assert equal(run(model, *inputs), expected)
+
+
+class Raw(nn.Module):
+    """A layer of the user's own that takes no arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(noise(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.raw
+
+
+def test_the_class_of_an_upgraded_layer_makes_a_plain_one_and_an_empty_one() -> None:
+    layer = Raw()
+    know(layer, {"raw": "io"})
+    upgraded(layer)
+    plain = type(layer)()
+    assert type(plain) is Raw
+    assert not weights(plain)
+    # as torch.compile does, which fills it with what the layer holds
+    empty = type(layer).__new__(type(layer))
+    empty.__dict__ = layer.__dict__
+    switch(layer, True)
+    assert equal(run(empty, X), run(layer, X))
+    assert not equal(run(layer, X), X @ layer._parameters["raw"])
 
 
 @every_module
