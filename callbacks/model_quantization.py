@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
 from lightning_compress.checkpoint import callback_state
 from lightning_compress.checks import check_instance
@@ -32,6 +33,8 @@ __all__ = [
     "as_scheme",
     "attach",
     "foreign_state",
+    "give_parameters",
+    "give_values",
     "is_wrapped",
     "processes_of",
     "revert_norms",
@@ -109,6 +112,20 @@ def attach(
         quantization.load_state_dict(model, state)
     hold_on(model, quantization.activations)
     return quantization
+
+
+def give_parameters(model: nn.Module) -> None:
+    """Let optimizers be made of ``layer.weight`` where another fit has quantized the layer; to call in ``setup``."""
+    found = quantization_of(model)
+    if found is not None:
+        found.give_parameters()
+
+
+def give_values(model: nn.Module) -> None:
+    """Let the layers compute as before :func:`give_parameters`."""
+    found = quantization_of(model)
+    if found is not None:
+        found.enable(found.enabled)
 
 
 def revert_norms(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

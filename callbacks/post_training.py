@@ -22,6 +22,8 @@ from .model_quantization import (
     as_scheme,
     attach,
     foreign_state,
+    give_parameters,
+    give_values,
     is_wrapped,
     processes_of,
     revert_norms,
@@ -140,6 +142,8 @@ class PostTrainingQuantization(pl.Callback):
                 f"{name} beside {others[0]}: both quantize the same layers. Accepted is one of them: {name} for a "
                 "model that is not trained further, QuantizationAwareTraining for one that is."
             )
+        if stage == "fit":
+            give_parameters(pl_module)
 
     def _attach(self, pl_module: pl.LightningModule, anew: bool = False) -> ModelQuantization:
         self.quantization = attach(self, pl_module, self.scheme, self._state, anew)
@@ -148,6 +152,7 @@ class PostTrainingQuantization(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Upgrade the layers, still in float."""
+        give_values(pl_module)
         for option in ("equalize", "correct_bias"):
             if getattr(self, option):
                 raise ValueError(
@@ -276,6 +281,7 @@ class PostTrainingQuantization(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
+        give_values(pl_module)
         if self._calibration is not None:
             self._calibration.stop()
             self._calibration = None

@@ -18,7 +18,17 @@ from lightning_compress.structure.held import innermost
 from lightning_compress.structure.record import Record
 
 from .live_shape import check_strategy, check_structure_on_load
-from .model_quantization import as_scheme, attach, foreign_state, processes_of, revert_norms, shortfalls, trace
+from .model_quantization import (
+    as_scheme,
+    attach,
+    foreign_state,
+    give_parameters,
+    give_values,
+    processes_of,
+    revert_norms,
+    shortfalls,
+    trace,
+)
 from .run import check_run, read_clock, tell_left_alone
 from .verdict import end_with_verdict
 
@@ -144,6 +154,7 @@ class QuantizationAwareTraining(pl.Callback):
         check_structure_on_load(pl_module)
         if stage == "fit":
             end_with_verdict(trainer)
+            give_parameters(pl_module)
 
     def _attach(self, pl_module: pl.LightningModule, anew: bool = False) -> ModelQuantization:
         self.quantization = attach(self, pl_module, self.scheme, self._state, anew)
@@ -152,6 +163,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Upgrade the layers, still in float, and step after the user's optimizers."""
+        give_values(pl_module)
         quantization = self._attach(pl_module, anew=True)
         self.learning.follow(quantization.learned())
         for optimizer in trainer.optimizers:
@@ -219,6 +231,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop tracing."""
+        give_values(pl_module)
         if self.quantization is not None:
             self.quantization.stop_tracing()
 

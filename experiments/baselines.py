@@ -29,6 +29,7 @@ __all__ = [
     "accuracy",
     "dense",
     "fit",
+    "fitted",
     "num_macs",
     "train",
     "weights_of",
@@ -117,6 +118,11 @@ def train(
 
 def fit(model: nn.Module, budget: Budget, callbacks: list[pl.Callback]) -> nn.Module:
     """The same training by Lightning's Trainer, with callbacks and nothing that costs time."""
+    return fitted(model, budget, callbacks).model
+
+
+def fitted(model: nn.Module, budget: Budget, callbacks: list[pl.Callback]) -> Classifier:
+    """The same, with the LightningModule around the model."""
     torch.manual_seed(budget.seed)
     quiet: dict[str, Any] = {
         "logger": False,
@@ -127,7 +133,7 @@ def fit(model: nn.Module, budget: Budget, callbacks: list[pl.Callback]) -> nn.Mo
     trainer = pl.Trainer(max_epochs=budget.epochs, accelerator="cpu", callbacks=callbacks, **quiet)
     module = Classifier(model.train(), budget.rate, budget.task.weight_decay)
     trainer.fit(module, TaskData(budget.task, budget.data, budget.seed))
-    return module.model
+    return module
 
 
 def _stepwise(

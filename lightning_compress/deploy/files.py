@@ -14,7 +14,7 @@ from lightning_compress.deploy.runner import Kernels
 from lightning_compress.deploy.verify import Artifact, time_together
 from lightning_compress.forward import Inputs, check_batch_axis, run_model, with_batch
 from lightning_compress.quantization.convert import float_twin, overflowing
-from lightning_compress.quantization.model import quantization_of
+from lightning_compress.quantization.model import check_whole, quantization_of
 
 __all__ = ["Files", "is_quantized", "try_format", "words_of_caution", "words_of_doubt", "write_files"]
 
@@ -60,6 +60,7 @@ def write_files(
     Raises:
         Exception: Whatever the converter says of a model that it does not take.
     """
+    check_whole(model)
     plain = float_twin(model)
     check_batch_axis(plain, inputs)
     shipped = kind.convert(model) if is_quantized(model) else plain

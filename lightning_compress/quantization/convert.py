@@ -16,7 +16,7 @@ from lightning_compress.quantization.call_sites import with_own_call_sites
 from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize
 from lightning_compress.quantization.grouped import TokenCodes, finds_ranges, group_codes, is_grouped
-from lightning_compress.quantization.model import quantization_of, store_weights
+from lightning_compress.quantization.model import check_whole, quantization_of, store_weights
 from lightning_compress.quantization.overflow import fits_pairs
 from lightning_compress.quantization.placement import Placement
 from lightning_compress.quantization.quantizer import QParams, Quantizer, along
@@ -87,8 +87,8 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
         rounded_weights: Write weights as floats on their grid with a quantize operation, for converters that fold it.
 
     Raises:
-        ValueError: If the model is not quantized, its scheme has no form in integer kernels, or the integers are no
-            such type.
+        ValueError: If the model is not quantized, or is a part of one that is; its scheme has no form in integer
+            kernels; or the integers are no such type.
 
     Example:
         >>> from lightning_compress.quantization import int8
@@ -102,6 +102,7 @@ def convert(model: Module, activations: Activations = "uint8", rounded_weights: 
     check_instance("convert.model", model, nn.Module, "a quantized nn.Module")
     check_one_of("convert.activations", activations, INTEGERS, "Take what the runtime computes in.")
     check_flag("convert.rounded_weights", rounded_weights)
+    check_whole(model)
     quantization = quantization_of(model)
     if quantization is None or not quantization.enabled:
         raise ValueError(

@@ -21,6 +21,7 @@ from lightning_compress.layers import QUANTIZABLE, Layer, modules_by_name
 from lightning_compress.quantization.call_sites import attach_call_sites, detach_call_sites, is_call_site
 from lightning_compress.quantization.fake_quantizers import ActivationFakeQuantize, WeightFakeQuantize
 from lightning_compress.quantization.quantizer import Quantizer
+from lightning_compress.quantization.weight_attribute import with_writes_to
 
 __all__ = ["activations", "attach", "computes_weight", "detach", "downgrade", "hold_on", "upgrade", "weights"]
 __all__ += ["with_stored_weights"]
@@ -134,8 +135,9 @@ def _upgraded(base: type[nn.Module], names: tuple[str, ...], source: str) -> typ
 
     def weight_property(name: str) -> property:
         def get(self: nn.Module) -> Tensor:
+            parameter: Any = self._parameters[name]
             quantizer = weights(self).get(name)  # none in what torch.compile makes of the class alone
-            return self._parameters[name] if quantizer is None else quantizer(self._parameters[name])  # type: ignore[return-value]
+            return parameter if quantizer is None else with_writes_to(parameter, quantizer(parameter))
 
         return property(get)
 

@@ -38,7 +38,14 @@ from lightning_compress.structure.record import Record, is_removed, kept_by_id
 from lightning_compress.trace import Trace
 from lightning_compress.watch import Watch
 
-__all__ = ["ModelQuantization", "quantization_of", "quantize_layers", "restore_quantization", "store_weights"]
+__all__ = [
+    "ModelQuantization",
+    "check_whole",
+    "quantization_of",
+    "quantize_layers",
+    "restore_quantization",
+    "store_weights",
+]
 
 _ATTRIBUTE = "_compress_quantization"
 
@@ -166,6 +173,11 @@ class ModelQuantization:
             processes.merge([a for a in self.activations.values() if a.observer.counts])
             self.observe(False)
         self.enable(True)
+
+    def give_parameters(self) -> None:
+        """Let the layers give the parameters themselves, for optimizers that are made of them, until :meth:`enable`."""
+        for layer in self.layers:
+            weights(layer.module)[layer.parameter].enabled = False
 
     def enable(self, on: bool) -> None:
         """Let the layers compute with quantized values, or in float; what saw no data stays in float."""
@@ -338,3 +350,20 @@ def quantization_of(model: nn.Module) -> ModelQuantization | None:
     """The quantization of a model, or None if its layers are plain."""
     check_instance("quantization_of.model", model, nn.Module, "an nn.Module")
     return model.__dict__.get(_ATTRIBUTE)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a submodule of a quantized model: what is known of its activations and folded norms the whole has.
+
+    Raises:
+        ValueError: If a layer is quantized, and not by the model's own quantization.
+    """
+    if quantization_of(model) is not None:
+        return
+    quantized = (name for name, m in modules_by_name(model).items() if any(q.enabled for q in weights(m).values()))
+    name = next(quantized, None)
+    if name is not None:
+        raise ValueError(
+            f"This {type(model).__name__} is a part of a quantized model, as {name or 'it'} shows. Accepted is the "
+            "whole one, the LightningModule that was trained or loaded."
+        )

@@ -26,7 +26,7 @@ from lightning_compress.deploy.packed.claims import check_content, read_index
 from lightning_compress.deploy.packed.codec import decode, encode, encode_quantized, same_bits
 from lightning_compress.files import write_whole
 from lightning_compress.quantization.fake_quant import computes_weight, weights
-from lightning_compress.quantization.model import quantization_of, restore_quantization
+from lightning_compress.quantization.model import check_whole, quantization_of, restore_quantization
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.structure.record import restore_structure, structure_of
 
@@ -199,6 +199,7 @@ def _quantized(model: nn.Module) -> Iterator[tuple[str, Shown]]:
 
 def _quantization(model: nn.Module) -> dict[str, Any]:
     """What quantizes the activations of a model, as plain values, with the parameters of its weights; or nothing."""
+    check_whole(model)
     quantization = quantization_of(model)
     if quantization is None:
         return {}

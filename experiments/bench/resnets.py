@@ -1,0 +1,164 @@
+"""Pretrained ResNet-20 and ResNet-56 on CIFAR-10: half the channels, int8, and both.
+
+The images are JPEG and lossy, so the pretrained weights are first adapted to them, for one epoch; that model is kept,
+and everything starts from it: the same steps, batches, augmentation and rate for each, the controls among them: the
+dense model trained on, and half of the channels chosen at random. Seeds are those of the batches. Accuracy is of all
+10,000 test images after the last step, from the .onnx file in onnxruntime; bytes are of that file; milliseconds at
+batch 1 on one thread, beside its float twin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from experiments.baselines import Budget, accuracy, fit, fitted, num_macs
+from experiments.cifar import cifar10, task
+from experiments.jobs import kept, quiet
+from experiments.tasks import Classifier, Data, Task, data_folder
+from lightning_compress import Phase, int8
+from lightning_compress.callbacks import ChannelPruning, KnowledgeDistillation, QuantizationAwareTraining
+from lightning_compress.deploy.files import Pair, write_files
+from lightning_compress.deploy.formats import FORMATS
+from lightning_compress.deploy.size import weigh
+from lightning_compress.forward import Inputs
+from lightning_compress.pruning import Random
+
+_AT_ONCE = Phase(0.0, 0.0)
+
+
+def teacher() -> KnowledgeDistillation:
+    """The adapted model."""
+    return KnowledgeDistillation(alpha=0.5, temperature=2.0)
+
+
+def quantize(start: float) -> QuantizationAwareTraining:
+    """Calibrated for a twentieth of the run, and trained in int8 to its end."""
+    return QuantizationAwareTraining(int8(), Phase(start, start + 0.05), Phase(start + 0.05, 1.0))
+
+
+METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
+    "trained on": list,
+    "int8": lambda: [quantize(0.0), teacher()],
+    "half the channels": lambda: [ChannelPruning(0.5, phase=_AT_ONCE), teacher()],
+    "half, at random": lambda: [ChannelPruning(0.5, Random(), phase=_AT_ONCE), teacher()],
+    "half the channels, int8": lambda: [ChannelPruning(0.5, phase=_AT_ONCE), quantize(0.5), teacher()],
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--data, --folder, --depth, --seeds, --images, --rate, --tune."""
+    parser.add_argument("--data", type=Path, help="folder of cifar10_jpeg.npz and resnet*_cifar10.safetensors")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="keeps the adapted models")
+    parser.add_argument("--depth", type=int, choices=(20, 56), action="append", dest="depths", help="both without it")
+    parser.add_argument("--method", choices=list(METHODS), action="append", dest="methods", help="all without it")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=25600, help="training images of a run, each seen once")
+    parser.add_argument("--rate", type=float, default=0.02, help="learning rate of every method")
+    parser.add_argument("--tune", action="store_true", help="measure on a sixth of the training part, instead of test")
+
+
+def of_file(model: nn.Module, data: Data, folder: Path) -> dict[str, float]:
+    """Accuracy in per cent, kilobytes and milliseconds of the .onnx file, and how much slower its float twin is."""
+    kind = FORMATS["onnx"]
+    example = Inputs((data.x_test[:2].contiguous(),), {})
+    files = write_files(kind, model.eval(), example, folder / "model.onnx", (1,))
+    pair = Pair(kind, files, model, example)
+    parts = zip(data.x_test.split(500), data.y_test.split(500), strict=True)
+    right = sum(int((_answers(pair, x) == y).sum()) for x, y in parts)
+    shipped, twin = pair.latency(1.0)
+    return {
+        "accuracy": 100 * right / len(data.y_test),
+        "KB": weigh(files.shipped[1])[0] / 1e3,
+        "ms": shipped["1"],
+        "float ms": twin["1"],
+    }
+
+
+def _answers(pair: Pair, x: Tensor) -> Tensor:
+    return pair.shipped(Inputs((x.contiguous(),), {})).argmax(-1)
+
+
+def row(depth: int, method: str, runs: list[dict[str, float]]) -> dict[str, Any]:
+    """The mean of the runs, and the deviation of their accuracies."""
+    accuracies = [run["accuracy"] for run in runs]
+    deviation = stdev(accuracies) if len(runs) > 1 else float("nan")
+    return {"net": f"ResNet-{depth}", "method": method} | {
+        "accuracy": mean(accuracies),
+        "sd": deviation,
+        "deployed minus trained": mean(run["accuracy"] - run["trained"] for run in runs),
+        "M MACs": mean(run["macs"] for run in runs) / 1e6,
+        **{key: mean(run[key] for run in runs) for key in ("KB", "ms", "float ms", "seconds")},
+        "each": " ".join(f"{value:.2f}" for value in accuracies),
+    }
+
+
+def measure(model: nn.Module, data: Data, start: float) -> dict[str, float]:
+    """What a model is, and what its file does; the seconds since its training began are those of the training."""
+    seconds = time.perf_counter() - start
+    trained, macs = accuracy(model, data), num_macs(model, data.x_test[:1])
+    with tempfile.TemporaryDirectory() as folder:
+        found = of_file(model, data, Path(folder))
+    found |= {"trained": trained, "macs": macs, "seconds": seconds}
+    print(found, flush=True)
+    return found
+
+
+def rows_of(start: Task, adapted: nn.Module, methods: list[str], data: Data, seeds: int, images: int) -> dict[str, Any]:
+    """What was measured of each method and seed, from one adapted model."""
+    found: dict[str, list[dict[str, float]]] = {
+        "adapted": [measure(Classifier(adapted, 0.0, 0.0), data, time.perf_counter())]
+    }
+    for name in methods:
+        found[name] = []
+        for seed in range(seeds):
+            begin = time.perf_counter()
+            order = torch.randperm(len(data.y_train), generator=torch.Generator().manual_seed(seed))[:images]
+            part = replace(data, x_train=data.x_train[order], y_train=data.y_train[order])
+            model = copy.deepcopy(adapted)
+            budget = Budget(start, part, 1000 + seed, start.compress_epochs, start.compress_rate)
+            print(f"{start.name}, {name}, seed {seed}", flush=True)
+            found[name].append(measure(fitted(model, budget, METHODS[name]()), data, begin))
+    return found
+
+
+def run(  # noqa: PLR0913  # the options of the command
+    data: Path | None = None,
+    folder: Path = Path("outputs/bench"),
+    depths: list[int] | None = None,
+    methods: list[str] | None = None,
+    seeds: int = 3,
+    images: int = 25600,
+    rate: float = 0.02,
+    tune: bool = False,
+) -> dict[str, Any]:
+    """Headline: by net, accuracy of the adapted model, and of half the channels in int8."""
+    quiet()
+    source = data_folder(data)
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = cifar10(source)
+    whole = whole.cut(0) if tune else whole
+    rows: list[dict[str, Any]] = []
+    headline: dict[str, float] = {}
+    for depth in depths or (20, 56):
+        net = task(depth, source, rate)
+        budget = Budget(net, whole, 0, net.epochs, net.learning_rate)
+        adapt = partial(fit, budget=budget, callbacks=[])
+        adapted = kept(folder / f"{net.name}{'-cut' if tune else ''}.pt", net.build, adapt)
+        found = rows_of(net, adapted, methods or list(METHODS), whole, seeds, images)
+        rows += [row(depth, name, runs) for name, runs in found.items()]
+        headline[f"resnet{depth}_adapted"] = rows[-len(found)]["accuracy"]
+        headline[f"resnet{depth}_last"] = rows[-1]["accuracy"]
+    return {"headline": headline, "rows": rows}
