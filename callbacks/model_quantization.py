@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_compress.checkpoint import callback_state
 from lightning_compress.checks import check_instance
-from lightning_compress.layers import know, known
+from lightning_compress.layers import know
 from lightning_compress.pruning.prunable import check_finite
 from lightning_compress.quantization.fake_quant import hold_on
 from lightning_compress.quantization.model import ModelQuantization, quantization_of, quantize_layers
@@ -90,8 +90,8 @@ def attach(
         else:  # which may be where the model is attached to no Trainer any more
             know(model, state.get("layers", {}))
     found = quantization_of(model)
-    if found is not None and anew and not found.enabled and found.known != known(model):
-        found.remove(model)  # made before its raw parameters were looked at
+    if found is not None and anew and found.is_stale(model):
+        found.remove(model)
         found = None
     if found is not None and not found.is_by(scheme):
         if found.enabled and state is None and not anew:

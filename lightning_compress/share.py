@@ -24,10 +24,11 @@ class Share:
 
     Args:
         taken: Weights that multiply and are taken.
-        multiplying: Trainable weights that multiply, embeddings and what is tied to them apart.
+        multiplying: Weights that multiply and are trained or taken, embeddings and what is tied to them apart.
         all: All parameters.
         left: Sizes of those that multiply, or may, and are not taken, by name; the largest first.
         reasons: Why each of them is not.
+        frozen: Weights that are taken and not trained, as those under adapters.
     """
 
     taken: int
@@ -35,12 +36,15 @@ class Share:
     all: int
     left: dict[str, int]
     reasons: dict[str, str]
+    frozen: int = 0
 
     @property
     def words(self) -> str:
         """Both shares in a sentence."""
+        weights = f"{self.multiplying - self.frozen} trainable"
+        weights += f" and {self.frozen} frozen" if self.frozen else ""
         return (
-            f"{_percent(self.taken, self.multiplying)} of the {self.multiplying} trainable weights that multiply "
+            f"{_percent(self.taken, self.multiplying)} of the {weights} weights that multiply "
             "(embeddings and what is tied to them apart), "
             f"{_percent(self.taken, self.all)} of all {self.all} parameters."
         )
@@ -76,7 +80,7 @@ def share_taken(model: nn.Module, layers: Sequence[Layer], skipped: Mapping[str,
     apart = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, EMBEDDING)}
     ours = {id(layer.weight) for layer in layers}
     sizes: dict[str, int] = {}
-    taken = 0
+    taken = frozen = 0
     seen = set(apart)
     for layer in every_weight(model):
         weight = layer.weight if layer.source else layer.module._parameters.get(layer.parameter)
@@ -85,11 +89,13 @@ def share_taken(model: nn.Module, layers: Sequence[Layer], skipped: Mapping[str,
         if not layer.axes and not isinstance(layer.module, QUANTIZABLE):
             continue
         shown = getattr(layer.module, layer.parameter, None) if weight is None else weight  # computed by other code
-        if shown is None or id(shown) in seen or (weight is not None and not weight.requires_grad):
+        is_frozen = weight is not None and not weight.requires_grad
+        if shown is None or id(shown) in seen or (is_frozen and id(weight) not in ours):
             continue
         seen.add(id(shown))
         if id(weight) in ours:
             taken += shown.numel()
+            frozen += shown.numel() if is_frozen else 0
         else:
             sizes[layer.name] = shown.numel()
     left = dict(sorted(sizes.items(), key=lambda item: -item[1]))
@@ -99,6 +105,7 @@ def share_taken(model: nn.Module, layers: Sequence[Layer], skipped: Mapping[str,
         sum(p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter)),
         left,
         {name: skipped.get(name, "no reason is known") for name in left},
+        frozen,
     )
 
 

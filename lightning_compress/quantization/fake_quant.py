@@ -24,7 +24,7 @@ from lightning_compress.quantization.quantizer import Quantizer
 from lightning_compress.quantization.weight_attribute import with_writes_to
 
 __all__ = ["activations", "attach", "computes_weight", "detach", "downgrade", "hold_on", "upgrade", "weights"]
-__all__ += ["with_stored_weights"]
+__all__ += ["take_off", "with_stored_weights"]
 
 _WEIGHTS = "_compress_weights"
 
@@ -56,6 +56,14 @@ def downgrade(layers: Iterable[Layer]) -> None:
         if isinstance(module, nn.RNNBase):  # whose list of weights an upgraded class makes anew at every call
             names = module._flat_weights_names  # noqa: SLF001  # torch has no public name for either
             module._flat_weights = [getattr(module, name, None) for name in names]  # noqa: SLF001
+
+
+def take_off(model: nn.Module) -> None:
+    """Make layers plain that a larger model, or one of other names, was quantized with."""
+    detach(model)
+    for module in model.modules():
+        if weights(module):
+            downgrade([Layer("", module, name) for name in weights(module)])
 
 
 def with_stored_weights(model: nn.Module) -> None:

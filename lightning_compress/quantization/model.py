@@ -17,6 +17,7 @@ from lightning_compress.quantization.fake_quant import (
     detach,
     downgrade,
     hold_on,
+    take_off,
     upgrade,
     weights,
     with_stored_weights,
@@ -100,6 +101,17 @@ class ModelQuantization:
     def is_by(self, scheme: Scheme) -> bool:
         """Whether this is what :func:`quantize_layers` makes of a scheme."""
         return not schemes_differ(self.scheme.to_state(), scheme.to_state())
+
+    def moved(self, model: nn.Module) -> str:
+        """A layer that has another name than when the model was quantized, as after a merge of adapters; or nothing."""
+        modules = modules_by_name(model)
+        here = {id(module) for module in modules.values()}
+        moved = (x.name for x in self.layers if id(x.module) in here and modules.get(x.module_name) is not x.module)
+        return next(moved, "")
+
+    def is_stale(self, model: nn.Module) -> bool:
+        """Whether layers have moved, or it is from before the model's raw parameters were looked at."""
+        return bool(self.moved(model)) or (not self.enabled and self.known != known(model))
 
     def start_tracing(self, model: nn.Module, wrapped: bool = False) -> None:
         """Follow the next batch, to find where activations are quantized; ``wrapped`` by DDP, say, the model or not."""
@@ -315,6 +327,7 @@ def quantize_layers(model: nn.Module, scheme: Scheme) -> ModelQuantization:
         ('plain', False, True)
     """
     if quantization_of(model) is None:
+        take_off(model)
         model.__dict__[_ATTRIBUTE] = ModelQuantization(model, scheme)
     return model.__dict__[_ATTRIBUTE]
 
@@ -353,12 +366,19 @@ def quantization_of(model: nn.Module) -> ModelQuantization | None:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Refuse a submodule of a quantized model: what is known of its activations and folded norms the whole has.
+    """Refuse a submodule of a quantized model, and one whose layers have moved: places are known by their names.
 
     Raises:
-        ValueError: If a layer is quantized, and not by the model's own quantization.
+        ValueError: If a layer is quantized, and not by the model's own quantization, or has another name by now.
     """
-    if quantization_of(model) is not None:
+    quantization = quantization_of(model)
+    if quantization is not None:
+        moved = quantization.moved(model)
+        if moved:
+            raise ValueError(
+                f"The model was changed after it was quantized: {moved} has another name. "
+                "Quantize it anew: trainer.validate(model) with PostTrainingQuantization(scheme) as callback."
+            )
         return
     quantized = (name for name, m in modules_by_name(model).items() if any(q.enabled for q in weights(m).values()))
     name = next(quantized, None)

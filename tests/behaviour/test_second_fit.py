@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from lightning_compress import Scheme, convert, int8, w4_groups, w8
 from lightning_compress.callbacks import PostTrainingQuantization, QuantizationAwareTraining
-from lightning_compress.quantization.model import quantization_of
+from lightning_compress.quantization.model import quantization_of, quantize_layers
 
 from ..harness import make_module, make_trainer
+from ..zoo import noise
 
 
 def with_groups_by_layer(module: Any) -> Any:
@@ -54,3 +58,58 @@ def test_a_fit_that_makes_no_optimizer_leaves_the_model_quantized(tmp_path: Path
         make_trainer(tmp_path, callbacks=[QuantizationAwareTraining()], max_epochs=3).fit(module)
     after = [m.weight for m in module.modules() if isinstance(m, torch.nn.Linear)]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+class Adapted(nn.Module):
+    """A frozen layer and what is learned beside it, which merges as peft's do: into the layer, in its place."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.up = nn.Linear(4, base_layer.out_features, bias=False)
+        self.down = nn.Linear(base_layer.in_features, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.up(self.down(x))
+
+    def merge(self) -> nn.Linear:
+        self.base_layer.weight.data += self.up.weight.data @ self.down.weight.data
+        return self.base_layer
+
+
+@pytest.mark.parametrize("scheme", [int8(), w8(), w4_groups(4)], ids=repr)
+def test_adapters_merge_into_a_quantized_base_and_are_quantized_anew(scheme: Scheme, tmp_path: Path) -> None:
+    module = make_module("mlp")
+    name, layer = next((n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear))
+    parent, _, key = name.rpartition(".")
+    holder: Any = module.get_submodule(parent)
+    setattr(holder, key, Adapted(layer))
+    narrow = replace(scheme, include=("*.base_layer",))
+    make_trainer(tmp_path, callbacks=[QuantizationAwareTraining(narrow)], max_epochs=3).fit(module)
+    adapted: Any = module.get_submodule(name)
+    stored = adapted.base_layer.state_dict()["weight"].clone()
+    delta = (adapted.up.weight @ adapted.down.weight).detach()
+    setattr(holder, key, adapted.merge())
+    merged = module.state_dict()[f"{name}.weight"]
+    assert torch.equal(merged, stored + delta)
+    with pytest.raises(ValueError, match=f"{name}.base_layer has another name"):
+        convert(module)
+    again = PostTrainingQuantization(replace(scheme, include=(name,)))
+    make_trainer(tmp_path, callbacks=[again]).validate(module, verbose=False)
+    quantized = quantization_of(module)
+    assert quantized.enabled
+    assert [x.name for x in quantized.layers] == [name]
+    assert torch.equal(module.state_dict()[f"{name}.weight"], merged)
+    convert(module)
+
+
+def test_what_a_larger_model_was_quantized_by_is_taken_off(tmp_path: Path) -> None:
+    whole = make_module("mlp")
+    make_trainer(tmp_path, callbacks=[QuantizationAwareTraining()], max_epochs=3).fit(whole)
+    expected = make_module("mlp")
+    expected.load_state_dict(whole.state_dict())
+    part, plain = whole.net.eval(), expected.net.eval()
+    x = noise(5, 16)
+    assert not torch.equal(part(x), plain(x))
+    quantize_layers(part, w8())
+    assert torch.equal(part(x), plain(x))
