@@ -39,7 +39,8 @@ def with_writes_to(parameter: nn.Parameter, values: Tensor) -> Tensor:
 class _Weight(Tensor):
     """Multiplies like any tensor; nothing that is computed from it is one of these."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # noqa: SLF001  # as torch documents for subclasses
+    # as torch documents for subclasses
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
     _stored: nn.Parameter
 
 
