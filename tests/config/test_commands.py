@@ -218,7 +218,7 @@ def test_sweep_returns_the_objective(tmp_path: Path) -> None:
 
 RECIPES = {
     **dict.fromkeys(["magnitude", "finetune", "distill", "channels", "layers", "rigl", "n_of_m"], 32),
-    **dict.fromkeys(["int8", "prune_int8", "ptq"], 8),
+    **dict.fromkeys(["int8", "prune_int8", "ptq", "bert", "vit", "unet", "keyword", "forecaster", "graph"], 8),
     "ternary": 2,
 }
 
