@@ -27,7 +27,8 @@ from lightning_compress.forward import Inputs
 from .unit.helpers import quantize
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/methods/*.md")), *sorted(ROOT.glob("docs/guides/*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+DOCUMENTS += [*sorted(ROOT.glob("docs/methods/*.md")), *sorted(ROOT.glob("docs/guides/*.md"))]
 # reads the files of every runtime
 IN_RUNTIMES = "docs/guides/deployment.md"
 
