@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_compress.analysis.inspect import layer_table
+from lightning_compress.analysis.origin import origin_of
 from lightning_compress.analysis.report import Packed, Report
 from lightning_compress.checks import first_line
 from lightning_compress.deploy.packed import save_packed
@@ -87,6 +88,7 @@ def make_report(
         "seconds": {},
         "targets": targets_of(trainer),
         "warnings": warnings + cautions,
+        "origin": origin_of(pl_module),
     }
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_compress.analysis.history import History
+from lightning_compress.analysis.model_card import write_model_card
 from lightning_compress.analysis.report import Report, Target, describe_missed, headers, summary_rows, write_json
 from lightning_compress.analysis.show import write_html
 from lightning_compress.tracking import log_files, log_histograms
@@ -26,10 +27,12 @@ __all__ = ["say", "send", "send_targets", "show_in_progress_bar", "write_report"
 
 
 def write_report(report: Report, pictures: Mapping[str, Figure], folder: Path) -> Path | None:
-    """Write report.json and report.html; the page's path, None where it could not be written."""
+    """Write report.json, MODEL_CARD.md and report.html; the page's path, None where it could not be written."""
     numbers = folder / "report.json"
     page = folder / "report.html"
+    card = folder / "MODEL_CARD.md"
     written(numbers, lambda: write_json(report, numbers))
+    written(card, lambda: write_model_card(report, card))
     return page if written(page, lambda: write_html(report, pictures, page)) else None
 
 

@@ -117,6 +117,9 @@ class Output(nn.Module):
 class GraphNet(nn.Module):
     """Three graph convolutions over patches of an image, each beside its neighbours, and their mean."""
 
+    near: Tensor
+    place: Tensor
+
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         from torch_geometric.nn import DenseGraphConv
@@ -143,8 +146,8 @@ def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     sizes: Any = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-    dropout: Any = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(vocab_size=128, max_position_embeddings=32, num_labels=128, **sizes, **dropout)
+    dropout: Any = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 128}
+    config = BertConfig(vocab_size=128, max_position_embeddings=32, **sizes, **dropout)
     return Output(BertForSequenceClassification(config), "logits")
 
 

@@ -132,6 +132,7 @@ def llama() -> nn.Module:
     """786,000 weights in four layers of width 128."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    options: Any = {"attn_implementation": "eager"}
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=128,
@@ -141,7 +142,7 @@ def llama() -> nn.Module:
         num_key_value_heads=2,
         max_position_embeddings=LENGTH,
         tie_word_embeddings=False,
-        attn_implementation="eager",
+        **options,
     )
     return LlamaForCausalLM(config)
 
@@ -215,9 +216,10 @@ def measure(name: str, base: nn.Module, text: Tensor, windows: Tensor, steps: in
         run_once(model, [PostTrainingQuantization(replace(scheme, include=_BASE))], Windows(text, 4, 0), trains=False)
     found = {"beside": bits(model, windows)}
     found["beside, file"], found["beside, KB"] = of_file(model, windows)
-    model.net = model.net.merge_and_unload()
+    beside: Any = model.net
+    model.net = beside.merge_and_unload()
     for callback in callbacks:
-        if isinstance(callback, GradualPruning):
+        if isinstance(callback, GradualPruning) and callback.masks is not None:
             callback.masks.apply()
     if scheme is not None:
         again = PostTrainingQuantization(replace(scheme, include=_MERGED))

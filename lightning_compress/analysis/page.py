@@ -25,6 +25,7 @@ th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:
 img{max-width:100%;height:auto;display:block}figure{margin:0 0 1rem}figcaption{color:#555;font-size:.86rem}
 .facts{display:flex;flex-wrap:wrap;gap:.6rem;margin:1rem 0;padding:0;list-style:none}
 .facts li{flex:1 1 8rem;background:#f3f6fa;border-radius:.4rem;padding:.5rem .8rem}
+dt{font-weight:600}dd{margin:0 0 .4rem;overflow-wrap:anywhere}summary{cursor:pointer}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}
 tr.pale td{color:#999}tr.chosen td{font-weight:600;background:#eef6ee}
 .facts b{display:block;font-size:1.25rem}.warning{color:#8a3b00}.missed{color:#b00020;font-weight:bold}

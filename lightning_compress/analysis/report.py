@@ -6,9 +6,12 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from lightning_compress.files import write_whole
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
 
 __all__ = [
     "LayerRow",
@@ -78,7 +81,7 @@ class Report(TypedDict):
     :class:`lightning_compress.deploy.Artifact`, ``judged`` in them what was asked of the file and what it reaches:
     ``{"agreement": {"asked": 0.99, "reached": 1.0, "ok": True}, ...}``. ``latency_ms_pytorch`` are medians by batch
     size, ``seconds`` are those of ``fit`` and of measuring (``overhead``). ``targets`` are those of all callbacks,
-    missed or not.
+    missed or not. ``origin`` says what it is a report of (:func:`lightning_compress.analysis.origin.origin_of`).
     """
 
     metric: str | None
@@ -92,6 +95,7 @@ class Report(TypedDict):
     seconds: dict[str, float]
     targets: list[Target]
     warnings: list[str]
+    origin: NotRequired[dict[str, str]]  # reports of earlier versions have none
 
 
 def describe_missed(row: Target) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from lightning_compress.analysis.model_card import how_to_load
 from lightning_compress.analysis.page import html_table, picture, write_page
 from lightning_compress.analysis.report import Report, change, describe_missed, headers, short, summary_rows
 
@@ -78,7 +79,7 @@ def write_html(report: Report, pictures: Mapping[str, Figure], path: Path) -> No
         for a in report["artifacts"]
     ]
     body = [
-        "<h1>Compression report</h1>",
+        f"<h1>Compression report{_of(report)}</h1>",
         f"<p>{html.escape(_headline(report))}</p>",
         missed_lines,
         _facts(report),
@@ -99,10 +100,37 @@ def write_html(report: Report, pictures: Mapping[str, Figure], path: Path) -> No
             ],
             proof,
         ),
+        "<h2>How to load the files</h2>",
+        *_loading(report),
         "<h2>Layers</h2>",
         html_table(layer_names, layers),
+        "<h2>What this is a report of</h2>",
+        _origin(report),
     ]
     write_page(path, "Compression report", body)
+
+
+def _of(report: Report) -> str:
+    model = report.get("origin", {}).get("model", "").rpartition(".")[2]
+    return html.escape(f" of {model}" if model else "")
+
+
+def _origin(report: Report) -> str:
+    rows = [[html.escape(key), html.escape(value)] for key, value in report.get("origin", {}).items()]
+    return "<dl>" + "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in rows) + "</dl>"
+
+
+def _loading(report: Report) -> list[str]:
+    """A few lines of Python for each file."""
+    files = {a["path"]: a.get("inputs") or [] for a in report["artifacts"]}
+    packed = report.get("packed")
+    files |= {packed["path"]: []} if packed else {}
+    shown = []
+    for path, inputs in files.items():
+        name = Path(path).name
+        lines = html.escape(how_to_load(name, inputs))
+        shown.append(f"<details><summary>{html.escape(name)}</summary><pre>{lines}</pre></details>")
+    return shown
 
 
 def _headline(report: Report) -> str:
