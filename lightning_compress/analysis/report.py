@@ -6,12 +6,9 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from lightning_compress.files import write_whole
-
-if TYPE_CHECKING:
-    from typing_extensions import NotRequired
 
 __all__ = [
     "LayerRow",
@@ -95,7 +92,7 @@ class Report(TypedDict):
     seconds: dict[str, float]
     targets: list[Target]
     warnings: list[str]
-    origin: NotRequired[dict[str, str]]  # reports of earlier versions have none
+    origin: dict[str, str]  # reports of earlier versions have none
 
 
 def describe_missed(row: Target) -> str:

@@ -105,7 +105,7 @@ class ModelQuantization:
     def moved(self, model: nn.Module) -> str:
         """A layer that has another name than when the model was quantized, as after a merge of adapters; or nothing."""
         modules = modules_by_name(model)
-        here = {id(module) for module in modules.values()}
+        here = {id(module) for module in modules.values() if module is not model}
         moved = (x.name for x in self.layers if id(x.module) in here and modules.get(x.module_name) is not x.module)
         return next(moved, "")
 

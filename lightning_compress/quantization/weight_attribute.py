@@ -7,6 +7,7 @@ parameter, and what it asks of a parameter (``data``, ``grad``, ``requires_grad`
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -42,6 +43,14 @@ class _Weight(Tensor):
     # as torch documents for subclasses
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
     _stored: nn.Parameter
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved and sent as its values."""
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copied as the parameter that it shows."""
+        return copy.deepcopy(self._stored, memo)
 
 
 def _asked(name: str) -> property:

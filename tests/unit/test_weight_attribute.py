@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,19 @@ def test_what_is_computed_from_a_weight_is_a_plain_tensor_of_quantized_values() 
     assert type(layer(noise(3, 4))) is Tensor
     assert not torch.equal(doubled, 2 * layer.state_dict()["weight"])
     assert torch.equal(doubled, 2 * layer.weight)
+
+
+def test_it_is_saved_as_its_values_and_copied_as_the_parameter() -> None:
+    layer: Any = quantized(nn.Linear(4, 6))
+    buffer = io.BytesIO()
+    torch.save({"weight": layer.weight}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer)["weight"]  # weights alone: no class of ours
+    assert type(saved) is Tensor
+    assert torch.equal(saved, layer.weight)
+    copied = copy.deepcopy(layer.weight)
+    assert type(copied) is nn.Parameter
+    assert torch.equal(copied, layer.state_dict()["weight"])
 
 
 def test_a_part_of_a_quantized_model_is_refused_where_the_whole_one_is_taken(tmp_path: Path) -> None:
