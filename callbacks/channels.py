@@ -44,6 +44,10 @@ __all__ = ["ChannelPruning"]
 Target = Literal["channels", "parameters", "macs", "latency"]
 _SHARE = "a share in 0..1, below 1, such as 0.5"
 
+# channels that vector kernels of CPUs take at once, with 256 bits
+_BLOCK = 8
+_SHOWN = 3
+
 
 class ChannelPruning(Shrinking[ChannelProgress]):
     """Removes channels from all layers that share them, and with them parameters, optimizer state and time.
@@ -66,7 +70,8 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         include: Name patterns of the layers whose output channels may go; empty for all.
         exclude: Name patterns of layers that keep their output channels.
         num_heads: Number of heads by the name pattern of an attention, where its forward does not tell.
-        round_to: Layers keep a multiple of this number of channels.
+        round_to: Layers keep a multiple of this number of channels. CPU kernels are made for multiples of 8: with
+            others a file is smaller, and may be slower.
         floor: Smallest share of its channels that a layer keeps.
         targets: Share removed of the output channels of single layers and of all layers that share them, by name
             pattern; the others lose ``sparsity`` each. Needs ``target="channels"`` and ``scope="local"``.
@@ -187,8 +192,14 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         return record, progress, coupling.skipped
 
     def summary(self, record: Record, progress: ChannelProgress) -> str:
-        """Channels left of those that could be removed."""
-        return f"{sum(progress.left.values())} of {sum(progress.widths.values())} channels left"
+        """Channels left of those that could be removed, and whether kernels are made for such widths."""
+        words = f"{sum(progress.left.values())} of {sum(progress.widths.values())} channels left"
+        odd = {n for name, n in progress.left.items() if n % _BLOCK and progress.widths[name] >= 2 * _BLOCK}
+        if odd:
+            shown = ", ".join(map(str, sorted(odd)[:_SHOWN]))
+            words += f". Widths such as {shown} may run no faster than before: CPU kernels take channels in blocks of "
+            words += f"{_BLOCK}, which round_to={_BLOCK} keeps"
+        return words
 
     def _check_reach(self, model: nn.Module, coupling: Coupling, progress: ChannelProgress) -> None:
         """Warn if the target cannot be reached, even by removing all that the limits allow."""

@@ -4,7 +4,7 @@ The images are JPEG and lossy, so the pretrained weights are first adapted to th
 and everything starts from it: the same steps, batches, augmentation and rate for each, the controls among them: the
 dense model trained on, and half of the channels chosen at random. Seeds are those of the batches. Accuracy is of all
 10,000 test images after the last step, from the .onnx file in onnxruntime; bytes are of that file; milliseconds at
-batch 1 on one thread, beside its float twin.
+batch 1 on one thread, interleaved with the file of the adapted model.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from experiments.jobs import kept, quiet
 from experiments.tasks import Classifier, Data, Task, data_folder
 from lightning_compress import Phase, int8
 from lightning_compress.callbacks import ChannelPruning, KnowledgeDistillation, QuantizationAwareTraining
-from lightning_compress.deploy.files import Pair, write_files
+from lightning_compress.deploy.files import write_files
 from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.deploy.size import weigh
-from lightning_compress.forward import Inputs
+from lightning_compress.deploy.verify import time_together
+from lightning_compress.forward import Inputs, run_model
 from lightning_compress.pruning import Random
 
 _AT_ONCE = Phase(0.0, 0.0)
@@ -52,9 +53,9 @@ def quantize(start: float) -> QuantizationAwareTraining:
 METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
     "trained on": list,
     "int8": lambda: [quantize(0.0), teacher()],
-    "half the channels": lambda: [ChannelPruning(0.5, phase=_AT_ONCE), teacher()],
-    "half, at random": lambda: [ChannelPruning(0.5, Random(), phase=_AT_ONCE), teacher()],
-    "half the channels, int8": lambda: [ChannelPruning(0.5, phase=_AT_ONCE), quantize(0.5), teacher()],
+    "half the channels": lambda: [ChannelPruning(0.5, phase=_AT_ONCE, round_to=8), teacher()],
+    "half, at random": lambda: [ChannelPruning(0.5, Random(), phase=_AT_ONCE, round_to=8), teacher()],
+    "half the channels, int8": lambda: [ChannelPruning(0.5, phase=_AT_ONCE, round_to=8), quantize(0.5), teacher()],
 }
 
 
@@ -70,25 +71,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune", action="store_true", help="measure on a sixth of the training part, instead of test")
 
 
-def of_file(model: nn.Module, data: Data, folder: Path) -> dict[str, float]:
-    """Accuracy in per cent, kilobytes and milliseconds of the .onnx file, and how much slower its float twin is."""
-    kind = FORMATS["onnx"]
-    example = Inputs((data.x_test[:2].contiguous(),), {})
-    files = write_files(kind, model.eval(), example, folder / "model.onnx", (1,))
-    pair = Pair(kind, files, model, example)
-    parts = zip(data.x_test.split(500), data.y_test.split(500), strict=True)
-    right = sum(int((_answers(pair, x) == y).sum()) for x, y in parts)
-    shipped, twin = pair.latency(1.0)
-    return {
-        "accuracy": 100 * right / len(data.y_test),
-        "KB": weigh(files.shipped[1])[0] / 1e3,
-        "ms": shipped["1"],
-        "float ms": twin["1"],
-    }
+class OnnxFile:
+    """The .onnx file of a model, in onnxruntime.
 
+    Args:
+        model: A LightningModule.
+        example: Images of a batch.
+        folder: Where it is written.
+    """
 
-def _answers(pair: Pair, x: Tensor) -> Tensor:
-    return pair.shipped(Inputs((x.contiguous(),), {})).argmax(-1)
+    def __init__(self, model: nn.Module, example: Tensor, folder: Path) -> None:
+        kind = FORMATS["onnx"]
+        files = write_files(kind, model.eval(), Inputs((example,), {}), folder / "model.onnx", (1,))
+        self.runner = kind.runner(files.shipped[1], run_model(model, Inputs((example[:1],), {})))
+        self.size = weigh(files.shipped[1])[0]
+        self.of_one = self.runner.prepare(Inputs((example[:1],), {}))
+
+    def accuracy(self, data: Data) -> float:
+        """Per cent of the test part."""
+        parts = zip(data.x_test.split(500), data.y_test.split(500), strict=True)
+        right = sum(int((self.runner(Inputs((x.contiguous(),), {})).argmax(-1) == y).sum()) for x, y in parts)
+        return 100 * right / len(data.y_test)
 
 
 def row(depth: int, method: str, runs: list[dict[str, float]]) -> dict[str, Any]:
@@ -100,37 +103,41 @@ def row(depth: int, method: str, runs: list[dict[str, float]]) -> dict[str, Any]
         "sd": deviation,
         "deployed minus trained": mean(run["accuracy"] - run["trained"] for run in runs),
         "M MACs": mean(run["macs"] for run in runs) / 1e6,
-        **{key: mean(run[key] for run in runs) for key in ("KB", "ms", "float ms", "seconds")},
+        **{key: mean(run[key] for run in runs) for key in ("KB", "ms", "times the adapted", "seconds")},
         "each": " ".join(f"{value:.2f}" for value in accuracies),
     }
 
 
-def measure(model: nn.Module, data: Data, start: float) -> dict[str, float]:
-    """What a model is, and what its file does; the seconds since its training began are those of the training."""
-    seconds = time.perf_counter() - start
-    trained, macs = accuracy(model, data), num_macs(model, data.x_test[:1])
-    with tempfile.TemporaryDirectory() as folder:
-        found = of_file(model, data, Path(folder))
-    found |= {"trained": trained, "macs": macs, "seconds": seconds}
+def measure(model: nn.Module, data: Data, adapted: OnnxFile | None, folder: Path) -> dict[str, float]:
+    """What a model is, and what its file does, beside the file of the adapted model."""
+    example = data.x_test[:2].contiguous()
+    file = OnnxFile(model, example, folder)
+    ms, dense = time_together([file.of_one, (adapted or file).of_one], 1.0)
+    found = {"accuracy": file.accuracy(data), "KB": file.size / 1e3, "ms": ms, "times the adapted": dense / ms}
+    found |= {"trained": accuracy(model, data), "macs": num_macs(model, data.x_test[:1])}
     print(found, flush=True)
     return found
 
 
-def rows_of(start: Task, adapted: nn.Module, methods: list[str], data: Data, seeds: int, images: int) -> dict[str, Any]:
+def runs_of(net: Task, adapted: nn.Module, methods: list[str], data: Data, seeds: int, images: int) -> dict[str, Any]:
     """What was measured of each method and seed, from one adapted model."""
-    found: dict[str, list[dict[str, float]]] = {
-        "adapted": [measure(Classifier(adapted, 0.0, 0.0), data, time.perf_counter())]
-    }
-    for name in methods:
-        found[name] = []
-        for seed in range(seeds):
-            begin = time.perf_counter()
-            order = torch.randperm(len(data.y_train), generator=torch.Generator().manual_seed(seed))[:images]
-            part = replace(data, x_train=data.x_train[order], y_train=data.y_train[order])
-            model = copy.deepcopy(adapted)
-            budget = Budget(start, part, 1000 + seed, start.compress_epochs, start.compress_rate)
-            print(f"{start.name}, {name}, seed {seed}", flush=True)
-            found[name].append(measure(fitted(model, budget, METHODS[name]()), data, begin))
+    with tempfile.TemporaryDirectory() as at, tempfile.TemporaryDirectory() as elsewhere:
+        start = Classifier(copy.deepcopy(adapted), 0.0, 0.0)
+        beside = OnnxFile(start, data.x_test[:2].contiguous(), Path(elsewhere))
+        found: dict[str, list[dict[str, float]]] = {
+            "adapted": [measure(start, data, beside, Path(at)) | {"seconds": 0.0}]
+        }
+        for name in methods:
+            found[name] = []
+            for seed in range(seeds):
+                begin = time.perf_counter()
+                order = torch.randperm(len(data.y_train), generator=torch.Generator().manual_seed(seed))[:images]
+                part = replace(data, x_train=data.x_train[order], y_train=data.y_train[order])
+                budget = Budget(net, part, 1000 + seed, net.compress_epochs, net.compress_rate)
+                model = fitted(copy.deepcopy(adapted), budget, METHODS[name]())
+                seconds = {"seconds": time.perf_counter() - begin}
+                print(f"{net.name}, {name}, seed {seed}", flush=True)
+                found[name].append(measure(model, data, beside, Path(at)) | seconds)
     return found
 
 
@@ -157,7 +164,7 @@ def run(  # noqa: PLR0913  # the options of the command
         budget = Budget(net, whole, 0, net.epochs, net.learning_rate)
         adapt = partial(fit, budget=budget, callbacks=[])
         adapted = kept(folder / f"{net.name}{'-cut' if tune else ''}.pt", net.build, adapt)
-        found = rows_of(net, adapted, methods or list(METHODS), whole, seeds, images)
+        found = runs_of(net, adapted, methods or list(METHODS), whole, seeds, images)
         rows += [row(depth, name, runs) for name, runs in found.items()]
         headline[f"resnet{depth}_adapted"] = rows[-len(found)]["accuracy"]
         headline[f"resnet{depth}_last"] = rows[-1]["accuracy"]

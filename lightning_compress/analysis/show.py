@@ -87,7 +87,8 @@ def write_html(report: Report, pictures: Mapping[str, Figure], path: Path) -> No
         "<h2>What compression bought</h2>",
         html_table(headers(report), summary_rows(report)),
         "<p>Params are those that are not zero. The dense models are one float graph, timed once, interleaved with the "
-        "exported file in the same runtime; the compressed model is timed in PyTorch. Medians, one thread. "
+        "exported file in the same runtime, and only where the file has their shape; the compressed model is timed in "
+        "PyTorch. Medians, one thread. "
         "Bytes are of the exported file.</p>",
         "<h2>Pictures</h2>",
         *shown,
@@ -155,7 +156,7 @@ def _facts(report: Report) -> str:
         for batch in ("1", "64"):
             if batch in first["latency_ms"]:
                 ratio = first["latency_ms_float"][batch] / first["latency_ms"][batch]
-                facts.append(_speed(ratio, f"at batch {batch} in {first['runtime']}"))
+                facts.append(_speed(ratio, f"than in float at batch {batch} in {first['runtime']}"))
         if first["agreement"] is not None:
             facts.append((f"{first['agreement']:.2%}", "same answers as the PyTorch model"))
     return '<ul class="facts">' + "".join(f"<li><b>{a}</b>{html.escape(b)}</li>" for a, b in facts) + "</ul>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,19 @@ def test_each_layer_can_have_a_share_of_its_own(tmp_path: Path) -> None:
     make_trainer(tmp_path, callbacks=[pruning]).fit(module)
     assert [module.net[i].out_features for i in (0, 3, 5)] == [8, 24, 4]
     assert (module.net[3].in_features, module.net[5].in_features) == (8, 24)
+
+
+@pytest.mark.parametrize(("round_to", "said"), [(1, True), (8, False)])
+def test_widths_that_kernels_are_not_made_for_are_named(
+    round_to: int, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pruning = ChannelPruning(0.35, phase=Phase(0.2, 0.5), scope="local", round_to=round_to)
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(caplog.handler)
+    make_trainer(tmp_path, callbacks=[pruning]).fit(make_module("mlp"))
+    logger.removeHandler(caplog.handler)
+    assert "channels left" in caplog.text
+    assert ("Widths such as 20 may run no faster" in caplog.text) == said
 
 
 def test_a_share_of_a_layer_that_is_not_there_is_refused_before_training(tmp_path: Path) -> None:

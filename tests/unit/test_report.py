@@ -47,6 +47,16 @@ def make_report(**changes: Any) -> dict[str, Any]:
     return report | changes
 
 
+def test_a_dense_model_of_another_shape_is_not_given_the_time_of_the_float_twin() -> None:
+    report = make_report()
+    at = headers(report).index("ms @1")
+    dense, _, file = summary_rows(report)
+    assert (dense[at], file[at]) == ("0.50", "0.25")
+    narrow = make_report(compressed=make_report()["compressed"] | {"num_params": 100_000})
+    dense, _, file = summary_rows(narrow)
+    assert (dense[at], file[at]) == ("-", "0.25")
+
+
 def make_history() -> History:
     return History(
         steps=[0, 10, 20],
