@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_compress.analysis.history import History
@@ -47,11 +47,14 @@ def send(logger: Any, report: Report, history: History, pictures: Mapping[str, F
         step: The optimizer step.
     """
     final = {f"compress/final_{k}": v for k, v in (report["compressed"] or {}).items() if v is not None}
+    final |= _of_file(report)
+    if isinstance(logger, TensorBoardLogger) and "compress/final_metric" in final:
+        final["hp_metric"] = final["compress/final_metric"]  # of its table of hyper-parameters; else -1
     parts: dict[str, Callable[[], object]] = {"numbers": lambda: logger.log_metrics(final, step=step)}
     for name, figure in pictures.items():
         parts[f"picture {name!r}"] = partial(_send_picture, logger, name, figure, step)
     for name, (columns, rows) in _tables(report, history).items():
-        parts[f"table {name!r}"] = partial(_send_table, logger, name, columns, rows)
+        parts[f"table {name!r}"] = partial(_send_table, logger, name, columns, rows, step)
     if isinstance(logger, WandbLogger):
         bins = {"before": history.before, "after": history.after}
         parts["histograms"] = lambda: log_histograms(logger.experiment, history.bins, bins)
@@ -67,21 +70,35 @@ def _give(logger: Any, what: str, give: Callable[[], object]) -> None:
         rank_zero_warn(f"{type(logger).__name__} did not take {what}: {type(error).__name__}: {error}")
 
 
+def _of_file(report: Report) -> dict[str, float]:
+    """What the first exported file is worth."""
+    if not report["artifacts"]:
+        return {}
+    first = report["artifacts"][0]
+    found = {f"compress/file_{key}": first.get(key) for key in ("metric", "bytes", "bytes_zstd", "agreement")}
+    found |= {f"compress/file_ms_batch{size}": ms for size, ms in first["latency_ms"].items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def _send_picture(logger: Any, name: str, figure: Figure, step: int) -> None:
+    key = f"compress/plot_{name}"  # a curve is called compress/sparsity
     if hasattr(logger, "log_image"):
-        logger.log_image(f"compress/{name}", [_pixels(figure)])
+        logger.log_image(key, [_pixels(figure)])
     elif hasattr(logger.experiment, "add_figure"):
-        logger.experiment.add_figure(f"compress/{name}", figure, global_step=step)
+        logger.experiment.add_figure(key, figure, global_step=step)
     elif hasattr(logger.experiment, "log_figure"):
-        logger.experiment.log_figure(logger.run_id, figure, f"compress/{name}.png")
+        logger.experiment.log_figure(logger.run_id, figure, f"{key}.png")
 
 
-def _send_table(logger: Any, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+def _send_table(logger: Any, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
     if hasattr(logger, "log_table"):
         logger.log_table(f"compress/{name}", columns=columns, data=rows)
     elif hasattr(logger.experiment, "log_table"):
         data = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
         logger.experiment.log_table(logger.run_id, data, f"compress/{name}.json")
+    elif hasattr(logger.experiment, "add_text") and name == "report":
+        lines = ["| " + " | ".join(map(str, row)) + " |" for row in (columns, ["---"] * len(columns), *rows)]
+        logger.experiment.add_text(f"compress/{name}", "\n".join(lines), global_step=step)
 
 
 def send_targets(logger: Any, targets: Sequence[Target], step: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import netrc
 import os
-import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 
 from lightning_compress.checks import first_line
+from lightning_compress.run_names import names_of_run
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
@@ -45,7 +45,8 @@ _FINISH = 60.0  # seconds for what is left to upload at the end; W&B itself wait
 def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
     """A WandbLogger that writes below ``save_dir``, offline unless there are a key and a server; says so in one line.
 
-    In a Hydra sweep each job is a run of its own, named by its overrides, and all are of one group.
+    A run of the command is named by what was asked (:mod:`lightning_compress.run_names`). ``WANDB_MODE=disabled`` and
+    ``WANDB_DISABLED`` are obeyed: nothing is written then.
 
     Args:
         save_dir: Folder of the run's files.
@@ -56,7 +57,9 @@ def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
     from lightning.pytorch.utilities import rank_zero_info
 
     Path(save_dir).mkdir(parents=True, exist_ok=True)
-    kwargs = _sweep_names() | kwargs
+    kwargs = names_of_run() | kwargs
+    if _is_disabled():
+        return WandbLogger(save_dir=save_dir, **{"settings": wandb.Settings(mode="disabled"), **kwargs})
     why = _why_offline()
     if why is None:
         settings = wandb.Settings(init_timeout=_INIT, finish_timeout=_FINISH)
@@ -73,18 +76,9 @@ def wandb_logger(save_dir: str | Path, **kwargs: Any) -> WandbLogger:
     return WandbLogger(save_dir=save_dir, offline=True, **{"settings": settings, **kwargs})
 
 
-def _sweep_names() -> dict[str, str]:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return {}
-    config = HydraConfig.get()
-    overrides = (re.sub(r"^\S*\.(?=\w+=)", "", item) for item in config.job.override_dirname.split(","))
-    return {
-        "group": "-".join(Path(config.sweep.dir).parts[-2:]),
-        "name": f"{config.job.num} {' '.join(overrides)}".strip()[:120],
-    }
+def _is_disabled() -> bool:
+    named = os.environ.get("WANDB_DISABLED", "").lower() not in ("", "0", "false", "no")
+    return named or os.environ.get("WANDB_MODE") == "disabled"
 
 
 def _why_offline() -> str | None:

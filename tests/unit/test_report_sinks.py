@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 
 from lightning_compress.analysis.history import History
@@ -52,3 +52,42 @@ def test_pictures_that_are_refused_cost_neither_tables_nor_files(
     assert found.artifacts[f"model-{run_id}-onnx"]["bytes"] == 72
     assert found.summary["compress/final_sparsity"] == 0.5
     assert any("compress/report" in name for name in found.files)
+
+
+def test_no_key_is_both_a_curve_and_a_picture_and_the_file_stands_in_the_summary(tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes(np.arange(9).tobytes())
+    artifact = {"format": "onnx", "path": str(file), "bytes": 72} | ARTIFACT | {"latency_ms": {"1": 0.25}}
+    logger: Any = wandb_logger(tmp_path, project="p")
+    for step in range(3):
+        logger.log_metrics({"compress/sparsity": step / 4, "compress/bytes": 100.0}, step=step)
+    pictures: Any = {name: Figure() for name in ("metric", "sparsity", "bits", "weights")}
+    send(logger, REPORT | {"artifacts": [artifact]}, History(), pictures, 3)  # type: ignore[arg-type]
+    finish_run()
+    (path,) = tmp_path.rglob("*.wandb")
+    found = read_offline_run(path)
+    kinds: dict[str, set[type]] = {}
+    for row in found.history:
+        for key, value in row.items():
+            kinds.setdefault(key.partition("._type")[0], set()).add(dict if "._type" in key else type(value))
+    numbers = {key for key, types in kinds.items() if types <= {int, float} and key.startswith("compress/")}
+    assert {"compress/sparsity", "compress/file_bytes"} <= numbers
+    assert not any("media" in name and f"compress/{key}_" in name for name in found.files for key in ("sparsity",))
+    expected = {"file_metric": 0.5, "file_bytes": 72, "file_bytes_zstd": 9, "file_ms_batch1": 0.25}
+    assert {key: found.summary[f"compress/{key}"] for key in expected} == expected
+
+
+def test_tensorboard_gets_the_table_as_text_and_a_metric_for_its_hyper_parameters(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    logger.log_hyperparams({"rate": 0.1})
+    report = REPORT | {"dense": REPORT["compressed"] | {"num_params": 9}, "artifacts": []}
+    send(logger, report, History(), {"sparsity": Figure()}, 3)  # type: ignore[arg-type]
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert [event.value for event in events.Scalars("hp_metric")][-1] == 0.5
+    (text,) = (events.Tensors(tag) for tag in events.Tags()["tensors"] if tag.startswith("compress/report"))
+    assert b"| dense |" in text[0].tensor_proto.string_val[0]
+    assert events.Tags()["images"] == ["compress/plot_sparsity"]

@@ -202,6 +202,17 @@ def is_offline(logger: Any) -> bool:
     return logger._offline
 
 
+@pytest.mark.parametrize(("key", "value"), [("WANDB_MODE", "disabled"), ("WANDB_DISABLED", "true")])
+def test_where_tracking_is_disabled_nothing_is_written(
+    key: str, value: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(key, value)
+    logger = wandb_logger(home / "logs", project="p")
+    logger.log_metrics({"loss": 0.25}, step=3)
+    logger.experiment.finish()
+    assert not list(home.rglob("*.wandb"))
+
+
 def test_without_a_key_a_logger_is_offline_and_writes_a_run_that_reads_back(home: Path) -> None:
     logger = wandb_logger(home / "logs", project="p", name="n", group="g")
     assert is_offline(logger)
