@@ -29,6 +29,7 @@ from lightning_compress.analysis.allocation import allocate
 from lightning_compress.analysis.pareto import Run, frontier, read_runs
 from lightning_compress.analysis.sensitivity import hessian_traces, sensitivity
 from lightning_compress.checks import shown
+from lightning_compress.deploy.closeness import LargestDifference
 from lightning_compress.deploy.formats import check_formats
 from lightning_compress.deploy.verify import Comparison, time_together
 from lightning_compress.distillation import DistillationLoss
@@ -85,6 +86,7 @@ REQUIRED: dict[Callable[..., Any], dict[str, Any]] = {
     read_runs: {"folder": "missing"},
     check_formats: {"formats": ["torch"]},
     Comparison: {"model": _NET, "runner": _NET},
+    LargestDifference: {},
     time_together: {"calls": [len("").bit_length], "seconds": 0.0},
 }
 
@@ -259,6 +261,7 @@ _TABLE: dict[Callable[..., Any], Mapping[str, Sequence[Any]]] = {
     lightning_compress.save_pack_quantized: {"folder": _PATH, "model": _MODEL},
     check_formats: {"formats": ("onnx", ["coreml"], 3, [1])},
     Comparison: {"model": _MODEL, "runner": _FUNCTION},
+    LargestDifference: {"relative": _FLAG},
     time_together: {"calls": (3, [3]), "seconds": (*_NUMBER, -1)},
     sensitivity: {
         **_LAYERS,

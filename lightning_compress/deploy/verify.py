@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress.checks import check_callable, check_instance, check_list, check_number
+from lightning_compress.deploy.closeness import Agreement, LargestDifference
 from lightning_compress.deploy.interface import Taken, filled
 from lightning_compress.forward import Inputs, are_alike, map_tensors, run_model, tensors_in
 
@@ -94,9 +95,7 @@ def difference(deployed: float | None, trained: float | None) -> float | None:
 class Comparison:
     """Stands in for a model's forward, answers with the file's outputs, and counts how far they are from the model's.
 
-    The answer of a sample is the index of its largest value along the axis of classes: the second of an output with
-    four axes or more (images, whose pixels have an answer each), else the last. With a single value there, two answers
-    agree when they differ by less than 1 % of the largest.
+    By :class:`lightning_compress.deploy.Agreement` and :class:`lightning_compress.deploy.LargestDifference`.
 
     Args:
         model: The PyTorch model.
@@ -123,8 +122,10 @@ class Comparison:
         self.taken = taken
         self.num_calls = 0
         self.num_others = 0
-        self._same = self._num = 0
-        self._outputs: dict[int, _Output] = {}
+        self._agreement = Agreement()
+        # by the number of an output: each has a range of its own
+        self._absolute: dict[int, LargestDifference] = {}
+        self._relative: dict[int, LargestDifference] = {}
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """The file's outputs for the model's arguments."""
@@ -153,58 +154,30 @@ class Comparison:
             a = outputs[i]
             instead[i] = b
             if a.is_floating_point() and a.numel():
-                self._count(a.float(), b.float())
-                self._outputs.setdefault(i, _Output()).see(a.float(), b.float())
+                self._agreement.update(b.float(), a.float())
+                self._absolute.setdefault(i, LargestDifference()).update(b.float(), a.float())
+                self._relative.setdefault(i, LargestDifference(relative=True)).update(b.float(), a.float())
         return filled(expected, instead)
-
-    def _count(self, a: Tensor, b: Tensor) -> None:
-        axis = 1 if a.dim() >= 4 else -1
-        if a.dim() and a.shape[axis] > 1:
-            same = a.argmax(axis) == b.argmax(axis)
-        else:
-            same = (a - b).abs() <= 0.01 * a.abs().max()
-        self._same += int(same.sum())
-        self._num += same.numel()
 
     @property
     def max_abs_diff(self) -> float:
         """Largest difference seen; 0 before any."""
-        return _worst([output.diff for output in self._outputs.values()])
+        return _worst([float(x.compute()) for x in self._absolute.values()])
 
     @property
     def max_rel_diff(self) -> float | None:
         """Largest difference as a share of the range of the output in which it was seen; None before any."""
-        return _worst([output.share for output in self._outputs.values()]) if self._outputs else None
+        return _worst([float(x.compute()) for x in self._relative.values()]) if self._relative else None
 
     @property
     def agreement(self) -> float | None:
         """Share of samples with the same answer; None before any."""
-        return self._same / self._num if self._num else None
+        return float(self._agreement.compute()) if self._relative else None
 
 
 def _worst(values: Sequence[float]) -> float:
     """The largest value, NaN before all others; 0 of none."""
     return math.nan if any(map(math.isnan, values)) else max(values, default=0.0)
-
-
-class _Output:
-    """One of the model's outputs over all calls: its range, and how far the file was from it."""
-
-    def __init__(self) -> None:
-        self.low = math.inf
-        self.high = -math.inf
-        self.diff = 0.0
-
-    def see(self, expected: Tensor, got: Tensor) -> None:
-        self.diff = _worst([self.diff, float((expected - got).abs().max())])
-        self.low = min(self.low, float(expected.min()))
-        self.high = max(self.high, float(expected.max()))
-
-    @property
-    def share(self) -> float:
-        if self.diff == 0:
-            return 0.0
-        return self.diff / (self.high - self.low) if self.high > self.low else math.inf
 
 
 def time_together(calls: Sequence[Callable[[], Any]], seconds: float = 1.0) -> list[float]:
