@@ -371,7 +371,7 @@ def test_pareto_of_a_sweep_again(recipes: Path) -> None:
 
 def test_an_unknown_task_is_refused() -> None:
     """And the command ends with an error; the other messages are read in this process."""
-    assert "task='prune': accepted are train, sensitivity, search, pareto" in command("task=prune", ok=False)
+    assert "task='prune': accepted are 'train', 'sensitivity', 'search' and 'pareto'" in command("task=prune", ok=False)
 
 
 def test_plain_trainer_script(tmp_path: Path) -> None:

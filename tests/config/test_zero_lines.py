@@ -85,7 +85,9 @@ def test_nothing_is_imported_where_it_is_not_set(tmp_path: Path) -> None:
 
 def test_a_wrong_recipe_ends_the_run_with_the_list(tmp_path: Path) -> None:
     text = run(tmp_path, "prune_int", ok=False)
-    assert "LIGHTNING_COMPRESS='prune_int': recipe name='prune_int' is none of those here: bert, channels, distill" in text
+    assert (
+        "LIGHTNING_COMPRESS='prune_int': recipe name='prune_int' is none of those here: bert, channels, distill" in text
+    )
     assert "Did you mean 'prune_int8'?" in text
     assert not list(tmp_path.rglob("*.ckpt"))
 
