@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from lightning_compress import __version__
 from lightning_compress.checks import check_one_of
 from lightning_compress.environment import without_variable
-from lightning_compress.refusals import clear, is_worded, misspelt, refuse
+from lightning_compress.refusals import clear, is_worded, misspelt, own, refuse
 from lightning_compress.tasks.compose import check_fields, check_targets
 from lightning_compress.usage import TASKS, expand, usage
 
@@ -86,8 +86,10 @@ def _main(cfg: DictConfig) -> Any:
     except Exception as error:
         # the runs of a sweep tell their sweeper
         alone = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN
-        if not alone or not is_worded(error):
+        if not alone:
             raise
+        if not is_worded(error):
+            raise own(error) from own(error).__cause__  # Hydra shows no places of those that it puts around
         clear(Path(HydraConfig.get().runtime.output_dir))
         refuse(error)
 

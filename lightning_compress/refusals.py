@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from lightning_compress.targets import closest
 from lightning_compress.usage import SHORT, TASKS
 
-__all__ = ["clear", "is_worded", "misspelt", "refuse"]
+__all__ = ["clear", "is_worded", "misspelt", "own", "refuse"]
 
 # An error of these kinds is a mistake in code, and not in a call.
 _BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError)
@@ -35,13 +35,20 @@ def refuse(error: Exception) -> NoReturn:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)
     else:
-        print(f"{_said(error)}\nHYDRA_FULL_ERROR=1 shows where this was raised.", file=sys.stderr)
+        print(f"{own(error)}\nHYDRA_FULL_ERROR=1 shows where this was raised.", file=sys.stderr)
     sys.exit(1)
+
+
+def own(error: Exception) -> Exception:
+    """The error inside of those that Hydra puts around what a class raises."""
+    while isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
 
 
 def is_worded(error: Exception) -> bool:
     """Whether the words of an error say all: it went through our code, Hydra's and Lightning's alone."""
-    said = _said(error)
+    said = own(error)
     if isinstance(said, _BUGS) or type(said) is RuntimeError:
         return False
     link: BaseException | None = error
@@ -84,13 +91,6 @@ def clear(folder: Path) -> None:
         while Path.cwd() in folder.parents:
             folder.rmdir()
             folder = folder.parent
-
-
-def _said(error: BaseException) -> BaseException:
-    """The error inside of those that Hydra puts around it."""
-    while isinstance(error, InstantiationException) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def _is_ours(place: TracebackType | None) -> bool:

@@ -27,11 +27,17 @@ ROOT = Path(__file__).parents[2]
 FAST = ["trainer.max_epochs=2", "+trainer.limit_train_batches=15", "+trainer.limit_val_batches=2"]
 
 
-def run(*command: str, cwd: Path = ROOT, ok: bool = True, warned: bool = False) -> str:
+def run(
+    *command: str,
+    cwd: Path = ROOT,
+    ok: bool = True,
+    warned: bool = False,
+    environment: dict[str, str] | None = None,
+) -> str:
     """Output of a command of this environment, with its warnings or without."""
     warnings = {} if warned else {"PYTHONWARNINGS": "ignore"}
-    environment = {**os.environ, **warnings, "COLUMNS": "80", "PYTHONPATH": str(ROOT)}
-    text, code = in_a_process(list(command), cwd, environment)
+    variables = {**os.environ, **warnings, "COLUMNS": "80", "PYTHONPATH": str(ROOT), **(environment or {})}
+    text, code = in_a_process(list(command), cwd, variables)
     assert (code == 0) == ok, text[-4000:]
     return text
 
