@@ -63,7 +63,7 @@ def misspelt(words: Sequence[str]) -> str:
     """The question whether other names were meant, of a call that Hydra refused; empty if none is near.
 
     Example:
-        >>> misspelt(["trainer.max_epoch=3"]), misspelt(["compresion=int8"]), misspelt(["seed=3"])
+        >>> misspelt(["trainer.max_epoch=3"]), misspelt(["compressin=int8"]), misspelt(["seed=3"])
         ("Did you mean 'trainer.max_epochs'?", "Did you mean 'compression'?", '')
     """
     for word in words:

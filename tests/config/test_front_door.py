@@ -125,24 +125,24 @@ def test_every_command_of_the_help_composes() -> None:
 
 MISSPELT = {
     "trainer.max_epoch=3": "Did you mean 'trainer.max_epochs'?",
-    "compresion=int8": "Did you mean 'compression'?",
-    "experimet=mnist_prune_int8": "Did you mean 'experiment'?",
-    "task=serch": "task='serch': accepted are 'train', 'sensitivity', 'search' and 'pareto'. Did you mean 'search'?",
-    "serch": "Did you mean 'task=search'?",
+    "compressin=int8": "Did you mean 'compression'?",
+    "experimnt=mnist_prune_int8": "Did you mean 'experiment'?",
+    "task=searc": "task='searc': accepted are 'train', 'sensitivity', 'search' and 'pareto'. Did you mean 'search'?",
+    "searc": "Did you mean 'task=search'?",
     "dem": "Did you mean 'demo'?",
     "compression=int9": "Available options in 'compression'",
     "demo compression.prune.sparsty=0.5": "Did you mean 'compression.prune.sparsity'?",
-    "-m demo seed=0,1 task=serch": "Did you mean 'search'?",
+    "-m demo seed=0,1 task=searc": "Did you mean 'search'?",
     "-m seed=0,1": "model names no class. Give model._target_=",
     "task=train": "model names no class. Give model._target_=",
     "demo model._target_=lightning_compress.demo.models.ResNt": "has no 'ResNt'. Did you mean 'ResNet'?",
     "demo model._target_=lightning_compress.demo.model.ResNet": "has no 'model'. Did you mean 'models'?",
     "demo data._target_=my.Data": "there is no module 'my'. Accepted is a class behind its modules",
-    "demo trainer._target_=lightnin.pytorch.Trainer": "Did you mean 'lightning'?",
+    "demo trainer._target_=lightnng.pytorch.Trainer": "Did you mean 'lightning'?",
     "demo compression.prune._target_=lightning_compress.callbacks.GradualPrunin": "Did you mean 'GradualPruning'?",
     "demo ckpt_path=no.ckpt": "ckpt_path='no.ckpt': there is no such checkpoint",
     "demo compression.prune.sparsity=90": "GradualPruning.sparsity=90: accepted is a share in 0..1",
-    "demo +model.witdhs=[8]": "model.witdhs: ResNet has no such argument",
+    "demo +model.widhts=[8]": "model.widhts: ResNet has no such argument",
     "demo +trainer.limit_train_batch=3": "Did you mean 'limit_train_batches'?",
     "demo trainer.accelerator=gpuu": "You selected an invalid accelerator name",
 }
@@ -157,9 +157,9 @@ def test_a_wrong_call_is_refused_in_words_and_leaves_nothing(call: str, tmp_path
 
 
 def test_the_traceback_is_there_when_it_is_asked_for(tmp_path: Path) -> None:
-    text = refused("task=serch", folder=tmp_path, environment={"HYDRA_FULL_ERROR": "1"})
+    text = refused("task=searc", folder=tmp_path, environment={"HYDRA_FULL_ERROR": "1"})
     assert "Traceback" in text
-    assert "ValueError: task='serch'" in text
+    assert "ValueError: task='searc'" in text
 
 
 def test_an_error_in_a_users_own_code_keeps_its_places(tmp_path: Path) -> None:
