@@ -13,6 +13,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -119,8 +120,9 @@ def _run(words: list[str]) -> None:
     """Do what was asked; what Hydra refuses, in words that know no near names, is followed by such."""
     try:
         _main()
-    except SystemExit as ended:
-        question = misspelt(words) if ended.code else ""
+    except SystemExit as ended:  # Hydra has printed what was raised
+        is_hydras = isinstance(ended.__context__, ConfigCompositionException | OverrideParseException)
+        question = misspelt(words) if is_hydras else ""
         if question:
             print(question, file=sys.stderr)
         raise

@@ -63,7 +63,7 @@ def misspelt(words: Sequence[str]) -> str:
     """The question whether other names were meant, of a call that Hydra refused; empty if none is near.
 
     Example:
-        >>> misspelt(["trainer.max_epoch=3"]), misspelt(["compressin=int8"]), misspelt(["seed=3"])
+        >>> misspelt(["trainer.max_epoch=3"]), misspelt(["compresson=int8"]), misspelt(["seed=3"])
         ("Did you mean 'trainer.max_epochs'?", "Did you mean 'compression'?", '')
     """
     for word in words:
@@ -74,8 +74,10 @@ def misspelt(words: Sequence[str]) -> str:
     except Exception:  # no override of Hydra's grammar; Hydra has said so
         return ""
     groups = {path.name for path in files("lightning_compress.conf").iterdir() if path.is_dir()}
-    cfg = _composed([str(o.input_line) for o in overrides if o.key_or_group in groups and not o.is_sweep_override()])
-    asked = [_meant(cfg, o.key_or_group, groups) for o in overrides if not (o.is_add() or o.is_delete())]
+    chosen = [o for o in overrides if o.key_or_group in groups and not o.is_sweep_override()]
+    asked = [_chosen(o.key_or_group, o.value()) for o in chosen]
+    cfg = _composed([str(o.input_line) for o in chosen])
+    asked += [_meant(cfg, o.key_or_group, groups) for o in overrides if not (o.is_add() or o.is_delete())]
     return " ".join(question for question in asked if question)
 
 
@@ -111,6 +113,15 @@ def _composed(overrides: list[str]) -> dict[str, Any]:
             plain: Any = OmegaConf.to_container(compose("config", chosen, return_hydra_config=True))
             return plain
     raise AssertionError("the configuration of the package does not compose")
+
+
+def _chosen(group: str, option: object) -> str:
+    """The question of one choice: whether it was to be another of its group."""
+    paths = files("lightning_compress.conf").joinpath(group).iterdir()
+    options = {path.name.removesuffix(".yaml") for path in paths}
+    if not isinstance(option, str) or option in options:
+        return ""
+    return closest(option, options).replace("'", f"'{group}=", 1).strip()
 
 
 def _meant(cfg: dict[str, Any], address: str, groups: set[str]) -> str:

@@ -125,12 +125,14 @@ def test_every_command_of_the_help_composes() -> None:
 
 MISSPELT = {
     "trainer.max_epoch=3": "Did you mean 'trainer.max_epochs'?",
-    "compressin=int8": "Did you mean 'compression'?",
-    "experimnt=mnist_prune_int8": "Did you mean 'experiment'?",
+    "compresson=int8": "Did you mean 'compression'?",
+    "experimen=mnist_prune_int8": "Did you mean 'experiment'?",
     "task=searc": "task='searc': accepted are 'train', 'sensitivity', 'search' and 'pareto'. Did you mean 'search'?",
     "searc": "Did you mean 'task=search'?",
     "dem": "Did you mean 'demo'?",
     "compression=int9": "Available options in 'compression'",
+    "compression=prun_int8": "Did you mean 'compression=prune_int8'?",
+    "experiment=mnist": "Did you mean 'experiment=mnist_prune_int8'?",
     "demo compression.prune.sparsty=0.5": "Did you mean 'compression.prune.sparsity'?",
     "-m demo seed=0,1 task=searc": "Did you mean 'search'?",
     "-m seed=0,1": "model names no class. Give model._target_=",
