@@ -18,16 +18,16 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	# what is imported is compiled when it is: most of what is installed never is
 	$(BIN)/pip install --quiet --no-compile -c constraints-cpu.txt torch
-	$(BIN)/pip install --quiet --no-compile -c constraints-cpu.txt -e '.[all]'
+	$(BIN)/pip install --quiet --no-compile -c constraints-cpu.txt -e '.[all,dev]'
 	@touch $@
 
 $(ALL): $(STAMP)
-	$(BIN)/pip install --quiet --no-compile -c constraints-cpu.txt -e '.[all,all-runtimes]'
+	$(BIN)/pip install --quiet --no-compile -c constraints-cpu.txt -e '.[all,all-runtimes,dev]'
 	$(BIN)/pip check
 	@touch $@
 
 demo: install ## train, prune, quantize, export and prove a model on real images, into outputs/demo
-	$(BIN)/lightning-compress experiment=mnist_prune_int8 hydra.run.dir=outputs/demo
+	$(BIN)/lightning-compress demo
 
 test: install ## run all tests; prints the behaviour matrix
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup

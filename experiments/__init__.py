@@ -1,1 +1,1 @@
-"""Reference models, data and benchmarks; they import the package, nobody imports them."""
+"""Nets, tasks and benchmarks; they import the package, nobody imports them."""

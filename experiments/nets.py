@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.models import Block as Basic
+from lightning_compress.demo.models import Block as Basic
 
 __all__ = ["Bert", "Block", "ResNet20", "ViT", "mobilenet", "vit"]
 

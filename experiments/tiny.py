@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.models import Block
 from experiments.tasks import Data, fsdd, mel, mnist, read, roll6_mask6
+from lightning_compress.demo.models import Block
 
 __all__ = ["DIGITS", "NETS", "Tiny"]
 

@@ -11,15 +11,14 @@ A recipe maps names to callbacks, each with its class as ``_target_`` and its ar
 
 from __future__ import annotations
 
-import inspect
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_compress.checks import check_list, check_path, first_line
+from lightning_compress.targets import check_arguments, closest, listed
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -103,7 +102,7 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, di
     nodes = {key: node for key, node in plain.items() if node is not None}
     if not nodes:
         raise ValueError(
-            f"recipe name={str(name)!r} with {_named(overrides)} changed leaves no callback. Accepted is one at least."
+            f"recipe name={str(name)!r} with {listed(overrides)} changed leaves no callback. Accepted is one at least."
         )
     for key, node in nodes.items():
         changes = [override for override in overrides if _address(override).partition(".")[0] == key]
@@ -111,9 +110,9 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, di
         if not isinstance(node, dict) or "_target_" not in node:
             raise ValueError(
                 f"{place}={node!r} is no callback. Accepted are null and a mapping with a _target_. The recipe has "
-                f"{_named(names)}.{_closest(key, [other for other in names if other != key])}"
+                f"{listed(names)}.{closest(key, [other for other in names if other != key])}"
             )
-        _check_arguments(place, node)
+        check_arguments(place, node)
     return nodes
 
 
@@ -135,7 +134,7 @@ def _read(name: str | Path) -> Any:
     else:
         raise ValueError(
             f"recipe name={str(name)!r} is none of those here: {', '.join(known)}. Accepted is one of them, or the "
-            f"path of a YAML file.{_closest(str(name), known)}"
+            f"path of a YAML file.{closest(str(name), known)}"
         )
     try:
         content = OmegaConf.create(text)
@@ -176,35 +175,3 @@ def _change(override: str) -> Any:
         raise ValueError(
             f"overrides={override!r} has no value of YAML ({first_line(error)}). Accepted is name.argument=value."
         ) from error
-
-
-def _check_arguments(place: str, node: Mapping[str, Any]) -> None:
-    """Raise unless every class takes the arguments that it is given."""
-    from hydra.utils import get_object
-
-    target = node["_target_"]
-    try:
-        made = get_object(target)
-    except Exception as error:  # whatever an import raises
-        raise ValueError(
-            f"{place}._target_={target!r} cannot be imported: {first_line(error)}. Accepted is a class."
-        ) from error
-    parameters = inspect.signature(made).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key, value in node.items():
-        if not takes_all and key not in parameters and not (key.startswith("_") and key.endswith("_")):
-            raise ValueError(
-                f"{place}.{key}: {made.__name__} has no such argument. Accepted are {_named(parameters)}. Name one."
-                f"{_closest(key, parameters)}"
-            )
-        if isinstance(value, Mapping) and "_target_" in value:
-            _check_arguments(f"{place}.{key}", value)
-
-
-def _named(names: Iterable[str]) -> str:
-    return ", ".join(map(str, names)) or "none"
-
-
-def _closest(name: str, names: Iterable[str]) -> str:
-    found = get_close_matches(name, list(map(str, names)), 1)
-    return f" Did you mean {found[0]!r}?" if found else ""

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.models import Classifier
 from experiments.nets import ResNet20, vit
 from experiments.tasks import data_folder, mnist
 from lightning_compress.callbacks import GradualPruning, QuantizationAwareTraining
+from lightning_compress.demo.models import Classifier
 from lightning_compress.deploy.cpu import cpu_features
 from lightning_compress.deploy.files import Pair, write_files
 from lightning_compress.deploy.formats import FORMATS, check_formats

@@ -31,10 +31,10 @@ from experiments.avx2 import environment
 from experiments.bench import quant_accuracy
 from experiments.bench.deploy import train
 from experiments.jobs import quiet
-from experiments.models import ResNet
 from experiments.nets import Bright, ResNet20, Rows, vit
 from experiments.saturating import saturating
 from experiments.tasks import data_folder, mnist
+from lightning_compress.demo.models import ResNet
 from lightning_compress.deploy.cpu import cpu_features
 from lightning_compress.deploy.files import write_files
 from lightning_compress.deploy.formats import FORMATS, check_formats

@@ -24,11 +24,11 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from experiments.data import MNIST5k
 from experiments.jobs import quiet
-from experiments.models import ResNet
 from experiments.tasks import data_folder, mnist
 from lightning_compress.analysis.allocation import Allocation
+from lightning_compress.demo.data import MNIST5k
+from lightning_compress.demo.models import ResNet
 from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.forward import Inputs
 from lightning_compress.tasks.search import Search

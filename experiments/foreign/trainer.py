@@ -3,9 +3,9 @@
 import lightning.pytorch as pl
 
 import lightning_compress
-from experiments.data import MNIST5k
-from experiments.models import ResNet
 from lightning_compress.callbacks import CompressionReport, Export, GradualPruning, QuantizationAwareTraining
+from lightning_compress.demo.data import MNIST5k
+from lightning_compress.demo.models import ResNet
 
 if __name__ == "__main__":
     callbacks = [GradualPruning(sparsity=0.9), QuantizationAwareTraining(), CompressionReport(), Export(["onnx"])]

@@ -10,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.checks import check_flag
 from lightning_compress.files import check_folder
+from lightning_compress.targets import check_arguments, check_exists, targets
 
-__all__ = ["build", "build_all", "check", "start"]
+__all__ = ["build", "build_all", "check", "check_fields", "check_targets", "start"]
 
 
 def build(node: object, **options: object) -> Any:
@@ -59,8 +60,26 @@ def check(cfg: DictConfig) -> None:
     """Refuse a configuration that would train something else than asked for, or whose results had no place.
 
     Raises:
-        ValueError: If compression is not a group of callbacks, model or data name no class, or the folder of the run
+        ValueError: Like :func:`check_fields`, or if a class does not take what it is given, or the folder of the run
             cannot be written to.
+        FileNotFoundError: If a checkpoint does not exist.
+    """
+    check_fields(cfg)
+    check_folder("dir", cfg.dir, cfg.dir)
+    nodes = {field: cfg[field] for field in ("model", "data", "trainer")}
+    for field in ("compression", "callbacks", "logger"):
+        nodes.update({f"{field}.{name}": node for name, node in (cfg[field] or {}).items()})
+    for place, node in nodes.items():
+        if isinstance(node, DictConfig) and "_target_" in node:
+            plain: Any = OmegaConf.to_container(node)
+            check_arguments(place, plain)
+
+
+def check_fields(cfg: DictConfig) -> None:
+    """The part of :func:`check` that imports nothing and asks for no folder.
+
+    Raises:
+        ValueError: If compression is not a group of callbacks, model or data name no class, or a class is not there.
         FileNotFoundError: If a checkpoint does not exist.
     """
     if cfg.compression is not None and not isinstance(cfg.compression, DictConfig):
@@ -83,4 +102,15 @@ def check(cfg: DictConfig) -> None:
             raise FileNotFoundError(
                 f"{field}={cfg[field]!r}: there is no such checkpoint. Give the path of a .ckpt file."
             )
-    check_folder("dir", cfg.dir, cfg.dir)
+    check_targets(cfg)
+
+
+def check_targets(cfg: DictConfig) -> None:
+    """Refuse classes that are not there, without importing those that are.
+
+    Raises:
+        ValueError: If a ``_target_`` names none.
+    """
+    for place, target in targets(OmegaConf.to_container(cfg)):
+        if not place.startswith("hydra.") and "${" not in target and target != "???":
+            check_exists(place, target)

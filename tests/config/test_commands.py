@@ -27,11 +27,17 @@ ROOT = Path(__file__).parents[2]
 FAST = ["trainer.max_epochs=2", "+trainer.limit_train_batches=15", "+trainer.limit_val_batches=2"]
 
 
-def run(*command: str, cwd: Path = ROOT, ok: bool = True, warned: bool = False) -> str:
+def run(
+    *command: str,
+    cwd: Path = ROOT,
+    ok: bool = True,
+    warned: bool = False,
+    environment: dict[str, str] | None = None,
+) -> str:
     """Output of a command of this environment, with its warnings or without."""
     warnings = {} if warned else {"PYTHONWARNINGS": "ignore"}
-    environment = {**os.environ, **warnings, "COLUMNS": "80", "PYTHONPATH": str(ROOT)}
-    text, code = in_a_process(list(command), cwd, environment)
+    variables = {**os.environ, **warnings, "COLUMNS": "80", "PYTHONPATH": str(ROOT), **(environment or {})}
+    text, code = in_a_process(list(command), cwd, variables)
     assert (code == 0) == ok, text[-4000:]
     return text
 
@@ -374,7 +380,7 @@ def test_pareto_of_a_sweep_again(recipes: Path) -> None:
 
 def test_an_unknown_task_is_refused() -> None:
     """And the command ends with an error; the other messages are read in this process."""
-    assert "task='prune': accepted are train, sensitivity, search, pareto" in command("task=prune", ok=False)
+    assert "task='prune': accepted are 'train', 'sensitivity', 'search' and 'pareto'" in command("task=prune", ok=False)
 
 
 def test_plain_trainer_script(tmp_path: Path) -> None:

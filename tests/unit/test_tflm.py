@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments.models import Classifier
 from lightning_compress.callbacks import Export, QuantizationAwareTraining
+from lightning_compress.demo.models import Classifier
 from lightning_compress.deploy.files import write_files
 from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.deploy.tflm import CodeDifference, Runner

@@ -1,4 +1,4 @@
-"""Reference LightningModules."""
+"""A small residual network, and the classifier that it is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-__all__ = ["Classifier", "ResNet"]
+__all__ = ["Block", "Classifier", "ResNet"]
 
 
 class Classifier(pl.LightningModule):
