@@ -5,9 +5,10 @@ STAMP  := $(VENV)/.installed
 ALL    := $(VENV)/.installed-all
 OTHERS := .venv-foreign
 FOREIGN := $(OTHERS)/.installed
+SITE   := $(VENV)/.installed-site
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-full test-crash test-ranks test-foreign check check-style check-types check-examples format matrix sweep clean
+.PHONY: help install demo test test-all test-full test-crash test-ranks test-foreign docs-test site check check-style check-types check-examples format matrix sweep clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -57,13 +58,24 @@ test-foreign: $(FOREIGN) ## try every callback on models of other packages; writ
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(OTHERS)/bin/python -m experiments.bench coverage \
 		--folder outputs/foreign --json experiments/results/foreign.json --write docs/foreign.md
 
+docs-test: install $(FOREIGN) ## run the code of README, guides and method cards, and the scripts of docs/your-model; prints their seconds
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup tests/test_documents.py tests/test_your_model.py
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(OTHERS)/bin/python -m experiments.foreign.your_model
+
+$(SITE): $(STAMP)
+	$(BIN)/pip install --quiet --no-compile -c constraints-cpu.txt -e '.[all,docs]'
+	@touch $@
+
+site: $(SITE) ## build the documentation into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 .ci/joined $(BIN)/mkdocs build --strict --quiet --site-dir $(CURDIR)/site
+
 check: check-style check-types check-examples ## lint, types, architecture, docstring examples, spelling
 
 check-style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	# what is written by a command holds names of other people's modules
-	$(BIN)/codespell --skip '.git,.venv,.venv-foreign,outputs,multirun,*.svg,LICENSE,./experiments/results,./docs/foreign.md'
+	$(BIN)/codespell --skip '.git,.venv,.venv-foreign,outputs,multirun,site,*.svg,LICENSE,./experiments/results,./docs/foreign.md'
 
 check-types: install
 	.ci/joined $(BIN)/mypy
@@ -85,4 +97,4 @@ sweep: install ## three sparsities, one table, read back from the offline W&B fi
 	$(BIN)/lightning-compress -m experiment=mnist_prune_int8 sweep=sparsity hydra/launcher=joblib
 
 clean: ## remove what was made
-	rm -rf $(VENV) $(OTHERS) outputs multirun build *.egg-info
+	rm -rf $(VENV) $(OTHERS) outputs multirun build site *.egg-info

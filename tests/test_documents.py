@@ -23,13 +23,15 @@ from lightning_compress.cli import TASKS
 from lightning_compress.deploy.files import write_files
 from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.forward import Inputs
+from lightning_compress.recipes import recipe
 from lightning_compress.usage import expand
 
 from .unit.helpers import quantize
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "results.md"]
-DOCUMENTS += [*sorted(ROOT.glob("docs/methods/*.md")), *sorted(ROOT.glob("docs/guides/*.md"))]
+PAGES = sorted(path for path in ROOT.glob("docs/*.md") if path.name != "foreign.md")  # which a command writes
+CARDS = [*sorted(ROOT.glob("docs/methods/*.md")), *sorted(ROOT.glob("docs/guides/*.md"))]
+DOCUMENTS = [ROOT / "README.md", *PAGES, *CARDS]
 # reads the files of every runtime
 IN_RUNTIMES = "docs/guides/deployment.md"
 
@@ -132,6 +134,18 @@ def test_python_runs_as_written_in_every_runtime() -> None:
         write_files(kind, model, Inputs((given["images"],), {}), Path(f"deploy/model{kind.suffix}"), (1,))
     run_python(ROOT / IN_RUNTIMES, given)
     assert given["logits"].shape == (8, 3)
+
+
+def yaml_recipes() -> list[str]:
+    found = [(document, text) for document in DOCUMENTS for _, language, text in blocks(document) if language == "yaml"]
+    return [f"# {document.name}\n{text}" for document, text in found]
+
+
+@pytest.mark.parametrize("text", yaml_recipes())
+def test_recipe_is_read(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "compress.yaml"
+    path.write_text(text)
+    assert recipe(path)
 
 
 def commands(program: str) -> list[str]:
