@@ -12,7 +12,7 @@ class Segmentation(pl.LightningModule):
     def __init__(self):
         super().__init__()
         # yours: UNet(3, 1, 2, channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2)) with your weights
-        self.net = UNet(2, 1, 2, channels=(16, 32, 64), strides=(2, 2), num_res_units=1)
+        self.net = UNet(2, 1, 2, channels=(16, 32), strides=(2,), num_res_units=1)
 
     def forward(self, x):
         return self.net(x)
@@ -25,7 +25,7 @@ class Segmentation(pl.LightningModule):
         self.log("val_dice", 2 * (found * batch[1]).sum() / (found.sum() + batch[1].sum()).clamp(min=1))
 
     def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), 1e-3)
+        return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
 images = torch.randn(128, 1, 32, 32)  # yours: images and their masks
