@@ -66,6 +66,7 @@ REPORT_KEYS = {
     "dense",
     "latency_ms_pytorch",
     "layers",
+    "origin",
     "metric",
     "packed",
     "seconds",
@@ -114,7 +115,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.mark.xdist_group("demo")
 def test_demo_writes_what_the_contract_names(demo: tuple[Path, str]) -> None:
     folder, text = demo
-    for name in ("report.json", "report.html", "deploy/model.onnx", "checkpoints/last.ckpt", "csv/metrics.csv"):
+    reports = ("report.json", "report.html", "MODEL_CARD.md")
+    for name in (*reports, "deploy/model.onnx", "checkpoints/last.ckpt", "csv/metrics.csv"):
         assert (folder / name).is_file(), name
     assert len(offline_runs(folder)) == 1
     assert text.count("logged offline") == 1
