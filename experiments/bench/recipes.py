@@ -19,6 +19,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import experiments.foreign  # noqa: F401  # before anything that imports torchvision
+
+# isort: split
 import lightning.pytorch as pl
 from torch import nn
 
