@@ -13,7 +13,7 @@ import argparse
 import copy
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.deploy.size import weigh
 from lightning_compress.deploy.verify import time_together
 from lightning_compress.forward import Inputs, run_model
-from lightning_compress.pruning import Random
+from lightning_compress.pruning import Criterion, Random
 
 _AT_ONCE = Phase(0.0, 0.0)
 
@@ -50,17 +50,23 @@ def quantize(start: float) -> QuantizationAwareTraining:
     return QuantizationAwareTraining(int8(), Phase(start, start + 0.05), Phase(start + 0.05, 1.0))
 
 
-METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
-    "trained on": list,
-    "int8": lambda: [quantize(0.0), teacher()],
-    "half the channels": lambda: [ChannelPruning(0.5, phase=_AT_ONCE, round_to=8), teacher()],
-    "half, at random": lambda: [ChannelPruning(0.5, Random(), phase=_AT_ONCE, round_to=8), teacher()],
-    "half the channels, int8": lambda: [ChannelPruning(0.5, phase=_AT_ONCE, round_to=8), quantize(0.5), teacher()],
+def narrow(round_to: int, criterion: Criterion | None = None) -> ChannelPruning:
+    """Half the channels, before the first step."""
+    return ChannelPruning(0.5, criterion, phase=_AT_ONCE, round_to=round_to)
+
+
+# of the multiple of channels that is kept
+METHODS: dict[str, Callable[[int], list[pl.Callback]]] = {
+    "trained on": lambda _: [],
+    "int8": lambda _: [quantize(0.0), teacher()],
+    "half the channels": lambda round_to: [narrow(round_to), teacher()],
+    "half, at random": lambda round_to: [narrow(round_to, Random()), teacher()],
+    "half the channels, int8": lambda round_to: [narrow(round_to), quantize(0.5), teacher()],
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--data, --folder, --depth, --seeds, --images, --rate, --tune."""
+    """--data, --folder, --depth, --method, --seeds, --images, --rate, --round-to, --tune."""
     parser.add_argument("--data", type=Path, help="folder of cifar10_jpeg.npz and resnet*_cifar10.safetensors")
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench"), help="keeps the adapted models")
     parser.add_argument("--depth", type=int, choices=(20, 56), action="append", dest="depths", help="both without it")
@@ -68,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=25600, help="training images of a run, each seen once")
     parser.add_argument("--rate", type=float, default=0.02, help="learning rate of every method")
+    parser.add_argument("--round-to", type=int, default=8, help="layers keep a multiple of this number of channels")
     parser.add_argument("--tune", action="store_true", help="measure on a sixth of the training part, instead of test")
 
 
@@ -119,7 +126,14 @@ def measure(model: nn.Module, data: Data, adapted: OnnxFile | None, folder: Path
     return found
 
 
-def runs_of(net: Task, adapted: nn.Module, methods: list[str], data: Data, seeds: int, images: int) -> dict[str, Any]:
+def runs_of(
+    net: Task,
+    adapted: nn.Module,
+    methods: Mapping[str, Callable[[], list[pl.Callback]]],
+    data: Data,
+    seeds: int,
+    images: int,
+) -> dict[str, Any]:
     """What was measured of each method and seed, from one adapted model."""
     with tempfile.TemporaryDirectory() as at, tempfile.TemporaryDirectory() as elsewhere:
         start = Classifier(copy.deepcopy(adapted), 0.0, 0.0)
@@ -127,14 +141,14 @@ def runs_of(net: Task, adapted: nn.Module, methods: list[str], data: Data, seeds
         found: dict[str, list[dict[str, float]]] = {
             "adapted": [measure(start, data, beside, Path(at)) | {"seconds": 0.0}]
         }
-        for name in methods:
+        for name, make in methods.items():
             found[name] = []
             for seed in range(seeds):
                 begin = time.perf_counter()
                 order = torch.randperm(len(data.y_train), generator=torch.Generator().manual_seed(seed))[:images]
                 part = replace(data, x_train=data.x_train[order], y_train=data.y_train[order])
                 budget = Budget(net, part, 1000 + seed, net.compress_epochs, net.compress_rate)
-                model = fitted(copy.deepcopy(adapted), budget, METHODS[name]())
+                model = fitted(copy.deepcopy(adapted), budget, make())
                 seconds = {"seconds": time.perf_counter() - begin}
                 print(f"{net.name}, {name}, seed {seed}", flush=True)
                 found[name].append(measure(model, data, beside, Path(at)) | seconds)
@@ -149,6 +163,7 @@ def run(  # noqa: PLR0913  # the options of the command
     seeds: int = 3,
     images: int = 25600,
     rate: float = 0.02,
+    round_to: int = 8,
     tune: bool = False,
 ) -> dict[str, Any]:
     """Headline: by net, accuracy of the adapted model, and of half the channels in int8."""
@@ -164,7 +179,8 @@ def run(  # noqa: PLR0913  # the options of the command
         budget = Budget(net, whole, 0, net.epochs, net.learning_rate)
         adapt = partial(fit, budget=budget, callbacks=[])
         adapted = kept(folder / f"{net.name}{'-cut' if tune else ''}.pt", net.build, adapt)
-        found = runs_of(net, adapted, methods or list(METHODS), whole, seeds, images)
+        chosen = {name: partial(METHODS[name], round_to) for name in methods or METHODS}
+        found = runs_of(net, adapted, chosen, whole, seeds, images)
         rows += [row(depth, name, runs) for name, runs in found.items()]
         headline[f"resnet{depth}_adapted"] = rows[-len(found)]["accuracy"]
         headline[f"resnet{depth}_last"] = rows[-1]["accuracy"]

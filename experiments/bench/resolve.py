@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning_compress.checks import first_line
-
 _ROOT = Path(__file__).parents[2]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 RESOLUTIONS = {"newest": "highest", "lowest": "lowest-direct"}
@@ -44,7 +42,7 @@ def resolve(extra: str, python: str, resolution: str) -> tuple[float, int, str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     if done.returncode:
-        return seconds, 0, first_line(done.stderr)
+        return seconds, 0, (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
     return seconds, sum("==" in line for line in done.stdout.splitlines()), ""
 
 

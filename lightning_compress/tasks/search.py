@@ -46,13 +46,13 @@ def search(cfg: DictConfig) -> float:
     """
     from rich.console import Console
 
-    check(cfg)
     budget = {name: value for name, value in cfg.budget.items() if value is not None}
     if not budget or any(name not in BUDGETS or not is_number(value) or value <= 0 for name, value in budget.items()):
         raise ValueError(
             f"budget={dict(cfg.budget)}: accepted is one or more of {', '.join(BUDGETS)}, "
             "each above 0 and a number. Give budget.bytes=20000, for instance."
         )
+    check(cfg)
     check_budget(budget, cfg.search.format)
     run = Search(cfg, {name: float(value) for name, value in budget.items()})
     console = Console()
