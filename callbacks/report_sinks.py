@@ -81,9 +81,10 @@ def _of_file(report: Report) -> dict[str, float]:
 
 
 def _send_picture(logger: Any, name: str, figure: Figure, step: int) -> None:
-    key = f"compress/plot_{name}"  # a curve is called compress/sparsity
+    key = f"compress/{name}"
     if hasattr(logger, "log_image"):
-        logger.log_image(key, [_pixels(figure)])
+        # a key of W&B is a curve or a picture, and compress/sparsity is a curve
+        logger.log_image(f"{key}_by_layer" if name == "sparsity" else key, [_pixels(figure)])
     elif hasattr(logger.experiment, "add_figure"):
         logger.experiment.add_figure(key, figure, global_step=step)
     elif hasattr(logger.experiment, "log_figure"):

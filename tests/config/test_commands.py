@@ -171,7 +171,7 @@ def test_offline_run_holds_config_history_summary_table_and_images(demo: tuple[P
     layers = len({row[1] for row in rows["data"]})
     assert {row[3] for row in rows["data"][:layers]} == {32}
     assert {row[3] for row in rows["data"][-layers:]} == {8}
-    pictures = {path.name.split("_")[1] for path in demo[0].rglob("files/media/images/compress/plot_*.png")}
+    pictures = {path.name.split("_")[0] for path in demo[0].rglob("files/media/images/compress/*.png")}
     assert pictures == {"metric", "sparsity", "bits", "weights"}
     assert run_.name.partition(" ")[0] == run_.group == "mnist_prune_int8"
     assert run_.summary["compress/file_bytes"] == metadata["bytes"]

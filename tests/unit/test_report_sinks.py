@@ -72,7 +72,10 @@ def test_no_key_is_both_a_curve_and_a_picture_and_the_file_stands_in_the_summary
             kinds.setdefault(key.partition("._type")[0], set()).add(dict if "._type" in key else type(value))
     numbers = {key for key, types in kinds.items() if types <= {int, float} and key.startswith("compress/")}
     assert {"compress/sparsity", "compress/file_bytes"} <= numbers
-    assert not any("media" in name and f"compress/{key}_" in name for name in found.files for key in ("sparsity",))
+    pictures = [Path(name).name for name in found.files if "/images/" in name]
+    assert sorted({name.rpartition("_")[0].rpartition("_")[0] for name in pictures}) == [
+        *("bits", "metric", "sparsity_by_layer", "weights"),
+    ]
     expected = {"file_metric": 0.5, "file_bytes": 72, "file_bytes_zstd": 9, "file_ms_batch1": 0.25}
     assert {key: found.summary[f"compress/{key}"] for key in expected} == expected
 
@@ -90,4 +93,4 @@ def test_tensorboard_gets_the_table_as_text_and_a_metric_for_its_hyper_parameter
     assert [event.value for event in events.Scalars("hp_metric")][-1] == 0.5
     (text,) = (events.Tensors(tag) for tag in events.Tags()["tensors"] if tag.startswith("compress/report"))
     assert b"| dense |" in text[0].tensor_proto.string_val[0]
-    assert events.Tags()["images"] == ["compress/plot_sparsity"]
+    assert events.Tags()["images"] == ["compress/sparsity"]
