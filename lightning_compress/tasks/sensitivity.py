@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["measure", "sensitivity"]
 
+_ZEROS = 0.05  # share of the weights; a dense model has hardly any
+
 
 def sensitivity(cfg: DictConfig) -> None:
     """Compress one layer at a time and validate; without ``cfg.init_from`` the dense model is trained first.
@@ -43,6 +45,7 @@ def sensitivity(cfg: DictConfig) -> None:
     trainer, model, data = start(cfg, build_all(cfg.callbacks), build_all(cfg.logger))
     if cfg.init_from is None:
         trainer.fit(model, data)
+    _warn_of_zeros(model)
     found, metric, remembered = measure(cfg, model, data, judge)
     console = Console()
     console.print(table(found, metric))
@@ -56,6 +59,20 @@ def sensitivity(cfg: DictConfig) -> None:
     if written(path, lambda: found.write(path)):
         remembered.forget()
         console.print(f"sensitivity: {path}", soft_wrap=True)
+
+
+def _warn_of_zeros(model: Any) -> None:
+    """Say so where the model has been pruned already: what it still bears is less than what it bore."""
+    from lightning.pytorch.utilities import rank_zero_warn
+
+    from lightning_compress.analysis.inspect import sparsity, weight_layers
+
+    share = sparsity(weight_layers(model))
+    if share > _ZEROS:
+        rank_zero_warn(
+            f"{share:.0%} of the weights are zero before anything is tried: the sensitivities are those of a pruned "
+            "model. Give init_from= the dense one, unless that is meant."
+        )
 
 
 def measure(cfg: DictConfig, model: Any, data: Any, judge: Judge) -> tuple[Sensitivity, str, Remembered]:
