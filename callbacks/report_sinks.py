@@ -14,7 +14,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_compress.analysis.history import History
 from lightning_compress.analysis.model_card import write_model_card
-from lightning_compress.analysis.report import Report, Target, describe_missed, headers, summary_rows, write_json
+from lightning_compress.analysis.report import (
+    Report,
+    Target,
+    describe_missed,
+    headers,
+    summary_rows,
+    summary_values,
+    write_json,
+)
 from lightning_compress.analysis.show import write_html
 from lightning_compress.tracking import log_files, log_histograms
 
@@ -54,7 +62,11 @@ def send(logger: Any, report: Report, history: History, pictures: Mapping[str, F
     for name, figure in pictures.items():
         parts[f"picture {name!r}"] = partial(_send_picture, logger, name, figure, step)
     for name, (columns, rows) in _tables(report, history).items():
-        parts[f"table {name!r}"] = partial(_send_table, logger, name, columns, rows, step)
+        parts[f"table {name!r}"] = partial(_send_table, logger, name, columns, rows)
+    if isinstance(logger, TensorBoardLogger):
+        names = headers(report)
+        lines = ["| " + " | ".join(row) + " |" for row in (names, ["---"] * len(names), *summary_rows(report))]
+        parts["table as text"] = lambda: logger.experiment.add_text("compress/report", "\n".join(lines), step)
     if isinstance(logger, WandbLogger):
         bins = {"before": history.before, "after": history.after}
         parts["histograms"] = lambda: log_histograms(logger.experiment, history.bins, bins)
@@ -91,15 +103,12 @@ def _send_picture(logger: Any, name: str, figure: Figure, step: int) -> None:
         logger.experiment.log_figure(logger.run_id, figure, f"{key}.png")
 
 
-def _send_table(logger: Any, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+def _send_table(logger: Any, name: str, columns: list[str], rows: list[list[Any]]) -> None:
     if hasattr(logger, "log_table"):
         logger.log_table(f"compress/{name}", columns=columns, data=rows)
     elif hasattr(logger.experiment, "log_table"):
         data = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
         logger.experiment.log_table(logger.run_id, data, f"compress/{name}.json")
-    elif hasattr(logger.experiment, "add_text") and name == "report":
-        lines = ["| " + " | ".join(map(str, row)) + " |" for row in (columns, ["---"] * len(columns), *rows)]
-        logger.experiment.add_text(f"compress/{name}", "\n".join(lines), global_step=step)
 
 
 def send_targets(logger: Any, targets: Sequence[Target], step: int) -> None:
@@ -123,7 +132,7 @@ def _send_text(logger: Any, text: str, step: int) -> None:
 def _tables(report: Report, history: History) -> dict[str, tuple[list[str], list[list[Any]]]]:
     """Columns and rows by name."""
     tables = {
-        "report": (headers(report), summary_rows(report)),
+        "report": (headers(report), summary_values(report)),
         "over_time": (["step", "layer", "sparsity", "weight_bits"], history.rows),
     }
     if report["layers"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -21,6 +21,7 @@ __all__ = [
     "headers",
     "short",
     "summary_rows",
+    "summary_values",
     "write_json",
 ]
 
@@ -109,10 +110,10 @@ def _plain(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def summary_rows(report: Report) -> list[list[str]]:
-    """The rows of the table: model, metric, sparsity, parameters, MACs, bytes, zstd, latency at batch 1 and 64.
+def summary_values(report: Report) -> list[list[Any]]:
+    """The table as numbers: model, metric, sparsity, parameters, MACs, bytes, zstd, latency at batch 1 and 64.
 
-    Last comes the metric of a file in its runtime less that of the trained model in PyTorch.
+    Last comes the metric of a file in its runtime less that of the trained model in PyTorch. What is unknown is None.
     """
     first = report["artifacts"][0] if report["artifacts"] else None
     float_latency = first["latency_ms_float"] if first else {}
@@ -137,13 +138,20 @@ def summary_rows(report: Report) -> list[list[str]]:
     return rows
 
 
-def _row(values: Mapping[str, Any], latency: Mapping[str, float]) -> list[str]:
-    def number(key: str, form: str) -> str:
-        return "-" if values.get(key) is None else format(values[key], form)
+def _row(values: Mapping[str, Any], latency: Mapping[str, float]) -> list[Any]:
+    counted = [values.get(key) for key in ("metric", "sparsity", "num_nonzero", "macs", "bytes", "bytes_zstd")]
+    return [*counted, *map(latency.get, ("1", "64")), values.get("change")]
 
-    counts = [short(values.get(key)) for key in ("num_nonzero", "macs", "bytes", "bytes_zstd")]
-    times = [f"{latency[size]:.2f}" if size in latency else "-" for size in ("1", "64")]
-    return [number("metric", ".4f"), number("sparsity", ".1%"), *counts, *times, number("change", "+.4f")]
+
+def summary_rows(report: Report) -> list[list[str]]:
+    """The same as text, of three digits or so."""
+    shown = (_as(".4f"), _as(".1%"), *[short] * 4, *[_as(".2f")] * 2, change)
+    rows = summary_values(report)
+    return [[row[0], *(form(value) for form, value in zip(shown, row[1:], strict=True))] for row in rows]
+
+
+def _as(form: str) -> Callable[[float | None], str]:
+    return lambda value: "-" if value is None else format(value, form)
 
 
 _LETTERS = (("", 1), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))

@@ -1,5 +1,6 @@
 """What a logger refuses costs itself alone."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ def test_no_key_is_both_a_curve_and_a_picture_and_the_file_stands_in_the_summary
     assert sorted({name.rpartition("_")[0].rpartition("_")[0] for name in pictures}) == [
         *("bits", "metric", "sparsity_by_layer", "weights"),
     ]
+    (table,) = tmp_path.rglob("files/media/table/compress/report*.json")
+    rows = json.loads(table.read_text())["data"]
+    assert rows[-1][:3] == ["model.onnx", 0.5, 0.5]
+    assert rows[-1][5:8] == [72, 9, 0.25]  # numbers, and not their pictures as text
     expected = {"file_metric": 0.5, "file_bytes": 72, "file_bytes_zstd": 9, "file_ms_batch1": 0.25}
     assert {key: found.summary[f"compress/{key}"] for key in expected} == expected
 
