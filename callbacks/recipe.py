@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_compress.checks import check_list, check_path
 from lightning_compress.recipes import recipe as callbacks_of
-from lightning_compress.recipes import recipes, split_words
+from lightning_compress.recipes import read_recipe, recipes, split_words
 
 from .live_shape import check_package
 from .protocol import all_callbacks, compressing
@@ -46,6 +46,7 @@ class Recipe(pl.Callback):
         self.recipe = recipe
         self.callbacks = callbacks_of(recipe, *overrides)
         self.asked_by = f"Recipe({recipe!r})"
+        self.is_expected = False  # that the Trainer has them already
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the callbacks behind this one, where the Trainer's loop over its callbacks comes to them next.
@@ -54,19 +55,20 @@ class Recipe(pl.Callback):
             ValueError: If the Trainer launches processes, whose callbacks the one of the user would not have.
         """
         check_package(trainer, self)
+        if any(callback is own for callback in all_callbacks(trainer) for own in self.callbacks):
+            return
+        theirs = compressing(trainer)
+        if theirs:
+            names = ", ".join(type(callback).__name__ for callback in theirs)
+            if not self.is_expected:
+                _say(f"{self.asked_by}: nothing is added, because the Trainer has {names}.")
+            return
         if is_launched(trainer):
             raise ValueError(
                 f"{self.asked_by} with strategy='ddp_spawn', 'ddp_fork' or 'ddp_notebook': its callbacks would be "
                 "those of other processes. Accepted are strategies that launch none, such as Trainer(strategy='ddp'); "
                 "or give the Trainer the callbacks themselves: callbacks=lightning_compress.recipe(...)."
             )
-        if any(callback is own for callback in all_callbacks(trainer) for own in self.callbacks):
-            return
-        theirs = compressing(trainer)
-        if theirs:
-            names = ", ".join(type(callback).__name__ for callback in theirs)
-            _say(f"{self.asked_by}: nothing is added, because the Trainer has {names}.")
-            return
         kinds = {type(callback) for callback in all_callbacks(trainer)}
         added = [callback for callback in self.callbacks if type(callback) not in kinds]
         present = all_callbacks(trainer)
@@ -88,6 +90,33 @@ def from_variable(words: str) -> Recipe:
         raise ValueError(f"LIGHTNING_COMPRESS={words!r}: {error}") from error
     made.asked_by = f"LIGHTNING_COMPRESS={words!r}"
     return made
+
+
+def from_hydra(names: Sequence[str], overrides: Sequence[str]) -> Recipe:
+    """What ``+compression=`` of a Hydra application asks for, for a Trainer that was not given it.
+
+    An application that keeps its callbacks elsewhere than at ``callbacks``, as ``trainer.callbacks`` or in a list, does not
+    see what Hydra composed there.
+
+    Raises:
+        ValueError: Like :class:`Recipe`.
+    """
+    asked_by = f"+compression={','.join(names)}"
+    try:
+        parts = [Recipe(name, [o for o in overrides if _is_of(o, name)]) for name in names]
+    except ValueError as error:
+        raise ValueError(f"{asked_by}: {error}") from error
+    made = parts[0]
+    by_kind = {type(callback): callback for part in parts for callback in part.callbacks}
+    made.callbacks = list(by_kind.values())
+    made.asked_by = asked_by
+    made.is_expected = True
+    return made
+
+
+def _is_of(override: str, name: str) -> bool:
+    """Whether a change is of a callback of a recipe."""
+    return override.lstrip("~").partition("=")[0].partition(".")[0] in read_recipe(name)
 
 
 def _say(text: str) -> None:

@@ -99,6 +99,8 @@ class CompressionReport(pl.Callback):
         self._share = math.nan  # of the run that is over
         self._resumed_at: tuple[float, float] | None = None  # when this process began, and at which share
         self._phase = (0, "dense")
+        self._over: tuple[int, int, str, str] | None = None  # a phase that ended at a step, of which nothing is said yet
+        self._validated: tuple[int, float] | None = None  # the last step at which it was, and the metric
         self._was_before = False
         self._last_step = -1
 
@@ -132,6 +134,12 @@ class CompressionReport(pl.Callback):
             self._was_before = True
             self._watch(trainer, pl_module, read_clock(trainer, 0))
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Say what a phase reached whose last step no validation followed."""
+        self._say(trainer)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
@@ -152,7 +160,9 @@ class CompressionReport(pl.Callback):
         if name in trainer.callback_metrics:
             if not self._history.metric:
                 self._define(trainer, name)
-            self._history.validate(trainer.global_step, float(trainer.callback_metrics[name]))
+            self._validated = trainer.global_step, float(trainer.callback_metrics[name])
+            self._history.validate(*self._validated)
+            self._say(trainer)
         elif name is not None:
             rank_zero_warn(f"{type(self).__name__}.monitor={name!r} is not logged by this validation.")
 
@@ -181,7 +191,8 @@ class CompressionReport(pl.Callback):
         with self._overhead():
             self._phase = current_phase(trainer, read_clock(trainer, 0))
             self._look(pl_module)
-            self._say(trainer, trainer.global_step)
+            self._end_phase(trainer.global_step)
+            self._say(trainer)
             self.report = self._make(trainer, pl_module)
         self.report["seconds"] = {key: round(value, 3) for key, value in self._seconds.items()}
         pictures = figures(self._history, self.report["metric"])
@@ -238,16 +249,23 @@ class CompressionReport(pl.Callback):
             shown["left"] = str(timedelta(seconds=round(max(0.0, seconds))))
         return shown
 
-    def _say(self, trainer: pl.Trainer, step: int) -> None:
-        """A line on the phase that is over."""
-        if not self._history.phases:
+    def _end_phase(self, step: int) -> None:
+        """Remember what the phase reached that ends at a step."""
+        begin, name = self._history.phases[-1] if self._history.phases else (step, "")
+        if begin != step:
+            self._over = begin, step, name, f"sparsity {self._sparsity:.3f}, {self._bits:.3g} bits a weight"
+
+    def _say(self, trainer: pl.Trainer) -> None:
+        """A line on the phase that is over, with the last metric that was validated within it."""
+        if self._over is None:
             return
-        begin, name = self._history.phases[-1]
-        if begin == step:
-            return
-        metric = f", validated {self._history.metric[-1][1]:.4f}" if self._history.metric else ""
-        reached = f"sparsity {self._sparsity:.3f}, {self._bits:.3g} bits a weight{metric}"
-        say(trainer, f"{name}: steps {begin} to {step}, {reached}")
+        begin, end, name, reached = self._over
+        self._over = None
+        # of a long run the history keeps not every validation
+        known = [*self._history.metric, *([self._validated] if self._validated else [])]
+        within = [(step, value) for step, value in known if begin < step <= end]
+        metric = f"validated {within[-1][1]:.4f} at step {within[-1][0]:.0f}" if within else "not validated"
+        say(trainer, f"{name}: steps {begin} to {end}, {reached}, {metric}")
 
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, clock: Clock) -> None:
         """Follow the phase; measure once, when compression is about to begin."""
@@ -258,7 +276,7 @@ class CompressionReport(pl.Callback):
         if not self._history.phases or self._history.phases[-1][1] != self._phase[1]:
             if self._history.phases:
                 self._look(pl_module)
-                self._say(trainer, clock.step)
+                self._end_phase(clock.step)
             self._history.phases.append([clock.step, self._phase[1]])
         begins = compression_progress(trainer, clock) >= 0
         if begins and self._was_before and self._dense is None and trainer.is_global_zero:

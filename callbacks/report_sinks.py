@@ -151,7 +151,7 @@ def _pixels(figure: Figure) -> np.ndarray:
 def say(trainer: pl.Trainer, text: str) -> None:
     """A line above the bar where one is live, else in Lightning's log."""
     bar = trainer.progress_bar_callback
-    if bar is not None and getattr(bar, "is_enabled", True) and trainer.training:
+    if bar is not None and getattr(bar, "is_enabled", True) and (trainer.training or trainer.validating):
         bar.print(text)
     else:
         rank_zero_info(text)

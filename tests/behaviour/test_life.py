@@ -253,7 +253,7 @@ def test_bars_show_phase_sparsity_bits_and_the_time_left(
     assert all(re.fullmatch(r"\d+:\d\d:\d\d", items["left"]) for items in shown[1:])
     assert shown[-1]["left"] == "0:00:00"
     above = lines_of_phases(capsys.readouterr().out)
-    assert any(line.startswith("prune: steps ") for line in above)
+    assert any("prune: steps " in line for line in above)
 
 
 def test_a_plain_log_has_a_line_a_phase(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -267,6 +267,38 @@ def test_a_plain_log_has_a_line_a_phase(tmp_path: Path, caplog: pytest.LogCaptur
     assert [line.split(":")[0] for line in lines] == ["dense", *PHASES]
     assert "32 bits a weight" in lines[0]
     assert "8 bits a weight, validated" in lines[-1]
+
+
+def test_the_line_of_a_phase_has_the_metric_of_its_own_last_validation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A phase may end in the step of a validation, or between two of them, or without one."""
+    pruning = GradualPruning(0.5, phase=Phase(4, 7, "step"), every=1)
+    tuning = FineTuning(phase=Phase(9, 10, "step"))
+    seen: list[tuple[int, float]] = []
+
+    class Watch(pl.Callback):
+        def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if not trainer.sanity_checking:
+                seen.append((trainer.global_step, float(trainer.callback_metrics["val_loss"])))
+
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(caplog.handler)
+    options = {"limit_train_batches": 4, "val_check_interval": 2, "max_epochs": 3, "limit_val_batches": 1}
+    callbacks = [Watch(), pruning, tuning, CompressionReport(monitor="val_loss", show=False)]
+    try:
+        make_trainer(tmp_path, callbacks=callbacks, **options).fit(make_module("mlp"))
+    finally:
+        logger.removeHandler(caplog.handler)
+    lines = lines_of_phases("\n".join(record.getMessage() for record in caplog.records))
+    values = dict(seen)
+    assert set(values) == {2, 4, 6, 8, 10, 12}
+    said = {line.split(":")[0]: line.rpartition(", ")[2] for line in lines}
+    assert said["dense"] == f"validated {values[4]:.4f} at step 4"
+    assert said["prune"] == f"validated {values[6]:.4f} at step 6"
+    assert said["after prune"] == f"validated {values[8]:.4f} at step 8"
+    assert said["fine-tune"] == f"validated {values[10]:.4f} at step 10"
+    assert said["after fine-tune"] == f"validated {values[12]:.4f} at step 12"
 
 
 def test_sharding_strategies_are_refused() -> None:
