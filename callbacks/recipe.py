@@ -10,14 +10,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_compress.checks import check_list, check_path
-from lightning_compress.recipes import recipe as callbacks_of
 from lightning_compress.recipes import read_recipe, recipes, split_words
+from lightning_compress.recipes import recipe as callbacks_of
 
 from .live_shape import check_package
 from .protocol import all_callbacks, compressing
 from .run import is_launched
 
-__all__ = ["Recipe", "from_variable"]
+__all__ = ["Recipe", "from_hydra", "from_variable"]
 
 
 class Recipe(pl.Callback):
@@ -95,8 +95,8 @@ def from_variable(words: str) -> Recipe:
 def from_hydra(names: Sequence[str], overrides: Sequence[str]) -> Recipe:
     """What ``+compression=`` of a Hydra application asks for, for a Trainer that was not given it.
 
-    An application that keeps its callbacks elsewhere than at ``callbacks``, as ``trainer.callbacks`` or in a list, does not
-    see what Hydra composed there.
+    An application that keeps its callbacks elsewhere than at ``callbacks``, as in ``trainer.callbacks``, does not see
+    what Hydra composed there.
 
     Raises:
         ValueError: Like :class:`Recipe`.

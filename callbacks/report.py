@@ -99,7 +99,7 @@ class CompressionReport(pl.Callback):
         self._share = math.nan  # of the run that is over
         self._resumed_at: tuple[float, float] | None = None  # when this process began, and at which share
         self._phase = (0, "dense")
-        self._over: tuple[int, int, str, str] | None = None  # a phase that ended at a step, of which nothing is said yet
+        self._over: tuple[int, int, str, str] | None = None  # an ended phase, not yet spoken of
         self._validated: tuple[int, float] | None = None  # the last step at which it was, and the metric
         self._was_before = False
         self._last_step = -1

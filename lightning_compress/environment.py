@@ -1,4 +1,4 @@
-"""What the variable LIGHTNING_COMPRESS asks for, or a Hydra application's choice: Lightning calls this for every Trainer.
+"""What the variable LIGHTNING_COMPRESS asks for, or a choice of Hydra: Lightning calls this for every Trainer.
 
 Where neither asks, nothing else of this package is imported.
 """
@@ -18,7 +18,7 @@ _muted = False
 
 
 def callbacks() -> list[Any]:
-    """The callback that adds the recipe of the variable, or of ``+compression=``, to a Trainer; none where none is named.
+    """The callback that adds the recipe of the variable, or of ``+compression=``, to a Trainer; none without.
 
     Example:
         >>> with without_variable():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from itertools import takewhile
 from textwrap import wrap
@@ -77,13 +79,35 @@ def describe(name: str) -> str:
 def expand(words: Sequence[str]) -> list[str]:
     """The words of a call, with a short name spelt out that stands behind none but flags.
 
+    The address of a recipe's argument in other applications, ``callbacks.prune.sparsity``, is that of ours, too. A plus
+    before one of ours adds an argument that the recipe lacks, and sets one that it has.
+
     Example:
         >>> expand(["demo", "seed=1"])
         ['experiment=mnist_prune_int8', 'hydra.run.dir=outputs/demo', 'seed=1']
+        >>> expand(["callbacks.prune.sparsity=0.8", "callbacks.checkpoint.save_last=false"])
+        ['compression.prune.sparsity=0.8', 'callbacks.checkpoint.save_last=false']
     """
     flags = list(takewhile(lambda word: word.startswith("-"), words))
     rest = list(words[len(flags) :])
-    return [*flags, *SHORT[rest[0]], *rest[1:]] if rest and rest[0] in SHORT else list(words)
+    if rest and rest[0] in SHORT:
+        rest[:1] = SHORT[rest[0]]
+    return [*flags, *map(_ours, rest)]
+
+
+def _ours(word: str) -> str:
+    """A word of a call with the address of a recipe's argument as it is in our configuration."""
+    address = re.match(r"[+~]*callbacks\.(\w+)", word)
+    if address is not None and address[1] in _names():
+        word = word.replace("callbacks.", "compression.", 1)
+    return f"+{word}" if word.startswith("+compression.") else word
+
+
+@cache
+def _names() -> set[str]:
+    """What the callbacks of the recipes are called."""
+    folder = files("lightning_compress.conf").joinpath("compression")
+    return {name for path in folder.iterdir() for name in re.findall(r"^(\w+):", path.read_text(), re.MULTILINE)}
 
 
 def _table(rows: dict[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress import cli
@@ -20,6 +22,7 @@ from lightning_compress.analysis.compare import offline_runs
 from lightning_compress.callbacks.verdict import TargetMissed
 from lightning_compress.deploy.size import weigh
 from lightning_compress.deploy.tflm import Runner
+from lightning_compress.recipes import recipes as names_of_recipes
 
 from ..processes import in_a_process
 
@@ -462,6 +465,20 @@ def test_every_configuration_is_what_its_command_composes() -> None:
                 overrides = [word.rstrip(":") for word in rest.split(" (")[0].split(": ")[0].split() if "=" in word]
                 assert overrides, f"{path}: {line}"
                 assert name in choices(*overrides).values(), f"{path}: {line}"
+
+
+def test_recipes_spell_all_arguments() -> None:
+    """So that each can be set without a plus; those that a recipe leaves alone are as the class has them."""
+    for name in names_of_recipes():
+        text = (ROOT / "conf" / "compression" / f"{name}.yaml").read_text()
+        for key, node in yaml.safe_load(text).items():
+            parameters = inspect.signature(get_object(node.pop("_target_"))).parameters
+            assert set(node) == set(parameters), f"{name}: {key}"
+            rest = re.split(rf"^{key}:", text, flags=re.MULTILINE)[1].partition("# the rest")[2]
+            rest = re.split(r"^\w", rest, flags=re.MULTILINE)[0].partition("\n")[2]
+            for argument, value in (yaml.safe_load(rest) or {}).items():
+                default = parameters[argument].default
+                assert value == (list(default) if default == () else default), f"{name}: {key}.{argument}"
 
 
 def choices(*overrides: str) -> dict[str, str]:
