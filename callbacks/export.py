@@ -227,7 +227,9 @@ class Export(pl.Callback):
             self.trained = evaluate(trainer, copied(pl_module))
         except Exception:  # a validation that cannot run alone
             self.trained = {}
-        for name in self.formats:
+        for number, name in enumerate(self.formats, start=1):
+            file = f"{self.name}{FORMATS[name].suffix}"
+            rank_zero_info(f"Export {number} of {len(self.formats)}: {file} is written, validated and timed")
             try:
                 self.artifacts.append(self._export(trainer, pl_module, name))
             except Exception as error:  # whatever a converter raises must not cost the user the trained model

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from torch.fx import GraphModule, Node
 from lightning_compress.deploy.graph import capture, quantize_inputs_at_run_time, tensors_of
 from lightning_compress.deploy.interface import filled
 from lightning_compress.deploy.nbits import find_tokens_at_run_time
+from lightning_compress.deploy.quiet import quiet
 from lightning_compress.deploy.runner import Kernels, in_batches
 from lightning_compress.files import write_whole
 from lightning_compress.forward import Inputs, with_batch
@@ -40,7 +37,7 @@ def export(model: nn.Module, inputs: Inputs, path: Path, batch_size: int = 1) ->
         path: The file to write.
         batch_size: Batch size of the file.
     """
-    with _quiet():
+    with quiet():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
@@ -94,7 +91,7 @@ class Runner:
     runtime = "executorch"
 
     def __init__(self, path: Path, example_outputs: Any) -> None:
-        with _quiet():
+        with quiet():
             import executorch.kernels.quantized  # noqa: F401  # registers quantize and dequantize
             from executorch.extension.pybindings import portable_lib
             from executorch.runtime import Runtime, Verification
@@ -181,16 +178,3 @@ def _one_thread(library: object) -> None:
     set_threads = getattr(library, "_unsafe_reset_threadpool", None)
     if set_threads is not None:
         set_threads(1)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the converter's remarks on its own insides."""
-    root = logging.getLogger()
-    level = root.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            root.setLevel(level)

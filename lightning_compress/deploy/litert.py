@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.fx import GraphModule
 
 from lightning_compress.deploy.graph import capture, has_quantized_values, has_wide_values, quantize_outputs, tensors_of
 from lightning_compress.deploy.interface import filled
+from lightning_compress.deploy.quiet import quiet
 from lightning_compress.deploy.runner import Kernels, in_batches, pieces_of
 from lightning_compress.deploy.tflite_biases import widen_biases
 from lightning_compress.files import write_whole
@@ -40,7 +39,7 @@ def export(model: nn.Module, inputs: Inputs, path: Path, batch_size: int = 1) ->
         path: The file to write.
         batch_size: Batch size of the file.
     """
-    with _quiet():
+    with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         import litert_torch
         from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
         from litert_torch.quantize.quant_config import QuantConfig
@@ -86,7 +85,7 @@ class Runner:
     runtime = "litert"
 
     def __init__(self, path: Path, example_outputs: Any, reference: bool = False, preserve: bool = False) -> None:
-        with _quiet():
+        with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
             kernels = OpResolverType.BUILTIN_REF if reference else OpResolverType.AUTO
@@ -152,16 +151,3 @@ def _number(name: str) -> int:
     """The place of an input (``serving_default_args_1:0``) or output (``StatefulPartitionedCall:1``) in its list."""
     found = re.search(r"args_(\d+)", name) or re.search(r":(\d+)$", name)
     return int(found[1]) if found else 0
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the converter's progress."""
-    root = logging.getLogger()
-    level = root.level
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            root.setLevel(level)

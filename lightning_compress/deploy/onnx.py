@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -31,6 +29,7 @@ from lightning_compress.deploy.onnx_codes import (
 )
 from lightning_compress.deploy.onnx_kernels import Operation, operations
 from lightning_compress.deploy.onnx_recurrent import recurrent_layers
+from lightning_compress.deploy.quiet import quiet
 from lightning_compress.deploy.runner import Kernels
 from lightning_compress.files import replacing
 from lightning_compress.forward import ForwardOnly, Inputs, input_names, with_batch
@@ -62,7 +61,7 @@ def export(
         Exception: Whatever ``torch.onnx.export`` says of a model that it cannot capture.
     """
     inputs = with_batch(inputs, 2)  # torch.export takes an axis of length 1 for a constant
-    with _quiet(), _no_mask_detection(), _operators_read_once(), torch.no_grad():
+    with quiet(), _no_mask_detection(), _operators_read_once(), torch.no_grad():
         program = first_to_work(lambda axes: _capture(model, inputs, axes), axes_to_try(model, inputs))
         program.model.metadata_props.update(metadata or {})
         matmul_nbits(program.model)
@@ -259,17 +258,3 @@ def _operators_read_once() -> Iterator[None]:
 def _remembering(read: Callable[..., Any]) -> Callable[..., Any]:
     """One function for all exports, which reads what it is asked for once."""
     return cache(read)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

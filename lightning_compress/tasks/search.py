@@ -15,6 +15,7 @@ from lightning_compress.checks import is_number
 from lightning_compress.files import free_folder, write_whole
 from lightning_compress.tasks.compose import check, start
 from lightning_compress.tasks.device import check_budget, rehearse
+from lightning_compress.tasks.progress import counted, tell
 from lightning_compress.tasks.trial import Candidate, trial
 from lightning_compress.tasks.validation import judge_before_training, validator
 
@@ -111,16 +112,17 @@ class Search:
         names = [layer.name for layer in find_layers(model, PRUNABLE, of.include, of.exclude, skip_tied=True)[0]]
         fewer = {name: [b for b in options.bits if b < of.for_layer(name).weight.bits] for name in names}
         wanted = set(self.budget) - {"metric_drop"} or {"bytes"}
-        return allocate(
-            model,
-            with_batch(inputs, 2),
-            lambda model: validate(model)[self.metric],
-            _cost(wanted, model, with_batch(inputs, 2), of.weight.bits, FORMATS[options.format].weight_bits),
-            shares=list(options.levels),
-            bits=fewer if wanted & set(_FILE) else {},
-            sparsities=list(options.sparsities) if "bytes_zstd" in wanted else [],
-            more_is_better=self._judge.mode == "max",
-        )
+        with counted(lambda model: validate(model)[self.metric], f"search: what {len(names)} layers bear") as evaluate:
+            return allocate(
+                model,
+                with_batch(inputs, 2),
+                evaluate,
+                _cost(wanted, model, with_batch(inputs, 2), of.weight.bits, FORMATS[options.format].weight_bits),
+                shares=list(options.levels),
+                bits=fewer if wanted & set(_FILE) else {},
+                sparsities=list(options.sparsities) if "bytes_zstd" in wanted else [],
+                more_is_better=self._judge.mode == "max",
+            )
 
     def within_file_budgets(self) -> Candidate:
         """The largest model whose file meets what can be measured before training; trained."""
@@ -193,13 +195,23 @@ class Search:
                 options |= {"enable_progress_bar": False}
                 self._probed[i] = self.fit(self.points[i].plan, Path(folder), False, **options)
             self.tried.append(self._probed[i])
+            self._tell("probed, untrained", i, self._probed[i])
         return self._probed[i]
 
     def _train(self, i: int) -> Candidate:
         if i not in self._trained:
+            num = len(self._trained) + 1
+            tell(f"search: training {num} of {self.cfg.search.rounds} at most, of point {i} of {len(self.points)}")
             self._trained[i] = self.fit(self.points[i].plan, self.folder / f"point{i}", True)
             self.tried.append(self._trained[i])
+            self._tell("trained", i, self._trained[i])
         return self._trained[i]
+
+    def _tell(self, how: str, i: int, candidate: Candidate) -> None:
+        """A line on what was tried, beside what is asked for."""
+        amounts = {name: getattr(candidate, name) for name in self.budget if candidate.trained or name != "metric_drop"}
+        reached = ", ".join(f"{name} {amount:,g} of {self.budget[name]:,g}" for name, amount in amounts.items())
+        tell(f"search: point {i} of {len(self.points)}, {how}: {reached}")
 
     def fit(self, plan: Allocation, folder: Path, trained: bool, **options: object) -> Candidate:
         """A plan, tried."""

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.files import free_folder
 from lightning_compress.tasks.compose import build_all, check, start
+from lightning_compress.tasks.progress import counted
 from lightning_compress.tasks.remembered import Remembered
 from lightning_compress.tasks.validation import judge_before_training, validator
 
@@ -93,18 +94,20 @@ def measure(cfg: DictConfig, model: Any, data: Any, judge: Judge) -> tuple[Sensi
     judge.check_finite(logged[metric], "")
     of = f"{metric} of seed {cfg.seed}, {OmegaConf.to_container(cfg.data, resolve=True)}"
     remembered = Remembered(lambda model: validate(model)[metric], Path(cfg.dir, "sensitivity.cache.json"), of)
-    found = sensitivity(
-        model,
-        remembered,
-        sparsities=list(options.sparsities),
-        bits=list(options.bits),
-        include=list(options.include),
-        exclude=list(options.exclude),
-        more_is_better=judge.mode == "max",
-        inputs=record_inputs(model, lambda: validate(model)),
-    )
+    layers, _ = find_layers(model, PRUNABLE, list(options.include), list(options.exclude), skip_tied=True)
+    total = 1 + len(layers) * (len(options.sparsities) + len(options.bits))
+    with counted(remembered, f"sensitivity of {len(layers)} layers", total) as evaluate:
+        found = sensitivity(
+            model,
+            evaluate,
+            sparsities=list(options.sparsities),
+            bits=list(options.bits),
+            include=list(options.include),
+            exclude=list(options.exclude),
+            more_is_better=judge.mode == "max",
+            inputs=record_inputs(model, lambda: validate(model)),
+        )
     if options.hessian:
-        layers, _ = find_layers(model, PRUNABLE, list(options.include), list(options.exclude), skip_tied=True)
         batch = next(iter(data.train_dataloader()))
 
         def loss() -> torch.Tensor:
