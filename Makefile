@@ -36,9 +36,8 @@ test: install ## run all tests; prints the behaviour matrix
 test-all: $(ALL) ## install every runtime, and run the tests of the files in each of them; nothing is skipped
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m runtimes --runtimes
 
-test-full: install ## run every cell of the behaviour matrix and every kind of run, which make test thins; nightly
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --full tests/behaviour/test_matrix.py \
-		tests/behaviour/test_runs.py
+test-full: install ## run every test, every cell of the behaviour matrix and every kind of run, which make test thins; nightly
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --full
 
 test-crash: install ## kill runs by SIGKILL at every kind of place, start them again, and compare; nightly
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.crash

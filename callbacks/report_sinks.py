@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.progress import BarColumn
+from rich.table import Column
 
 from lightning_compress.analysis.history import History
 from lightning_compress.analysis.model_card import write_model_card
@@ -30,6 +33,8 @@ from .outputs import written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_WIDE = 120  # columns of a terminal in which a bar has room for names and the user's metrics
 
 __all__ = ["say", "send", "send_targets", "show_in_progress_bar", "write_report"]
 
@@ -73,6 +78,23 @@ def send(logger: Any, report: Report, history: History, pictures: Mapping[str, F
         parts["files"] = lambda: log_files(logger.experiment, report["artifacts"], report["packed"])
     for part, give in parts.items():
         _give(logger, f"the report's {part}", give)
+
+
+def _keep_on_one_line(columns: Sequence[Any]) -> None:
+    """Let the bar alone among a progress bar's columns give way."""
+    for column in columns:
+        if not isinstance(column, BarColumn):
+            column.get_table_column = _unwrapped
+
+
+def _unwrapped() -> Column:
+    return Column(no_wrap=True, overflow="ellipsis")
+
+
+def _short(items: Mapping[str, str]) -> dict[str, str]:
+    """The same in a few characters."""
+    rest = {name: text for name, text in items.items() if name != "phase"}
+    return {items["phase"]: " ".join(f"{text}b" if name == "bits" else text for name, text in rest.items())}
 
 
 def _give(logger: Any, what: str, give: Callable[[], object]) -> None:
@@ -157,8 +179,11 @@ def say(trainer: pl.Trainer, text: str) -> None:
         rank_zero_info(text)
 
 
-def show_in_progress_bar(trainer: pl.Trainer, items: Callable[[], dict[str, Any]]) -> None:
-    """Let the bar show more items: by ``get_metrics``, the method that Lightning has for it."""
+def show_in_progress_bar(trainer: pl.Trainer, items: Callable[[], dict[str, str]]) -> None:
+    """Let the bar show more items: by ``get_metrics``, the method that Lightning has for it.
+
+    Rich's bar stays on one line: its bar shrinks first, and a narrow terminal gets these items alone.
+    """
     bar = trainer.progress_bar_callback
     if bar is None:
         return
@@ -166,6 +191,11 @@ def show_in_progress_bar(trainer: pl.Trainer, items: Callable[[], dict[str, Any]
 
     def get_metrics(trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, Any]:
         metrics = {k: v for k, v in original(trainer, model).items() if not k.startswith("compress/")}
+        progress = getattr(bar, "progress", None)
+        if isinstance(bar, RichProgressBar) and progress is not None:
+            _keep_on_one_line(progress.columns)
+            if progress.console.width < _WIDE:
+                return _short(items())
         return items() | metrics
 
     bar._compress_get_metrics = original  # type: ignore[attr-defined]  # noqa: SLF001  # ours, on a bar that is not

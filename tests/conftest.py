@@ -1,4 +1,4 @@
-"""Isolation, and the behaviour matrix as a table at the end of the run."""
+"""Isolation, what is left to other commands, and the behaviour matrix as a table at the end of the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .zoo import MODULES
 
 NOT_HERE = "not on this CPU"
 
-_LEFT = pytest.StashKey[int]()
+_LEFT = pytest.StashKey[dict[str, int]]()
 
 
 @pytest.fixture(autouse=True)
@@ -34,23 +34,24 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``make test-all`` demands every runtime, ``make test-full`` every cell of the behaviour matrix."""
-    parser.addoption("--full", action="store_true", help="every cell of the behaviour matrix, every kind of run")
+    """``make test-all`` demands every runtime, ``make test-full`` every test and every cell of the behaviour matrix."""
+    parser.addoption("--full", action="store_true", help="every test, every cell of the matrix, every kind of run")
     parser.addoption("--runtimes", action="store_true", help="fail if the packages of a runtime are missing")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests in runtimes that are not installed to ``make test-all``, and say so."""
+    """Leave the tests in runtimes that are not installed to ``make test-all``, slow ones to ``make test-full``."""
+    left = {} if config.getoption("--full") else {"nightly": [i for i in items if i.get_closest_marker("nightly")]}
     missing = [name for name, kind in FORMATS.items() if kind.missing]
     if config.getoption("--runtimes"):
         if missing:
             raise pytest.UsageError(f"--runtimes: {', '.join(missing)} not installed. Run: {pip_command(missing)}")
-        return
-    left = [item for item in items if item.get_closest_marker("runtimes")]
-    if left:
-        items[:] = [item for item in items if item not in left]
-        config.hook.pytest_deselected(items=left)
-        config.stash[_LEFT] = len(left)
+    else:
+        left["runtimes"] = [item for item in items if item.get_closest_marker("runtimes")]
+    gone = {id(item): item for found in left.values() for item in found}
+    items[:] = [item for item in items if id(item) not in gone]
+    config.hook.pytest_deselected(items=list(gone.values()))
+    config.stash[_LEFT] = {name: len(found) for name, found in left.items()}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -72,9 +73,12 @@ def pytest_report_teststatus(report: Any) -> tuple[str, str, str] | None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print what became of each cell of the behaviour matrix."""
-    left = terminalreporter.config.stash.get(_LEFT, 0)
-    if left:
-        terminalreporter.line(f"{left} tests in OpenVINO, ExecuTorch, LiteRT and Inductor are left to: make test-all")
+    left = terminalreporter.config.stash.get(_LEFT, {})
+    if left.get("runtimes"):
+        named = "OpenVINO, ExecuTorch, LiteRT and Inductor"
+        terminalreporter.line(f"{left['runtimes']} tests in {named} are left to: make test-all")
+    if left.get("nightly"):
+        terminalreporter.line(f"{left['nightly']} slow tests, more of what others show, are left to: make test-full")
     cells: dict[Key, str] = {}
     for outcome in ("passed", NOT_HERE, "failed", "error"):  # the worst stands
         for report in terminalreporter.stats.get(outcome, []):

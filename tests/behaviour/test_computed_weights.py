@@ -34,6 +34,7 @@ from lightning_compress.quantization.fake_quant import weights
 from lightning_compress.quantization.model import quantization_of
 
 from ..harness import SPARSITY, SaveAfter, callback_of, callbacks, differences, make_trainer, snapshot
+from ..nightly import some
 from ..zoo import BATCH_SIZE, Classifier, classes, noise
 
 SAVED = (9, 20)  # inside of both phases
@@ -101,6 +102,7 @@ LAYERS: dict[str, Any] = {
 }
 LOSES_ZEROS = ("standardized", "orthogonal", "symmetric")
 KINDS = pytest.mark.parametrize("kind", LAYERS)
+SOME_KINDS = pytest.mark.parametrize("kind", some(LAYERS, "weight norm", "standardized"))
 
 
 class Net(Classifier):
@@ -143,7 +145,7 @@ def fit(folder: Path, module: Net, *only: pl.Callback, **options: Any) -> pl.Tra
     return trainer
 
 
-@KINDS
+@SOME_KINDS
 def test_all_callbacks_reach_their_targets_and_resume_bit_for_bit(tmp_path: Path, kind: str) -> None:
     whole = make(kind)
     trainer = make_trainer(tmp_path, [SaveAfter(tmp_path, SAVED)])
@@ -166,7 +168,7 @@ def test_all_callbacks_reach_their_targets_and_resume_bit_for_bit(tmp_path: Path
         assert not differences(snapshot(trainer, whole), snapshot(resumed, module)), saved
 
 
-@KINDS
+@SOME_KINDS
 def test_the_layer_multiplies_by_few_values(tmp_path: Path, kind: str) -> None:
     module = make(kind)
     fit(tmp_path, module, QuantizationAwareTraining(int8()))
@@ -182,7 +184,7 @@ def test_the_layer_multiplies_by_few_values(tmp_path: Path, kind: str) -> None:
     assert not torch.equal(seen[1], layer.multiplied)
 
 
-@KINDS
+@SOME_KINDS
 def test_a_checkpoint_and_a_copy_are_as_was_trained(tmp_path: Path, kind: str) -> None:
     module = make(kind)
     trainer = fit(tmp_path, module)
@@ -202,7 +204,7 @@ def test_a_checkpoint_and_a_copy_are_as_was_trained(tmp_path: Path, kind: str) -
         )
 
 
-@KINDS
+@SOME_KINDS
 def test_the_file_computes_what_was_trained_in_integers(tmp_path: Path, kind: str) -> None:
     module = make(kind)
     trainer = fit(tmp_path, module, *callbacks(), Export(["onnx"], tmp_path))

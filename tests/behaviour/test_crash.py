@@ -10,11 +10,17 @@ from experiments.crash.places import CHECKPOINT, Kill
 from experiments.crash.sweeps import choose_sweeps, try_sweep
 from experiments.crash.trials import refer, try_kill
 
+from ..nightly import nightly
+
 
 @pytest.mark.parametrize(
     ("name", "kills"),
     [
-        ("WeightAveraging", [Kill("shape change", 0.9), Kill("mask update", 0.4), Kill(CHECKPOINT, 0.6)]),
+        pytest.param(
+            "WeightAveraging",
+            [Kill("shape change", 0.9), Kill("mask update", 0.4), Kill(CHECKPOINT, 0.6)],
+            marks=nightly,
+        ),
         ("AccuracyGuard", [Kill("judgement", 0.7)]),
     ],
 )

@@ -43,6 +43,7 @@ from lightning_compress.tasks.compose import start
 from lightning_compress.tasks.objective import check_objective, value_in
 from lightning_compress.tasks.search import Search, search
 
+from ..nightly import some
 from ..unit.test_report import make_report
 from .small import Small, fit, make
 
@@ -120,7 +121,7 @@ def ours(folder: Path) -> list[pl.Callback]:
 FILES = ("report.json", "report.html", "packed.safetensors", "deploy/model.onnx")
 
 
-@pytest.mark.parametrize("what", ["full", "read-only", "a file in the way"])
+@pytest.mark.parametrize("what", some(["full", "read-only", "a file in the way"], "full"))
 def test_a_folder_that_fails_after_training_costs_warnings_and_not_the_run(
     what: str, disk: Disk, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import logging
 import re
 from itertools import pairwise
@@ -34,6 +35,7 @@ from ..harness import (
     make_trainer,
     snapshot,
 )
+from ..nightly import nightly
 from ..zoo import BATCHES
 
 
@@ -71,6 +73,7 @@ def test_a_checkpoint_written_before_our_callbacks_act_resumes_identically(tmp_p
         assert not differences(ours["optimizers"], theirs["optimizers"]), batches
 
 
+@nightly
 def test_inductor(tmp_path: Path) -> None:
     """torch.compile with its default backend; the matrix compiles with a quicker one."""
     torch.compiler.reset()
@@ -233,7 +236,9 @@ def lines_of_phases(text: str) -> list[str]:
     return [line for line in text.splitlines() if " bits a weight" in line]
 
 
-@pytest.mark.parametrize("bar", [TQDMProgressBar(), RichProgressBar()], ids=["tqdm", "rich"])
+@pytest.mark.parametrize(
+    "bar", [TQDMProgressBar(), RichProgressBar(console_kwargs={"width": 200})], ids=["tqdm", "rich"]
+)
 def test_bars_show_phase_sparsity_bits_and_the_time_left(
     tmp_path: Path, bar: pl.Callback, capsys: pytest.CaptureFixture
 ) -> None:
@@ -254,6 +259,20 @@ def test_bars_show_phase_sparsity_bits_and_the_time_left(
     assert shown[-1]["left"] == "0:00:00"
     above = lines_of_phases(capsys.readouterr().out)
     assert any("prune: steps " in line for line in above)
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_richs_bar_stays_on_one_line(tmp_path: Path, width: int) -> None:
+    screen = io.StringIO()
+    bar = RichProgressBar(console_kwargs={"width": width, "force_terminal": True, "file": screen})
+    make_trainer(tmp_path, [bar], enable_progress_bar=True).fit(make_module("mlp"))
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    lines = [line.rpartition("\r")[2].strip() for line in text.split("\n")]
+    begins = ("Epoch", "Validation", "Sanity")
+    of_phases = [i for i, line in enumerate(lines) if ": steps " in line]
+    told = {i + more for i in of_phases for more in (0, 1)}  # a line above the bar may be a long one
+    assert [line for i, line in enumerate(lines) if line and not line.startswith(begins) and i not in told] == []
+    assert any("quantize: 0.800 8b" in line if width == 80 else "sparsity: 0.800 bits: 8" in line for line in lines)
 
 
 def test_a_plain_log_has_a_line_a_phase(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
