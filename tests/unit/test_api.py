@@ -35,6 +35,11 @@ def test_importing_the_package_and_its_configuration_loads_nothing_heavy() -> No
     assert loaded.isdisjoint({"torch", "lightning", "pytorch_lightning", "numpy", "wandb", "hydra", "onnx"})
 
 
+def test_the_names_that_are_listed_are_the_public_ones() -> None:
+    assert [name for name in dir(lightning_compress) if not name.startswith("_")] == sorted(lightning_compress.__all__)
+    assert all(hasattr(lightning_compress, name) for name in dir(lightning_compress))
+
+
 def test_the_engine_loads_torch_and_not_lightning() -> None:
     loaded = loaded_after(
         "import lightning_compress.testing, lightning_compress.pruning, lightning_compress.quantization.convert"
