@@ -32,7 +32,7 @@ class Keyword(pl.LightningModule):
 
 
 words = torch.arange(256) % 12
-sounds = torch.randn(12, 1, 49, 10)[words] + torch.randn(256, 1, 49, 10)  # yours: 49 frames of 10 coefficients
+sounds = torch.randn(12, 1, 49, 10)[words] + 0.5 * torch.randn(256, 1, 49, 10)  # yours: 49 frames of 10 coefficients
 data = DataLoader(TensorDataset(sounds, words), batch_size=32)
 callbacks = lightning_compress.recipe("keyword")  # for boards: recipe("keyword", "export.formats=[tflm]")
 trainer = pl.Trainer(max_epochs=5, accelerator="cpu", logger=False, default_root_dir="runs/words", callbacks=callbacks)

@@ -10,7 +10,7 @@ from lightning_compress.demo.models import ResNet
 if __name__ == "__main__":
     callbacks = [GradualPruning(sparsity=0.9), QuantizationAwareTraining(), CompressionReport(), Export(["onnx"])]
     trainer = pl.Trainer(
-        max_epochs=3, accelerator="cpu", logger=False, default_root_dir="outputs/trainer", callbacks=callbacks
+        max_epochs=2, accelerator="cpu", logger=False, default_root_dir="outputs/trainer", callbacks=callbacks
     )
     trainer.fit(ResNet(), MNIST5k())
     trainer.save_checkpoint("outputs/trainer/last.ckpt")

@@ -24,7 +24,7 @@ from lightning_compress.deploy.size import weigh
 from lightning_compress.deploy.tflm import Runner
 from lightning_compress.recipes import recipes as names_of_recipes
 
-from ..nightly import some
+from ..nightly import nightly, some
 from ..processes import in_a_process
 
 ROOT = Path(__file__).parents[2]
@@ -324,6 +324,7 @@ def test_search_for_a_microcontroller_is_proven_by_its_interpreter(tmp_path: Pat
     assert "arena" in text
 
 
+@nightly
 def test_search_for_a_download_takes_zeros_bits_and_channels_layer_by_layer(tmp_path: Path) -> None:
     options = ["trainer.max_epochs=4", "search.teacher=false", "search.levels=[0.5]", "search.bits=[4,2]"]
     options += ["search.sparsities=[0.5,0.9]"]

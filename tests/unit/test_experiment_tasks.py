@@ -22,6 +22,8 @@ from lightning_compress.layers import find_layers
 from lightning_compress.pruning import Element, Masks, SparedMagnitude
 from lightning_compress.testing import check_criterion
 
+from ..nightly import some
+
 SHAPES = {"lenet300": (28, 28), "mnist1d": (1, 40), "fsdd": (1, 47, 10)}
 
 
@@ -125,7 +127,7 @@ def test_methods_reach_their_sparsity(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["ternary", "ternary_alone", "naive_ternary"])
+@pytest.mark.parametrize("name", some(["ternary", "ternary_alone", "naive_ternary"], "ternary"))
 def test_ternary_weights_take_three_values(name: str) -> None:
     model, budget = TASKS["mnist1d"].build(), Budget(TASKS["mnist1d"], toy(), 1, 20, 0.02)  # 120 steps
     model = {**QUANTIZED, **QUANTIZED_PEERS}[name](model, budget, 0.0)

@@ -20,6 +20,7 @@ from lightning_compress.quantization import Affine, Scheme
 from lightning_compress.quantization.convert import overflowing, to_float
 from lightning_compress.quantization.fake_quant import weights
 
+from ..nightly import some
 from .helpers import largest_difference, noise, quantize, randomized, run
 
 X = noise(4, 6, 8)
@@ -124,7 +125,7 @@ def test_the_lstm_of_the_file_is_one_that_quantizes_as_it_runs(granularity: Any,
     assert np.median(difference) < 1e-6
 
 
-@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("size", some([1, 5], 5))
 def test_two_layers_in_two_directions_at_any_batch_size(size: int, tmp_path: Path) -> None:
     model = randomized(Last(nn.LSTM, num_layers=2))
     runner = exported(model, X, tmp_path)
