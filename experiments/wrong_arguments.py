@@ -31,7 +31,8 @@ from lightning_compress.analysis.sensitivity import hessian_traces, sensitivity
 from lightning_compress.checks import shown
 from lightning_compress.deploy.closeness import LargestDifference
 from lightning_compress.deploy.formats import check_formats
-from lightning_compress.deploy.verify import Comparison, time_together
+from lightning_compress.deploy.timing import time_together
+from lightning_compress.deploy.verify import Comparison
 from lightning_compress.distillation import DistillationLoss
 from lightning_compress.forward import Inputs
 from lightning_compress.layers import Layer
