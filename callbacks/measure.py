@@ -42,6 +42,7 @@ def measure(
     """
     metrics, why = _metrics(trainer, pl_module)
     measured: dict[str, Any] = {"metrics": metrics, "macs_by_layer": {}, "unmeasured": []}
+    measured["step"] = trainer.global_step
     if why is not None:
         measured["unmeasured"].append(f"The metric is not measured: {why}")
     try:

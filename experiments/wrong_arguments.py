@@ -200,6 +200,7 @@ _TABLE: dict[Callable[..., Any], Mapping[str, Sequence[Any]]] = {
         "monitor": (3, "", ["val_acc"], True),
         "show": _FLAG,
         "mode": ("higher", "MAX", 1, True),
+        "control": (3, "", "none.json", ["report.json"], {"val_acc": 0.9}, True),
     },
     callbacks.Recipe: {
         "recipe": (None, 3, "", "prune_int", "none.yaml", ["int8"]),

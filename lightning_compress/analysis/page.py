@@ -19,7 +19,10 @@ __all__ = ["html_table", "picture", "save_picture", "write_page"]
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:60rem;margin:0 auto;padding:1rem}
 h1{font-size:1.4rem;margin:.2rem 0}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;white-space:nowrap}
+.wide{overflow-x:auto;background:linear-gradient(90deg,#fff,#fff0) 0/2rem local no-repeat,\
+linear-gradient(270deg,#fff,#fff0) 100%/2rem local no-repeat,linear-gradient(90deg,#0004,#0000) 0/.7rem no-repeat,\
+linear-gradient(270deg,#0004,#0000) 100%/.7rem no-repeat}
+table{border-collapse:collapse;font-size:.86rem;white-space:nowrap}
 th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e2e2e2}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
 img{max-width:100%;height:auto;display:block}figure{margin:0 0 1rem}figcaption{color:#555;font-size:.86rem}
@@ -28,7 +31,8 @@ img{max-width:100%;height:auto;display:block}figure{margin:0 0 1rem}figcaption{c
 dt{font-weight:600}dd{margin:0 0 .4rem;overflow-wrap:anywhere}summary{cursor:pointer}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}
 tr.pale td{color:#999}tr.chosen td{font-weight:600;background:#eef6ee}
-.facts b{display:block;font-size:1.25rem}.warning{color:#8a3b00}.missed{color:#b00020;font-weight:bold}
+.facts b{display:block;font-size:1.25rem}.warning{color:#8a3b00}.missed,tr.missed td{color:#b00020;font-weight:bold}
+.legend{color:#555;font-size:.86rem;margin:.3rem 0}
 """
 
 

@@ -65,12 +65,16 @@ REPORT_KEYS = {
     "control",
     "dense",
     "latency_ms_pytorch",
+    "latency_ms_pytorch_quartiles",
     "layers",
     "origin",
     "metric",
     "packed",
+    "phases",
     "seconds",
+    "steps",
     "targets",
+    "validation_samples",
     "warnings",
 }
 ARTIFACT_KEYS = {
@@ -90,6 +94,8 @@ ARTIFACT_KEYS = {
     "judged",
     "latency_ms",
     "latency_ms_float",
+    "latency_ms_float_quartiles",
+    "latency_ms_quartiles",
     "left_out",
     "max_abs_diff",
     "max_rel_diff",
@@ -140,6 +146,11 @@ def test_report_has_the_contract_keys_and_true_values(demo: tuple[Path, str]) ->
     (artifact,) = report["artifacts"]
     assert set(artifact) == ARTIFACT_KEYS
     assert set(artifact["latency_ms"]) == set(artifact["latency_ms_float"]) == {"1", "64"}
+    for key in ("latency_ms", "latency_ms_float"):
+        for size, (low, high) in artifact[f"{key}_quartiles"].items():
+            assert low <= artifact[key][size] <= high
+    assert report["phases"] == ["dense", "prune", "fine-tune", "calibrate", "quantize"]
+    assert 0 < report["steps"]["dense"] < report["steps"]["control"] == report["steps"]["compressed"]
     assert artifact["bytes"] == (folder / "deploy" / "model.onnx").stat().st_size
     assert artifact["agreement"] >= 0.99
     assert report["compressed"]["sparsity"] >= 0.9
