@@ -26,7 +26,8 @@ from lightning_compress import (
     save_packed,
 )
 from lightning_compress.analysis.allocation import allocate
-from lightning_compress.analysis.pareto import Run, frontier, read_runs
+from lightning_compress.analysis.pareto import frontier
+from lightning_compress.analysis.runs import Run, read_runs
 from lightning_compress.analysis.sensitivity import hessian_traces, sensitivity
 from lightning_compress.checks import shown
 from lightning_compress.deploy.closeness import LargestDifference

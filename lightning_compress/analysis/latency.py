@@ -66,9 +66,9 @@ def latency_table(report: Report) -> tuple[list[str], list[list[str]]]:
         rest = ["-"] * bool(in_torch)
         rows.append([f"batch {size}", *own])
         if files:
-            rows.append([f"float twin, {size}", *(_cell(a, "latency_ms_float", size) for a in files), *rest])
+            rows.append([f"batch {size}, float twin", *(_cell(a, "latency_ms_float", size) for a in files), *rest])
             compared = [speed(a, size) if size in a["latency_ms"] else "-" for a in files]
-            rows.append([f"compared, {size}", *compared, *rest])
+            rows.append([f"batch {size}, compared", *compared, *rest])
     return names, rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_compress.analysis.report import Report, short
 
-__all__ = ["legend_of_bytes", "legend_of_phases"]
+__all__ = ["legend_of_bytes", "legend_of_models", "legend_of_phases"]
 
 
 def legend_of_bytes(report: Report) -> list[tuple[str, str]]:
@@ -16,6 +16,16 @@ def legend_of_bytes(report: Report) -> list[tuple[str, str]]:
         ("zstd", "that file after zstd, as a download is"),
         (f"packed{size}", "what the weights need, each its bits and a zero one bit; compress/bytes estimates it"),
     ]
+
+
+def legend_of_models(report: Report) -> list[tuple[str, str]]:
+    """What the dense rows are, where there are some."""
+    found = []
+    if report["dense"]:
+        found.append(("dense", "the model where compression began, which the rest of the run has not trained"))
+    if report["control"]:
+        found.append(("dense trained on", "the same run without compression, at its end"))
+    return found
 
 
 def legend_of_phases(report: Report) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_compress.analysis.latency import LATENCY_LEGEND, latency_table
-from lightning_compress.analysis.legend import legend_of_bytes
+from lightning_compress.analysis.legend import legend_of_bytes, legend_of_models
 from lightning_compress.analysis.report import (
     TARGET_HEADERS,
     Report,
@@ -94,7 +94,7 @@ def _lines(report: Report, folder: Path) -> list[str]:
     lines += [f"- {key}: {value}" for key, value in origin.items()]
     lines += ["", "For what, trained on what, not for what: to be written by its author.", ""]
     lines += ["## What it is worth", "", *_table(headers(report), summary_rows(report)), "", _METRIC, ""]
-    lines += [*(f"- {name}: {words}" for name, words in legend_of_bytes(report)), ""]
+    lines += [*(f"- {name}: {words}" for name, words in [*legend_of_bytes(report), *legend_of_models(report)]), ""]
     names, rows = latency_table(report)
     if rows:
         lines += ["## How fast it is", "", *_table(names, rows), "", LATENCY_LEGEND, ""]

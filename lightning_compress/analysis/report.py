@@ -129,14 +129,14 @@ def _plain(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-TARGET_HEADERS = ["asked of", "target", "asked", "reached", "verdict"]
+TARGET_HEADERS = ["target", "asked", "reached", "verdict", "of"]
 """The column names of :func:`target_rows`."""
 
 
 def target_rows(report: Report) -> list[list[str]]:
     """What was asked against what stands, a row a target."""
     return [
-        [row["callback"], row["target"], _plain(row["asked"]), _plain(row["reached"]), _verdict(row)]
+        [row["target"], _plain(row["asked"]), _plain(row["reached"]), _verdict(row), row["callback"]]
         for row in report.get("targets", [])
     ]
 
@@ -151,7 +151,7 @@ def summary_values(report: Report) -> list[list[Any]]:
     Last comes the metric of a file in its runtime less that of the trained model in PyTorch. What is unknown is None.
     """
     rows = []
-    steps: Mapping[str, int | None] = report.get("steps", {})
+    steps: Any = report.get("steps", {})
     for label, key in (("dense", "dense"), ("dense trained on", "control"), ("compressed", "compressed")):
         totals: Any = report.get(key)
         if totals:

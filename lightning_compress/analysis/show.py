@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_compress.analysis.latency import LATENCY_LEGEND, latency_table, speed
-from lightning_compress.analysis.legend import legend_of_bytes, legend_of_phases
+from lightning_compress.analysis.legend import legend_of_bytes, legend_of_models, legend_of_phases
 from lightning_compress.analysis.model_card import how_to_load
 from lightning_compress.analysis.page import html_table, picture, write_page
 from lightning_compress.analysis.report import (
@@ -83,7 +83,7 @@ def write_html(report: Report, pictures: Mapping[str, Figure], path: Path) -> No
         problems,
         "<h2>What compression bought</h2>",
         html_table(headers(report), summary_rows(report)),
-        _legend([("params", "those that are not zero"), *legend_of_bytes(report), *_dense(report)]),
+        _legend([("params", "those that are not zero"), *legend_of_bytes(report), *legend_of_models(report)]),
         *_latency(report),
         "<h2>Pictures</h2>",
         *shown,
@@ -125,14 +125,6 @@ def _latency(report: Report) -> list[str]:
     if not rows:
         return []
     return ["<h2>Milliseconds</h2>", html_table(names, rows), f'<p class="legend">{html.escape(LATENCY_LEGEND)}</p>']
-
-
-def _dense(report: Report) -> list[tuple[str, str]]:
-    """What the dense rows are."""
-    found = [("dense", "the model at the step where compression began")] if report["dense"] else []
-    if report.get("control"):
-        found.append(("dense trained on", "the same run without compression, at its end"))
-    return found
 
 
 def _legend(words: Sequence[tuple[str, str]]) -> str:

@@ -22,8 +22,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_compress import Phase, files, load_from_checkpoint
-from lightning_compress.analysis.pareto import Run, frontier
+from lightning_compress.analysis.pareto import frontier
 from lightning_compress.analysis.report import write_json
+from lightning_compress.analysis.runs import Run
 from lightning_compress.analysis.sensitivity import Sensitivity
 from lightning_compress.analysis.show import write_html
 from lightning_compress.callbacks import (

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lightning_compress.analysis.pareto import COSTS, Run, frontier, read_runs
+from lightning_compress.analysis.pareto import frontier
+from lightning_compress.analysis.runs import COSTS, Run, read_runs
 
 
 def run(name: str, metric: float, size: int | None, latency: float | None = 1.0) -> Run:
