@@ -10,6 +10,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from lightning_compress.refusals import own
+
 __all__ = ["CompareRuns"]
 
 
@@ -26,7 +28,7 @@ class CompareRuns(Callback):
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         failed = job_return.status == JobStatus.FAILED
-        error = job_return._return_value if failed else None  # noqa: SLF001  # to ask for it is to raise it
+        error = own(job_return._return_value) if failed else None  # noqa: SLF001  # to ask for it is to raise it
         note = note_failure(Path(config.hydra.runtime.output_dir), error)
         if failed and str(config.hydra.sweeper._target_).endswith(".BasicSweeper"):
             print(f"Job {config.hydra.job.num} of the sweep failed: {error}\nWhere: {note}", file=sys.stderr)
@@ -46,5 +48,5 @@ class CompareRuns(Callback):
                 print(f"{name}: {reason}")
         failed = failed_jobs(folder)
         if failed and str(config.hydra.sweeper._target_).endswith(".BasicSweeper"):
-            print(f"{len(failed)} jobs of the sweep failed: {', '.join(failed)}.", file=sys.stderr)
+            print(f"Of the sweep failed: {', '.join(failed)}.", file=sys.stderr)
             sys.exit(1)
