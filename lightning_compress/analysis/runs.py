@@ -201,10 +201,10 @@ def jobs_without_report(folder: Path) -> dict[str, str]:
     return {str(job.relative_to(folder)): failed.get(str(job.relative_to(folder)), unknown) for job in without}
 
 
-def failed_jobs(folder: Path) -> dict[str, str]:
-    """The jobs of a sweep that failed, by name, and why."""
-    notes = sorted(folder.rglob(_NOTE))
-    return {str(path.parent.relative_to(folder)): _why(path) for path in notes}
+def failed_jobs(folder: Path, since: float = 0.0) -> dict[str, str]:
+    """The jobs of a sweep that failed, by name, and why; without notes from before ``since``, a ``time.time()``."""
+    notes = [path for path in sorted(folder.rglob(_NOTE)) if (path.parent / ".hydra").is_dir()]
+    return {str(path.parent.relative_to(folder)): _why(path) for path in notes if path.stat().st_mtime >= since}
 
 
 def _why(note: Path) -> str:

@@ -8,6 +8,7 @@ import math
 import random
 import re
 import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ import pytest
 from rich.console import Console
 
 from lightning_compress.analysis.pareto import Frontier, frontier
-from lightning_compress.analysis.runs import COSTS, Run, differing, read_runs
+from lightning_compress.analysis.runs import (
+    COSTS,
+    Run,
+    differing,
+    failed_jobs,
+    jobs_without_report,
+    note_failure,
+    read_runs,
+)
 
 
 def run(name: str, metric: float, size: int | None, latency: float | None = 1.0) -> Run:
@@ -101,6 +110,22 @@ def test_what_a_report_holds_of_spread_samples_and_page_is_read(tmp_path: Path) 
     (tmp_path / "0" / "report.html").write_text("")
     _, (a,) = read_runs(tmp_path)
     assert (a.latency_ms_quartiles, a.runtime, a.samples, a.report) == ((0.4, 0.6), "onnxruntime", 500, "0/report.html")
+
+
+def test_jobs_that_failed_are_told_from_those_that_left_nothing_and_from_files_of_others(tmp_path: Path) -> None:
+    for name in ("0", "1", "2"):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+    report(tmp_path / "2" / "below", 0.9, 100)
+    note_failure(tmp_path / "0", ValueError("no such\ncriterion"))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "failed.txt").write_text("of somebody else")
+    assert failed_jobs(tmp_path) == {"0": "it failed: ValueError: no such"}
+    assert failed_jobs(tmp_path, since=time.time() + 60) == {}
+    found = jobs_without_report(tmp_path)
+    assert list(found) == ["0", "1"]
+    assert found["1"].startswith("it left no report")
+    note_failure(tmp_path / "0", None)
+    assert failed_jobs(tmp_path) == {}
 
 
 def test_fields_of_the_same_last_word_keep_their_whole_names() -> None:
