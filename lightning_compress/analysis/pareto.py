@@ -160,7 +160,9 @@ class Frontier:
         )
         few = len(self.runs) <= _LABELLED
         for i in range(len(self.runs)) if few else (*self.best, *self.within_noise):
-            axes.annotate(self._label(i), points[i], fontsize=7, xytext=(4, -9), textcoords="offset points")
+            right = points[i][0] > sum(axes.get_xlim()) / 2  # where a label beside the point would leave the picture
+            place = {"xytext": (-4 if right else 4, -9), "ha": "right" if right else "left"}
+            axes.annotate(self._label(i), points[i], fontsize=7, textcoords="offset points", **place)
         axes.set_xlabel(f"{COSTS[self.cost]} (less is better)")
         axes.set_ylabel(f"{self.metric} ({_WAYS[self.more_is_better]})")
         axes.legend(frameon=False, fontsize=8)
