@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.markup import escape
@@ -161,7 +161,7 @@ class Frontier:
         few = len(self.runs) <= _LABELLED
         for i in range(len(self.runs)) if few else (*self.best, *self.within_noise):
             right = points[i][0] > sum(axes.get_xlim()) / 2  # where a label beside the point would leave the picture
-            place = {"xytext": (-4 if right else 4, -9), "ha": "right" if right else "left"}
+            place: Any = {"xytext": (-4 if right else 4, -9), "ha": "right" if right else "left"}
             axes.annotate(self._label(i), points[i], fontsize=7, textcoords="offset points", **place)
         axes.set_xlabel(f"{COSTS[self.cost]} (less is better)")
         axes.set_ylabel(f"{self.metric} ({_WAYS[self.more_is_better]})")
