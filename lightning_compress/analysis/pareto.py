@@ -87,7 +87,7 @@ class Frontier:
 
     def legend(self) -> str:
         """What the marks say."""
-        return "* the one to take, + on the frontier" + ", ~ better than all cheaper ones, within noise" * bool(
+        return "* the one to take, + on the frontier" + ", ~ better than all cheaper ones, but within noise" * bool(
             self.within_noise
         )
 
