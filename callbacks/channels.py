@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.checks import check_by_name, check_number, check_one_of, check_whole_number, shown
 from lightning_compress.copies import copy_module
-from lightning_compress.deploy.verify import time_together
+from lightning_compress.deploy.timing import time_together
 from lightning_compress.layers import plain_name
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import Criterion
@@ -260,7 +260,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         if self.target == "macs":
             return float(self._calls.macs(smaller))
         # The median of five calls is enough: what is asked for is a share, and a search asks often.
-        return time_together([self._calls.of_one_sample(smaller)], seconds=0.0)[0]
+        return time_together([self._calls.of_one_sample(smaller)], seconds=0.0)[0].ms
 
 
 def _own(pattern: str | None) -> str:

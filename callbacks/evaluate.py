@@ -18,6 +18,7 @@ __all__ = [
     "copied",
     "evaluate",
     "has_validation",
+    "num_validated",
     "quiet",
     "run_training_step",
     "training_data",
@@ -106,6 +107,21 @@ def _loop_like(run: Any, model: pl.LightningModule, known: Any) -> Any:
 def _source(run: Any, model: pl.LightningModule) -> Any:
     """Where the run's data come from: of the model's own loaders, the copy's."""
     return type(run)(model if isinstance(run.instance, pl.LightningModule) else run.instance, run.name)
+
+
+def num_validated(trainer: pl.Trainer) -> int | None:
+    """The samples of one validation; None where its data do not tell, or come from several loaders."""
+    # Lightning has no public name for the loaders of a loop
+    loop = validation_loop(trainer)
+    loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []  # noqa: SLF001
+    try:
+        (loader,) = loaders
+        (num_batches,) = loop.max_batches
+        if num_batches >= len(loader):
+            return len(loader.dataset)
+        return min(len(loader.dataset), int(num_batches) * loader.batch_size)
+    except (TypeError, ValueError, AttributeError):  # none, several, without a length, or no DataLoader of torch
+        return None
 
 
 def validated(trainer: pl.Trainer) -> list[str]:

@@ -11,15 +11,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_compress.analysis.inspect import layer_table
 from lightning_compress.analysis.origin import origin_of
-from lightning_compress.analysis.report import Packed, Report
+from lightning_compress.analysis.report import Packed, Report, Steps
 from lightning_compress.checks import first_line
 from lightning_compress.deploy.packed import save_packed
+from lightning_compress.deploy.timing import plain_times
 from lightning_compress.deploy.verify import difference
 from lightning_compress.metrics import pick_metric
 
-from .evaluate import copied
+from .control import why_no_control
+from .evaluate import copied, num_validated
 from .measure import totals
 from .protocol import exporting
+from .run import phase_names
 from .verdict import targets_of
 
 __all__ = ["Measured", "formats_of", "make_report"]
@@ -31,7 +34,7 @@ class Measured:
 
     Args:
         dense: The model just before compression; None if that never began.
-        control: One trained without compression; None without it.
+        control: One that was trained on without compression; None without it.
         compressed: The model at the end.
     """
 
@@ -67,6 +70,8 @@ def make_report(
     written = _pack(pl_module, packed, warnings)
     if monitor is not None and monitor not in compressed["metrics"]:
         warnings.append(f"monitor={monitor!r} was not logged; logged were {', '.join(compressed['metrics'])}.")
+    if measured.control is not None:
+        warnings += why_no_control(measured.control, compressed, metric)
     for text in warnings:
         rank_zero_warn(text)
     # Export has said these
@@ -76,6 +81,7 @@ def make_report(
         for name, reason in callback.failures.items()
     ]
     cautions += [text for artifact in artifacts for text in artifact["warnings"]]
+    latency, quartiles = plain_times(compressed.get("latency", {}))
     return {
         "metric": metric,
         "dense": None if measured.dense is None else totals(measured.dense, metric),
@@ -84,12 +90,22 @@ def make_report(
         "layers": layer_table(pl_module, compressed["macs_by_layer"]),
         "artifacts": artifacts,
         "packed": written,
-        "latency_ms_pytorch": compressed.get("latency_ms", {}),
+        "latency_ms_pytorch": latency,
         "seconds": {},
         "targets": targets_of(trainer),
         "warnings": warnings + cautions,
         "origin": origin_of(pl_module),
+        "steps": _steps(measured),
+        "latency_ms_pytorch_quartiles": quartiles,
+        "phases": phase_names(trainer),
+        "validation_samples": num_validated(trainer),
     }
+
+
+def _steps(measured: Measured) -> Steps:
+    # what a checkpoint of an earlier version measured has no step
+    dense, control = ((found or {}).get("step") for found in (measured.dense, measured.control))
+    return {"dense": dense, "control": control, "compressed": measured.compressed["step"]}
 
 
 def _artifacts(trainer: pl.Trainer, metric: str | None) -> list[dict[str, Any]]:

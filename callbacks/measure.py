@@ -18,7 +18,7 @@ from lightning_compress.analysis.report import Totals
 from lightning_compress.checks import first_line
 from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.deploy.size import weigh
-from lightning_compress.deploy.verify import time_together
+from lightning_compress.deploy.timing import Timed, time_together
 from lightning_compress.forward import Inputs, fitting_batch, run_model
 from lightning_compress.quantization.convert import to_float
 
@@ -38,10 +38,11 @@ def measure(
         trainer: The Trainer of the run, for its validation data.
         pl_module: The model.
         formats: ``bytes`` are of its float file in the first of these formats; of its state_dict without one.
-        timed: Also time the model as it is, fake-quantized or not, in PyTorch on the CPU: ``latency_ms``.
+        timed: Also time the model as it is, fake-quantized or not, in PyTorch on the CPU: ``latency``.
     """
     metrics, why = _metrics(trainer, pl_module)
     measured: dict[str, Any] = {"metrics": metrics, "macs_by_layer": {}, "unmeasured": []}
+    measured["step"] = trainer.global_step
     if why is not None:
         measured["unmeasured"].append(f"The metric is not measured: {why}")
     try:
@@ -56,7 +57,7 @@ def measure(
             if timed:
                 timed_model = copied(pl_module).cpu().eval()
                 with attached(trainer, timed_model):
-                    measured["latency_ms"] = _latency(timed_model, inputs)
+                    measured["latency"] = _latency(timed_model, inputs)
     except Exception as error:  # a model that cannot be copied or traced still trains
         measured["unmeasured"].append(f"MACs, latency or bytes could not be measured: {first_line(error)}")
     return measured | describe(pl_module, measured["macs_by_layer"])
@@ -77,13 +78,13 @@ def _metrics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[dict[s
     )
 
 
-def _latency(model: pl.LightningModule, inputs: Inputs) -> dict[str, float]:
-    """Median milliseconds by batch size, one thread."""
+def _latency(model: pl.LightningModule, inputs: Inputs) -> dict[str, Timed]:
+    """Milliseconds by batch size, one thread."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         sizes = {size: partial(run_model, model, fitting_batch(model, inputs, size)) for size in (1, 64)}
-        return {str(size): round(time_together([call], seconds=0.05)[0], 4) for size, call in sizes.items()}
+        return {str(size): time_together([call], seconds=0.05)[0] for size, call in sizes.items()}
     finally:
         torch.set_num_threads(num_threads)
 

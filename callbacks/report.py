@@ -24,14 +24,15 @@ from lightning_compress.analysis.inspect import (
     weight_bits,
     weight_layers,
 )
-from lightning_compress.analysis.report import Report, describe_missed
-from lightning_compress.analysis.show import terminal_table
+from lightning_compress.analysis.report import Report
+from lightning_compress.analysis.terminal import terminal_report
 from lightning_compress.checks import check_flag, check_one_of, check_path, check_text
 from lightning_compress.metrics import MODES, Mode, is_of_training, pick_metric
 from lightning_compress.phase import Clock
 from lightning_compress.structure.record import Record
 from lightning_compress.tracking import define_metric
 
+from .control import Reporting, read_control
 from .evaluate import validated, why_not_validated
 from .final_report import Measured, formats_of, make_report
 from .judgement import choose_metric, settle_mode
@@ -50,7 +51,8 @@ class CompressionReport(pl.Callback):
     """Logs ``compress/*`` during training, and at the end writes report.json and report.html and prints a table.
 
     Just before compression begins the dense model is measured on the validation data, on a copy; without such data all
-    is measured but the metric. A packed checkpoint,
+    is measured but the metric. The dense model has not seen the rest of the run by then: what compression costs is told
+    by a ``control``, the same run without it. A packed checkpoint,
     ``packed.safetensors``, lies beside the report. Tables, pictures and files go to every logger that takes them.
 
     Args:
@@ -61,6 +63,12 @@ class CompressionReport(pl.Callback):
         show: Print the table at the end.
         mode: ``"max"`` if higher is better, ``"min"`` if lower is: of which value W&B's summary holds the best. Told by
             the metric's name without one.
+        control: The same run without compression, a row of its own: the CompressionReport of a plain run that is over,
+            or the path of its ``report.json``. One of another length is warned of.
+
+    Raises:
+        TypeError: If the control is no CompressionReport and no path.
+        ValueError: If it has no report, its run compressed the model, or its metric is not the ``monitor``.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[CompressionReport(monitor="val_acc")], logger=False,
@@ -75,6 +83,7 @@ class CompressionReport(pl.Callback):
         monitor: str | None = None,
         show: bool = True,
         mode: Mode | None = None,
+        control: Reporting | str | Path | None = None,
     ) -> None:
         if dirpath is not None:
             check_path("CompressionReport.dirpath", dirpath, "the path of a folder, or None")
@@ -87,7 +96,7 @@ class CompressionReport(pl.Callback):
         self.mode = mode
         check_one_of(f"{type(self).__name__}.mode", mode, MODES, "Take 'max' if higher is better.")
         self.report: Report | None = None
-        self.control: dict[str, Any] | None = None
+        self.control = read_control(control, monitor)
         self._folder = Path()
         self._known: str | None = None  # the folder that a resumed run had
         self._dense: dict[str, Any] | None = None
@@ -203,10 +212,8 @@ class CompressionReport(pl.Callback):
             if trainer.progress_bar_callback is not None:
                 trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")  # so that no live bar is in the way
             console = Console()
-            console.print(terminal_table(self.report))
-            for row in self.report["targets"]:
-                if row["missed"]:
-                    console.print(describe_missed(row), style="bold red", markup=False)
+            for part in terminal_report(self.report):
+                console.print(part)
             if page is not None:
                 console.print(f"report: {page}", soft_wrap=True)
 

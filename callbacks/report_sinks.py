@@ -16,6 +16,8 @@ from rich.progress import BarColumn
 from rich.table import Column
 
 from lightning_compress.analysis.history import History
+from lightning_compress.analysis.latency import latency_values
+from lightning_compress.analysis.legend import legend_of_bytes, legend_of_phases
 from lightning_compress.analysis.model_card import write_model_card
 from lightning_compress.analysis.report import (
     Report,
@@ -71,7 +73,11 @@ def send(logger: Any, report: Report, history: History, pictures: Mapping[str, F
     if isinstance(logger, TensorBoardLogger):
         names = headers(report)
         lines = ["| " + " | ".join(row) + " |" for row in (names, ["---"] * len(names), *summary_rows(report))]
+        lines += ["", *(f"- {name}: {words}" for name, words in legend_of_bytes(report))]
         parts["table as text"] = lambda: logger.experiment.add_text("compress/report", "\n".join(lines), step)
+    phases = legend_of_phases(report)
+    if phases:
+        parts["phases"] = partial(_send_text, logger, "phases", phases, step)
     if isinstance(logger, WandbLogger):
         bins = {"before": history.before, "after": history.after}
         parts["histograms"] = lambda: log_histograms(logger.experiment, history.bins, bins)
@@ -139,16 +145,16 @@ def send_targets(logger: Any, targets: Sequence[Target], step: int) -> None:
     counted = {"compress/targets_missed": float(len(missed))}
     _give(logger, "the number of targets missed", lambda: logger.log_metrics(counted, step=step))
     if missed:
-        _give(logger, "the targets", lambda: _send_text(logger, " ".join(missed), step))
+        _give(logger, "the targets", lambda: _send_text(logger, "targets", " ".join(missed), step))
 
 
-def _send_text(logger: Any, text: str, step: int) -> None:
+def _send_text(logger: Any, name: str, text: str, step: int) -> None:
     if isinstance(logger, WandbLogger):
-        logger.experiment.summary["compress/targets"] = text
+        logger.experiment.summary[f"compress/{name}"] = text
     elif hasattr(logger.experiment, "add_text"):
-        logger.experiment.add_text("compress/targets", text, global_step=step)
+        logger.experiment.add_text(f"compress/{name}", text, global_step=step)
     elif hasattr(logger.experiment, "log_text"):
-        logger.experiment.log_text(logger.run_id, text, "compress/targets.txt")
+        logger.experiment.log_text(logger.run_id, text, f"compress/{name}.txt")
 
 
 def _tables(report: Report, history: History) -> dict[str, tuple[list[str], list[list[Any]]]]:
@@ -157,6 +163,9 @@ def _tables(report: Report, history: History) -> dict[str, tuple[list[str], list
         "report": (headers(report), summary_values(report)),
         "over_time": (["step", "layer", "sparsity", "weight_bits"], history.rows),
     }
+    columns, rows = latency_values(report)
+    if rows:
+        tables["latency"] = columns, rows
     if report["layers"]:
         tables["layers"] = list(report["layers"][0]), [list(row.values()) for row in report["layers"]]
     return tables

@@ -24,6 +24,7 @@ __all__ = [
     "is_launched",
     "on_rank_zero",
     "own_progress",
+    "phase_names",
     "read_clock",
     "share_after_batch",
     "tell_left_alone",
@@ -149,8 +150,7 @@ def current_phase(trainer: pl.Trainer, clock: Clock) -> tuple[int, str]:
     """Number and name of the phase the run is in: 0, "dense" before the first; the last one begun stays current."""
     index = 0
     name = "dense"
-    phases = sorted(phases_of(trainer), key=lambda item: item[1].fractions(clock))
-    for i, (label, phase) in enumerate(phases, start=1):
+    for i, (label, phase) in enumerate(_in_order(trainer, clock), start=1):
         progress = phase.progress(clock)
         if 0 <= progress < 1:
             return i, label
@@ -158,6 +158,15 @@ def current_phase(trainer: pl.Trainer, clock: Clock) -> tuple[int, str]:
             index = i
             name = f"after {label}"
     return index, name
+
+
+def phase_names(trainer: pl.Trainer) -> list[str]:
+    """The names of the phases in the order of their numbers, "dense" first."""
+    return ["dense", *(name for name, _ in _in_order(trainer, read_clock(trainer, 0)))]
+
+
+def _in_order(trainer: pl.Trainer, clock: Clock) -> list[tuple[str, Phase]]:
+    return sorted(phases_of(trainer), key=lambda item: item[1].fractions(clock))
 
 
 def is_launched(trainer: pl.Trainer) -> bool:

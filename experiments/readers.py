@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from experiments.mutations import FORGERIES, WOUNDS, Parts, damaged_value, parts_of
 from experiments.specimens import Specimen, make_specimens, same
 from lightning_compress import Phase, load_from_checkpoint
-from lightning_compress.analysis.pareto import read_runs
+from lightning_compress.analysis.runs import read_runs
 from lightning_compress.analysis.sensitivity import Row, Sensitivity
 from lightning_compress.callbacks import ChannelPruning, QuantizationAwareTraining
 from lightning_compress.checks import is_number

@@ -26,12 +26,14 @@ from lightning_compress import (
     save_packed,
 )
 from lightning_compress.analysis.allocation import allocate
-from lightning_compress.analysis.pareto import Run, frontier, read_runs
+from lightning_compress.analysis.pareto import frontier
+from lightning_compress.analysis.runs import Run, read_runs
 from lightning_compress.analysis.sensitivity import hessian_traces, sensitivity
 from lightning_compress.checks import shown
 from lightning_compress.deploy.closeness import LargestDifference
 from lightning_compress.deploy.formats import check_formats
-from lightning_compress.deploy.verify import Comparison, time_together
+from lightning_compress.deploy.timing import time_together
+from lightning_compress.deploy.verify import Comparison
 from lightning_compress.distillation import DistillationLoss
 from lightning_compress.forward import Inputs
 from lightning_compress.layers import Layer
@@ -199,6 +201,7 @@ _TABLE: dict[Callable[..., Any], Mapping[str, Sequence[Any]]] = {
         "monitor": (3, "", ["val_acc"], True),
         "show": _FLAG,
         "mode": ("higher", "MAX", 1, True),
+        "control": (3, "", "none.json", ["report.json"], {"val_acc": 0.9}, True),
     },
     callbacks.Recipe: {
         "recipe": (None, 3, "", "prune_int", "none.yaml", ["int8"]),

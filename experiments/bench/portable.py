@@ -39,7 +39,7 @@ from lightning_compress.deploy.cpu import cpu_features
 from lightning_compress.deploy.files import write_files
 from lightning_compress.deploy.formats import FORMATS, check_formats
 from lightning_compress.deploy.size import weigh
-from lightning_compress.deploy.verify import time_together
+from lightning_compress.deploy.timing import time_together
 from lightning_compress.forward import Inputs, run_model
 from lightning_compress.quantization import int8
 
@@ -148,7 +148,7 @@ def measure(folder: Path) -> list[dict[str, Any]]:
                 calls = [runner.prepare(Inputs((x[:size],), {})) for runner in runners.values()]
                 times[size] = dict(zip(runners, time_together(calls, 2.0), strict=True))
             for name in list(runners)[1:]:
-                speed = {f"speed @{size}": ms["float"] / ms[name] for size, ms in times.items()}
+                speed = {f"speed @{size}": timed["float"].ms / timed[name].ms for size, timed in times.items()}
                 rows.append({"net": net.name, "runtime": runtime, "remedy": name, **found[name], **speed})
         exact = _Exact(net / "ours.onnx", optimized=False)
         rows.append({"net": net.name, "runtime": "exact", "remedy": OURS, **_answers(exact, x, y, saved[OURS])})

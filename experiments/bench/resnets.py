@@ -33,7 +33,7 @@ from lightning_compress.callbacks import ChannelPruning, KnowledgeDistillation, 
 from lightning_compress.deploy.files import write_files
 from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.deploy.size import weigh
-from lightning_compress.deploy.verify import time_together
+from lightning_compress.deploy.timing import time_together
 from lightning_compress.forward import Inputs, run_model
 from lightning_compress.pruning import Criterion, Random
 
@@ -119,7 +119,7 @@ def measure(model: nn.Module, data: Data, adapted: OnnxFile | None, folder: Path
     """What a model is, and what its file does, beside the file of the adapted model."""
     example = data.x_test[:2].contiguous()
     file = OnnxFile(model, example, folder)
-    ms, dense = time_together([file.of_one, (adapted or file).of_one], 1.0)
+    ms, dense = (timed.ms for timed in time_together([file.of_one, (adapted or file).of_one], 1.0))
     found = {"accuracy": file.accuracy(data), "KB": file.size / 1e3, "ms": ms, "times the adapted": dense / ms}
     found |= {"trained": accuracy(model, data), "macs": num_macs(model, data.x_test[:1])}
     print(found, flush=True)

@@ -23,7 +23,7 @@ from experiments.crash.places import Kill, Places, watch_files
 from experiments.crash.runs import Net
 from experiments.crash.trials import Outcome
 from lightning_compress import files
-from lightning_compress.analysis import pareto
+from lightning_compress.analysis import pareto, runs
 from lightning_compress.analysis.sensitivity import sensitivity
 from lightning_compress.tasks import remembered
 
@@ -107,14 +107,14 @@ def left_of_cached(folder: Path) -> dict[str, object]:
 
 def compared(folder: Path, places: Places) -> None:
     """Jobs that each leave a report, those that are there already left out, and the frontier of all."""
-    watch_files(places, {"frontier": (pareto.__file__,), "frontier's files": (files.__file__,)})
+    watch_files(places, {"frontier": (pareto.__file__, runs.__file__), "frontier's files": (files.__file__,)})
     for i in range(4):
         totals = {"metric": 0.9 - 0.01 * i, "bytes": 400 - 50 * i, "bytes_zstd": 300 - 40 * i, "macs": 10}
         report = {"metric": "val_acc", "compressed": totals, "artifacts": [], "latency_ms_pytorch": {"1": 1.0}}
         if not (folder / "runs" / str(i) / "report.json").exists():
             files.write_whole(folder / "runs" / str(i) / "report.json", json.dumps(report))
-    metric, runs = pareto.read_runs(folder / "runs")
-    pareto.frontier(metric, runs).write(folder / "runs")
+    metric, found = runs.read_runs(folder / "runs")
+    pareto.frontier(metric, found).write(folder / "runs")
 
 
 def left_of_compared(folder: Path) -> dict[str, object]:

@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_compress.analysis.report import Report, describe_missed, headers, summary_rows
+from lightning_compress.analysis.latency import LATENCY_LEGEND, latency_table
+from lightning_compress.analysis.legend import legend_of_bytes, legend_of_models
+from lightning_compress.analysis.report import (
+    TARGET_HEADERS,
+    Report,
+    describe_missed,
+    headers,
+    summary_rows,
+    target_rows,
+)
 from lightning_compress.files import write_whole
 
 __all__ = ["how_to_load", "write_model_card"]
@@ -45,10 +54,7 @@ with torch.no_grad():
 load_packed({path!r}, model)  # an instance of the class above""",
 }
 
-_UNITS = (
-    "The metric of a file is computed from its own outputs in its runtime. Bytes are of the file, zstd of the file "
-    "compressed. Milliseconds are medians of one thread."
-)
+_METRIC = "The metric of a file is computed from its own outputs in its runtime."
 
 
 def how_to_load(path: str, inputs: Sequence[str] = ()) -> str:
@@ -83,9 +89,16 @@ def write_model_card(report: Report, path: Path) -> None:
 def _lines(report: Report, folder: Path) -> list[str]:
     origin = report.get("origin", {})
     lines = [f"# {origin.get('model', 'A compressed model').rpartition('.')[2]}, compressed", ""]
+    if report["targets"]:
+        lines += [*_table(TARGET_HEADERS, target_rows(report)), ""]
     lines += [f"- {key}: {value}" for key, value in origin.items()]
     lines += ["", "For what, trained on what, not for what: to be written by its author.", ""]
-    lines += ["## What it is worth", "", *_table(headers(report), summary_rows(report)), "", _UNITS, "", "## Files", ""]
+    lines += ["## What it is worth", "", *_table(headers(report), summary_rows(report)), "", _METRIC, ""]
+    lines += [*(f"- {name}: {words}" for name, words in [*legend_of_bytes(report), *legend_of_models(report)]), ""]
+    names, rows = latency_table(report)
+    if rows:
+        lines += ["## How fast it is", "", *_table(names, rows), "", LATENCY_LEGEND, ""]
+    lines += ["## Files", ""]
     for artifact in report["artifacts"]:
         lines += _of_file(artifact, folder)
     if report["packed"] is not None:

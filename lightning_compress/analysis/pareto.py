@@ -1,69 +1,35 @@
-"""Many runs side by side: which of them no other beats, and which to take."""
+"""Many runs side by side: which of them no other beats, by more than noise, and which to take."""
 
 from __future__ import annotations
 
 import html
 import json
-import shlex
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_compress.analysis.latency import show_ms
+from lightning_compress.analysis.noise import is_cheaper, noise_of
 from lightning_compress.analysis.page import html_table, picture, save_picture, write_page
-from lightning_compress.analysis.report import change, describe_missed
-from lightning_compress.checks import (
-    check_flag,
-    check_list,
-    check_number,
-    check_one_of,
-    check_path,
-    check_text,
-    first_line,
-    is_number,
-    shown,
-)
+from lightning_compress.analysis.report import change, short
+from lightning_compress.analysis.runs import COSTS, Run, differing
+from lightning_compress.checks import check_flag, check_list, check_number, check_one_of, check_text
 from lightning_compress.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COSTS", "Frontier", "Run", "frontier", "read_runs"]
+__all__ = ["Frontier", "frontier"]
 
-COSTS = {"bytes": "bytes", "bytes_zstd": "bytes as zstd", "latency_ms": "ms at batch 1", "macs": "MACs"}
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run's report says of what it ships.
-
-    Args:
-        name: Its folder, below that of all runs.
-        metric: Of the first exported file, or of the compressed model where there is no file.
-        bytes: Of that file.
-        bytes_zstd: Of that file, compressed.
-        latency_ms: Of that file, one sample.
-        macs: Multiply-accumulates.
-        sparsity: Share of zero weights.
-        command: What makes the run again.
-        missed: What it was asked for and did not reach, in sentences.
-        deployed_minus_trained: The metric of the file less that of the trained model in PyTorch.
-    """
-
-    name: str
-    metric: float
-    bytes: int | None
-    bytes_zstd: int | None
-    latency_ms: float | None
-    macs: int | None
-    sparsity: float | None
-    command: str
-    missed: tuple[str, ...] = ()
-    deployed_minus_trained: float | None = None
+_CAPTION = "What is not on the frontier is grey; the one to take is circled. Bars that overlap are within noise."
+_LABELLED = 10  # points that can all have a label
+_WAYS = {True: "more is better", False: "less is better"}
 
 
 @dataclass
@@ -74,8 +40,13 @@ class Frontier:
         metric: The metric's name.
         cost: Key of ``COSTS``.
         runs: All runs.
-        best: Indices of those that no other beats in both.
+        best: Indices of those that no other beats in both, by more than noise.
         chosen: Index of the one to take.
+        more_is_better: Whether a higher metric is better.
+        noise: The smallest difference of the metric that counts; 0 where that is not known.
+        noise_from: Where that is from, in a sentence.
+        within_noise: Indices of those that are better than all cheaper ones, but by no more than noise.
+        left_out: Runs that are not compared, by name, and why.
     """
 
     metric: str
@@ -83,175 +54,132 @@ class Frontier:
     runs: list[Run]
     best: list[int]
     chosen: int
+    more_is_better: bool = True
+    noise: float = 0.0
+    noise_from: str = ""
+    within_noise: list[int] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """pareto.json and pareto.html, and with matplotlib pareto.png."""
-        state = {**asdict(self), "runs": [{**asdict(run), "on_frontier": i in self.best} for i, run in self.rows()]}
-        write_whole(folder / "pareto.json", json.dumps(state, indent=2) + "\n")
-        body = [f"<h1>{html.escape(self.title())}</h1>"]
+        marks = [{"on_frontier": i in self.best, "within_noise": i in self.within_noise} for i in range(len(self.runs))]
+        runs = [{**asdict(run), **mark} for run, mark in zip(self.runs, marks, strict=True)]
+        write_whole(folder / "pareto.json", json.dumps({**asdict(self), "runs": runs}, indent=2) + "\n")
+        body = [f"<h1>{html.escape(self.title())}</h1>", f"<p>{html.escape(self.noise_from)}</p>"]
         try:
             figure = self.figure()
             save_picture(figure, folder / "pareto.png")
-            body.append(picture(figure, "Runs that another beats are grey; the one to take is circled."))
+            body.append(picture(figure, _CAPTION))
         except ModuleNotFoundError:
             body.append("<p>No picture: pip install 'lightning-compress[report]'.</p>")
-        classes = ["chosen" if i == self.chosen else "" if i in self.best else "pale" for i, _ in self.rows()]
-        body.append(html_table(self._names(), [self._cells(run) for _, run in self.rows()], classes))
+        classes = ["chosen" if mark == "*" else "" if mark == "+" else "pale" for mark in self._marks()]
+        body.append(html_table(*self._table(short_counts=False), classes, [run.report for run in self.runs]))
+        body.append(f'<p class="legend">{html.escape(self.legend())}</p>')
         missed = [f"{run.name}: {text}" for run in self.runs for text in run.missed]
         body += [f'<p class="missed">{html.escape(text)}</p>' for text in missed]
-        body.append(f"<h2>Again</h2><div class='wide'><pre>{html.escape(self.runs[self.chosen].command)}</pre></div>")
+        body += [f'<p class="warning">Left out {html.escape(text)}</p>' for text in self.words_of_left_out()]
+        body.append(f"<h2>Again</h2><pre>{html.escape(self.runs[self.chosen].command)}</pre>")
         write_page(folder / "pareto.html", self.title(), body)
-
-    def rows(self) -> list[tuple[int, Run]]:
-        """The runs with their indices, cheapest first."""
-        return list(enumerate(self.runs))
 
     def title(self) -> str:
         """How many runs, and what they are compared in."""
         return f"{len(self.runs)} runs, {self.metric} against {COSTS[self.cost]}: {len(self.best)} on the frontier"
 
-    def _names(self) -> list[str]:
-        return ["run", self.metric, "deployed minus trained", "sparsity", *COSTS.values()]
+    def legend(self) -> str:
+        """What the marks say."""
+        return "* the one to take, + on the frontier" + ", ~ better than all cheaper ones, but within noise" * bool(
+            self.within_noise
+        )
 
-    def _cells(self, run: Run) -> list[str]:
-        whole = [("-" if v is None else f"{v:,}") for v in (run.bytes, run.bytes_zstd)]
-        latency = "-" if run.latency_ms is None else f"{run.latency_ms:.3f}"
-        sparsity = "-" if run.sparsity is None else f"{run.sparsity:.1%}"
-        name = f"{run.name} (target missed)" if run.missed else run.name
-        macs = "-" if run.macs is None else f"{run.macs:,}"
-        return [name, f"{run.metric:.4f}", change(run.deployed_minus_trained), sparsity, *whole, latency, macs]
+    def words_of_left_out(self) -> list[str]:
+        """The runs that are not compared, each with the reason."""
+        return [f"{name}: {reason}" for name, reason in self.left_out.items()]
+
+    def _marks(self) -> list[str]:
+        marks = dict.fromkeys(self.within_noise, "~") | dict.fromkeys(self.best, "+") | {self.chosen: "*"}
+        return [marks.get(i, "") for i in range(len(self.runs))]
+
+    def _table(self, short_counts: bool) -> tuple[list[str], list[list[str]]]:
+        """Column names and rows; milliseconds of each runtime stand in a column of their own."""
+        fields, asked = differing(self.runs)
+        runtimes = sorted({run.runtime for run in self.runs if run.latency_ms is not None})
+        times = [f"{COSTS['latency_ms']}{f', {name}' * bool(name)}" for name in runtimes]
+        names = ["run", *(f"{name}=" for name in fields), self.metric, "deployed minus trained", "zeros"]
+        names += [COSTS["bytes"], COSTS["bytes_zstd"], *times, COSTS["macs"]]
+
+        def count(value: int | None) -> str:
+            return short(value) if short_counts or value is None else f"{value:,}"
+
+        rows = []
+        for run, mark, values in zip(self.runs, self._marks(), asked, strict=True):
+            name = f"{run.name} {mark}".rstrip() + " (target missed)" * bool(run.missed)
+            sparsity = "-" if run.sparsity is None else f"{run.sparsity:.1%}"
+            own = [show_ms(run.latency_ms, run.latency_ms_quartiles) if run.runtime == x else "-" for x in runtimes]
+            cells = [name, *values, f"{run.metric:.4f}", change(run.deployed_minus_trained), sparsity]
+            rows.append([*cells, count(run.bytes), count(run.bytes_zstd), *own, count(run.macs)])
+        return names, rows
 
     def table(self) -> Table:
-        """The same for a terminal: dominated runs are dim, the one to take is bold."""
-        shown = Table(title=self.title(), box=box.SIMPLE_HEAD, padding=0, header_style="bold")
-        for i, name in enumerate(["", *self._names()]):
-            shown.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
-        for i, run in self.rows():
-            mark = "*" if i == self.chosen else "+" if i in self.best else " "
-            style = "bold" if i == self.chosen else None if i in self.best else "dim"
-            shown.add_row(mark, *(f" {escape(cell)}" for cell in self._cells(run)), style=style)
-        shown.caption = "* the one to take, + on the frontier"
+        """The same for a terminal: runs that are not on the frontier are dim, the one to take is bold."""
+        names, rows = self._table(short_counts=True)
+        shown = Table(title=self.title(), box=box.SIMPLE_HEAD, padding=0, header_style="bold", show_edge=False)
+        for i, name in enumerate(names):
+            shown.add_column(name.replace(" ", "\n"), justify="right" if i else "left", overflow="fold")
+        for mark, row in zip(self._marks(), rows, strict=True):
+            style = "bold" if mark == "*" else None if mark == "+" else "dim"
+            shown.add_row(*(escape(f" {cell}" if i else cell) for i, cell in enumerate(row)), style=style)
+        shown.caption = self.legend()
         return shown
 
     def figure(self) -> Figure:
-        """The runs as points, the frontier as steps."""
+        """The runs as points, the frontier as steps; bars are the noise."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         points = [(getattr(run, self.cost), run.metric) for run in self.runs]
-        others = [point for i, point in enumerate(points) if i not in self.best]
-        if others:
-            x, y = zip(*others, strict=True)
-            axes.scatter(x, y, color="#bbbbbb", s=22, label="beaten")
+        others = [i for i in range(len(points)) if i not in self.best]
+        for indices, color, label in ((others, "#999999", "not on the frontier"), (self.best, "#1f5fa8", "frontier")):
+            if indices:
+                x, y = zip(*(points[i] for i in indices), strict=True)
+                axes.errorbar(
+                    x,
+                    y,
+                    xerr=self._spread(indices),
+                    yerr=self.noise / 2 or None,
+                    fmt="o",
+                    markersize=5,
+                    color=color,
+                    elinewidth=0.8,
+                    label=label,
+                )
         x, y = zip(*(points[i] for i in self.best), strict=True)
         axes.step(x, y, where="post", color="#1f5fa8", linewidth=1, alpha=0.6)
-        axes.scatter(x, y, color="#1f5fa8", s=28, label="frontier")
         axes.scatter(
             *points[self.chosen], s=160, facecolors="none", edgecolors="#c0392b", linewidths=1.6, label="taken"
         )
-        for i in self.best:
-            axes.annotate(self.runs[i].name, points[i], fontsize=7, xytext=(4, -9), textcoords="offset points")
-        axes.set_xlabel(COSTS[self.cost])
-        axes.set_ylabel(self.metric)
+        few = len(self.runs) <= _LABELLED
+        for i in range(len(self.runs)) if few else (*self.best, *self.within_noise):
+            right = points[i][0] > sum(axes.get_xlim()) / 2  # where a label beside the point would leave the picture
+            place: Any = {"xytext": (-4 if right else 4, -9), "ha": "right" if right else "left"}
+            axes.annotate(self._label(i), points[i], fontsize=7, textcoords="offset points", **place)
+        axes.set_xlabel(f"{COSTS[self.cost]} (less is better)")
+        axes.set_ylabel(f"{self.metric} ({_WAYS[self.more_is_better]})")
         axes.legend(frameon=False, fontsize=8)
         return figure
 
+    def _label(self, i: int) -> str:
+        """What a run differs in from the others, or its name."""
+        names, values = differing(self.runs)
+        return " ".join(f"{a}={b}" for a, b in zip(names, values[i], strict=True)) or self.runs[i].name
 
-def read_runs(
-    folder: str | Path, monitor: str | None = None, left_out: dict[str, str] | None = None
-) -> tuple[str, list[Run]]:
-    """The metric's name, and every run that left a report.json anywhere below a folder.
-
-    Args:
-        folder: The folder.
-        monitor: Only runs that report this metric; all without one.
-        left_out: Is told of the runs whose report cannot be read, by name, and why.
-
-    Raises:
-        ValueError: If there is none, or they report different metrics.
-    """
-    check_path("pareto.runs", folder, "the folder of the runs")
-    folder = Path(folder)
-    found = []
-    metrics = set()
-    reasons = {} if left_out is None else left_out
-    for path in sorted(folder.rglob("report.json")):
-        name = str(path.parent.relative_to(folder))
-        try:
-            metric, run = _read_run(path, name)
-        except Exception as error:  # a report that is cut, or another tool's: it costs this run, and not the table
-            reasons[name] = f"what it left cannot be read ({first_line(error)})"
-            continue
-        if run is None:
-            reasons[name] = "its report.json has no metric"
-            continue
-        metrics.add(metric)
-        if monitor in (None, metric):
-            found.append(run)
-    if metrics and not found:
-        raise ValueError(
-            f"pareto.monitor={monitor!r}: no report is of it. Accepted is what the reports are of: "
-            f"{', '.join(sorted(map(str, metrics)))}."
-        )
-    if not found:
-        said = "".join(f" {name}: {reason}." for name, reason in reasons.items())
-        raise ValueError(
-            f"runs={str(folder)!r}: no report.json with a metric is below it. Give a sweep's folder.{said}"
-        )
-    if monitor is not None:
-        return monitor, found
-    if len(metrics) > 1:
-        raise ValueError(
-            f"runs={str(folder)!r}: the reports are of different metrics, {', '.join(sorted(map(str, metrics)))}. Give "
-            "a folder whose runs report the same one, or pareto.monitor."
-        )
-    return metrics.pop(), found
-
-
-def _read_run(path: Path, name: str) -> tuple[str, Run | None]:
-    """The metric's name, and the run; None where it has no value."""
-    report = json.loads(path.read_text())
-    first = next(iter(report["artifacts"]), None)
-    totals = report["compressed"] or {}
-    metric = totals.get("metric") if first is None or first["metric"] is None else first["metric"]
-    if metric is None:
-        return "", None
-    source = totals if first is None else first
-    latencies = report["latency_ms_pytorch"] if first is None else first["latency_ms"]
-    targets = report.get("targets", [])  # an earlier version wrote none
-    run = Run(
-        name,
-        metric,
-        source.get("bytes"),
-        source.get("bytes_zstd"),
-        latencies.get("1"),
-        totals.get("macs"),
-        totals.get("sparsity"),
-        _command(path.parent),
-        tuple(describe_missed(row) for row in targets if row["missed"]),
-        None if first is None else first.get("deployed_minus_trained"),
-    )
-    for field in ("metric", *COSTS, "sparsity"):
-        value = getattr(run, field)
-        if value is not None and (not is_number(value) or (field != "metric" and value < 0)):
-            raise ValueError(f"{field} is {shown(value)}")
-    if not isinstance(report["metric"], str):
-        raise ValueError(f"the name of the metric is {shown(report['metric'])}")
-    return report["metric"], run
-
-
-def _command(folder: Path) -> str:
-    """The command of a run, from the overrides that Hydra wrote down; empty where it wrote none."""
-    from omegaconf import OmegaConf
-
-    path = folder / ".hydra" / "hydra.yaml"
-    if not path.is_file():
-        return ""
-    given = OmegaConf.to_container(OmegaConf.load(path).hydra.overrides)
-    assert isinstance(given, dict)
-    places = [override for override in given["hydra"] if override.startswith("hydra.searchpath")]
-    return shlex.join(["lightning-compress", *given["task"], *places])
+    def _spread(self, indices: Sequence[int]) -> list[list[float]] | None:
+        """How far the quartiles of milliseconds lie to the left and to the right of their medians."""
+        runs = [self.runs[i] for i in indices]
+        if self.cost != "latency_ms":
+            return None
+        known = [(run.latency_ms or 0.0, run.latency_ms_quartiles or (run.latency_ms or 0.0,) * 2) for run in runs]
+        return [[ms - low for ms, (low, _) in known], [high - ms for ms, (_, high) in known]]
 
 
 def frontier(
@@ -259,9 +187,12 @@ def frontier(
 ) -> Frontier:
     """Which runs no other beats in both metric and cost; the cheapest of them close to the best metric is taken.
 
+    A difference counts where it is larger than noise: of the metric by
+    :func:`lightning_compress.analysis.noise.noise_of`, of milliseconds where their quartiles do not overlap.
+
     Args:
         metric: The metric's name.
-        runs: The runs; those without the cost are left out.
+        runs: The runs; those without the cost, or timed in another runtime than most, are left out and named.
         cost: Key of ``COSTS``.
         max_drop: How far below the best metric the taken one may lie.
         more_is_better: Whether a higher metric is better.
@@ -281,15 +212,42 @@ def frontier(
     check_number("pareto.max_drop", max_drop, "a number from 0, in the metric's own unit", low=0)
     check_flag("pareto.more_is_better", more_is_better)
     sign = 1 if more_is_better else -1
-    ranked = sorted(
-        (r for r in runs if getattr(r, cost) is not None), key=lambda r: (getattr(r, cost), -sign * r.metric)
-    )
+    left_out = _not_compared(runs, cost)
+    ranked = sorted((r for r in runs if r.name not in left_out), key=lambda r: (getattr(r, cost), -sign * r.metric))
     if not ranked:
         raise ValueError(f"pareto.cost={cost!r}: no run has it. Accepted are costs that the reports hold.")
-    best: list[int] = []
-    for i, run in enumerate(ranked):
-        if not best or sign * run.metric > sign * ranked[best[-1]].metric:
-            best.append(i)
-    top = sign * ranked[best[-1]].metric
+    noise = noise_of(metric, runs)
+    best = _unbeaten(ranked, cost, sign, noise.least)
+    plain = _unbeaten([replace(run, latency_ms_quartiles=None) for run in ranked], cost, sign, 0.0)
+    top = max(sign * ranked[i].metric for i in best)
     chosen = next(i for i in best if sign * ranked[i].metric >= top - max_drop - 1e-9)
-    return Frontier(metric, cost, ranked, best, chosen)
+    within = [i for i in plain if i not in best]
+    return Frontier(metric, cost, ranked, best, chosen, more_is_better, noise.least, noise.said, within, left_out)
+
+
+def _not_compared(runs: Sequence[Run], cost: str) -> dict[str, str]:
+    """Runs without the cost, and runs whose milliseconds are of another runtime than those of most."""
+    found = {run.name: f"its report has no {COSTS[cost]}" for run in runs if getattr(run, cost) is None}
+    if cost == "latency_ms":
+        runtimes = Counter(run.runtime for run in runs if run.name not in found)
+        most = runtimes.most_common(1)[0][0] if runtimes else ""
+        for run in runs:
+            if run.name not in found and run.runtime != most:
+                found[run.name] = f"it was timed in {run.runtime}, and most others in {most}"
+    return found
+
+
+def _unbeaten(ranked: Sequence[Run], cost: str, sign: int, noise: float) -> list[int]:
+    """Indices of the runs that are better than each kept one that is cheaper, all by more than noise."""
+    best: list[int] = []
+
+    def is_better(i: int, j: int) -> bool:
+        return sign * (ranked[i].metric - ranked[j].metric) > noise
+
+    for i, run in enumerate(ranked):
+        # a better one of the same cost takes its place
+        while best and is_better(i, best[-1]) and not is_cheaper(ranked[best[-1]], run, cost):
+            best.pop()
+        if not best or is_better(i, best[-1]):
+            best.append(i)
+    return best

@@ -11,9 +11,11 @@ from typing import Any, TypedDict
 from lightning_compress.files import write_whole
 
 __all__ = [
+    "TARGET_HEADERS",
     "LayerRow",
     "Packed",
     "Report",
+    "Steps",
     "Target",
     "Totals",
     "change",
@@ -22,6 +24,7 @@ __all__ = [
     "short",
     "summary_rows",
     "summary_values",
+    "target_rows",
     "write_json",
 ]
 
@@ -61,6 +64,14 @@ class Packed(TypedDict):
     bytes: int
 
 
+class Steps(TypedDict):
+    """Optimizer steps after which each model was measured; None where there is no such model, or it is not known."""
+
+    dense: int | None
+    control: int | None
+    compressed: int | None
+
+
 class Target(TypedDict):
     """What was asked of a callback, in plain values; what stood when ``fit`` ended; and why that is less."""
 
@@ -75,11 +86,14 @@ class Target(TypedDict):
 class Report(TypedDict):
     """What report.json holds.
 
-    ``dense`` is the model just before compression, ``control`` one trained without it. ``artifacts`` are the fields of
-    :class:`lightning_compress.deploy.Artifact`, ``judged`` in them what was asked of the file and what it reaches:
+    ``dense`` is the model just before compression, ``control`` one that was trained on without it; ``steps`` says after
+    how many steps each was measured. ``artifacts`` are the fields of :class:`lightning_compress.deploy.Artifact`,
+    ``judged`` in them what was asked of the file and what it reaches:
     ``{"agreement": {"asked": 0.99, "reached": 1.0, "ok": True}, ...}``. ``latency_ms_pytorch`` are medians by batch
-    size, ``seconds`` are those of ``fit`` and of measuring (``overhead``). ``targets`` are those of all callbacks,
-    missed or not. ``origin`` says what it is a report of (:func:`lightning_compress.analysis.origin.origin_of`).
+    size, ``latency_ms_pytorch_quartiles`` what a quarter of the repetitions stayed below and above. ``seconds`` are
+    those of ``fit`` and of measuring (``overhead``). ``targets`` are those of all callbacks, missed or not. ``origin``
+    says what it is a report of (:func:`lightning_compress.analysis.origin.origin_of`). ``phases`` are names, in the
+    order of the numbers of ``compress/phase``. ``validation_samples`` is what the metric was measured over.
     """
 
     metric: str | None
@@ -93,7 +107,12 @@ class Report(TypedDict):
     seconds: dict[str, float]
     targets: list[Target]
     warnings: list[str]
-    origin: dict[str, str]  # reports of earlier versions have none
+    # reports of earlier versions lack what follows
+    origin: dict[str, str]
+    steps: Steps
+    latency_ms_pytorch_quartiles: dict[str, list[float]]
+    phases: list[str]
+    validation_samples: int | None
 
 
 def describe_missed(row: Target) -> str:
@@ -110,21 +129,35 @@ def _plain(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
+TARGET_HEADERS = ["target", "asked", "reached", "verdict", "of"]
+"""The column names of :func:`target_rows`."""
+
+
+def target_rows(report: Report) -> list[list[str]]:
+    """What was asked against what stands, a row a target."""
+    return [
+        [row["target"], _plain(row["asked"]), _plain(row["reached"]), _verdict(row), row["callback"]]
+        for row in report.get("targets", [])
+    ]
+
+
+def _verdict(row: Target) -> str:
+    return "missed" if row["missed"] else "reached"
+
+
 def summary_values(report: Report) -> list[list[Any]]:
-    """The table as numbers: model, metric, sparsity, parameters, MACs, bytes, zstd, latency at batch 1 and 64.
+    """The table as numbers: model, metric, sparsity, parameters, MACs, bytes, zstd.
 
     Last comes the metric of a file in its runtime less that of the trained model in PyTorch. What is unknown is None.
     """
-    first = report["artifacts"][0] if report["artifacts"] else None
-    float_latency = first["latency_ms_float"] if first else {}
     rows = []
-    for label, totals in (("dense", report["dense"]), ("dense control", report.get("control"))):
+    steps: Any = report.get("steps", {})
+    for label, key in (("dense", "dense"), ("dense trained on", "control"), ("compressed", "compressed")):
+        totals: Any = report.get(key)
         if totals:
-            # the float twin is of the file's shape: where channels or layers are gone it says nothing of the dense one
-            same = totals["num_params"] == report["compressed"]["num_params"]
-            rows.append([label, *_row(totals, float_latency if same else {})])
-    if report["compressed"]:
-        rows.append(["compressed", *_row(report["compressed"], report.get("latency_ms_pytorch", {}))])
+            # where the run was elsewhere than at its end
+            elsewhere = steps.get(key) not in (None, steps.get("compressed"))
+            rows.append([f"{label} (step {steps.get(key)})" if elsewhere else label, *_row(totals)])
     for artifact in report["artifacts"]:
         label = Path(artifact["path"]).name
         if artifact.get("arena_bytes") is not None:  # the same file has a row of a phone's runtime
@@ -134,18 +167,17 @@ def summary_values(report: Report) -> list[list[Any]]:
             **{k: artifact[k] for k in ("metric", "bytes", "bytes_zstd")},
             "change": artifact.get("deployed_minus_trained"),
         }
-        rows.append([label, *_row(values, artifact["latency_ms"])])
+        rows.append([label, *_row(values)])
     return rows
 
 
-def _row(values: Mapping[str, Any], latency: Mapping[str, float]) -> list[Any]:
-    counted = [values.get(key) for key in ("metric", "sparsity", "num_nonzero", "macs", "bytes", "bytes_zstd")]
-    return [*counted, *map(latency.get, ("1", "64")), values.get("change")]
+def _row(values: Mapping[str, Any]) -> list[Any]:
+    return [values.get(key) for key in ("metric", "sparsity", "num_nonzero", "macs", "bytes", "bytes_zstd", "change")]
 
 
 def summary_rows(report: Report) -> list[list[str]]:
     """The same as text, of three digits or so."""
-    shown = (_as(".4f"), _as(".1%"), *[short] * 4, *[_as(".2f")] * 2, change)
+    shown = (_as(".4f"), _as(".1%"), *[short] * 4, change)
     rows = summary_values(report)
     return [[row[0], *(form(value) for form, value in zip(shown, row[1:], strict=True))] for row in rows]
 
@@ -173,7 +205,7 @@ def change(value: float | None) -> str:
 def headers(report: Report) -> list[str]:
     """The table's column names."""
     metric = report["metric"] or "metric"
-    return ["model", metric, "sparsity", "params", "MACs", "bytes", "zstd", "ms @1", "ms @64", "deployed minus trained"]
+    return ["model", metric, "sparsity", "params", "MACs", "bytes", "zstd", "deployed minus trained"]
 
 
 def write_json(report: Report, path: Path) -> None:

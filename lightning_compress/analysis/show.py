@@ -1,35 +1,33 @@
-"""The report as people see it: a table for the terminal, and one HTML file with pictures."""
+"""The report as one HTML file with pictures."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
-
+from lightning_compress.analysis.latency import LATENCY_LEGEND, latency_table, speed
+from lightning_compress.analysis.legend import legend_of_bytes, legend_of_models, legend_of_phases
 from lightning_compress.analysis.model_card import how_to_load
 from lightning_compress.analysis.page import html_table, picture, write_page
-from lightning_compress.analysis.report import Report, change, describe_missed, headers, short, summary_rows
+from lightning_compress.analysis.report import (
+    TARGET_HEADERS,
+    Report,
+    change,
+    describe_missed,
+    headers,
+    short,
+    summary_rows,
+    target_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lightning_compress.deploy.judge import Judgement
 
-__all__ = ["terminal_table", "write_html"]
-
-
-def terminal_table(report: Report) -> Table:
-    """The table for a terminal."""
-    table = Table(title="what compression bought", box=box.SIMPLE_HEAD, padding=0, header_style="bold", show_edge=False)
-    for i, name in enumerate(headers(report)):
-        table.add_column(name.replace(" minus ", "\nminus\n"), justify="right" if i else "left", no_wrap=True)
-    for row in summary_rows(report):
-        table.add_row(*(f" {cell}" if i else cell for i, cell in enumerate(row)))
-    return table
+__all__ = ["write_html"]
 
 
 _CAPTIONS = {
@@ -45,8 +43,6 @@ def write_html(report: Report, pictures: Mapping[str, Figure], path: Path) -> No
     shown = [picture(figure, _CAPTIONS[name]) for name, figure in pictures.items()]
     if not shown:
         shown.append("<p>No pictures: pip install 'lightning-compress[report]'.</p>")
-    missed = [describe_missed(row) for row in report.get("targets", []) if row["missed"]]
-    missed_lines = "".join(f'<p class="missed">{html.escape(text)}</p>' for text in missed)
     problems = "".join(f'<p class="warning">{html.escape(text)}</p>' for text in report.get("warnings", []))
     layers = [
         [
@@ -78,20 +74,20 @@ def write_html(report: Report, pictures: Mapping[str, Figure], path: Path) -> No
         ]
         for a in report["artifacts"]
     ]
+    phases = legend_of_phases(report)
     body = [
         f"<h1>Compression report{_of(report)}</h1>",
-        f"<p>{html.escape(_headline(report))}</p>",
-        missed_lines,
+        *_asked(report),
         _facts(report),
+        f"<p>{html.escape(_headline(report))}</p>",
         problems,
         "<h2>What compression bought</h2>",
         html_table(headers(report), summary_rows(report)),
-        "<p>Params are those that are not zero. The dense models are one float graph, timed once, interleaved with the "
-        "exported file in the same runtime, and only where the file has their shape; the compressed model is timed in "
-        "PyTorch. Medians, one thread. "
-        "Bytes are of the exported file.</p>",
+        _legend([("params", "those that are not zero"), *legend_of_bytes(report), *legend_of_models(report)]),
+        *_latency(report),
         "<h2>Pictures</h2>",
         *shown,
+        _legend([("compress/phase", phases)] if phases else []),
         "<h2>Proof of the files</h2>",
         html_table(
             [
@@ -109,6 +105,30 @@ def write_html(report: Report, pictures: Mapping[str, Figure], path: Path) -> No
         _origin(report),
     ]
     write_page(path, "Compression report", body)
+
+
+def _asked(report: Report) -> list[str]:
+    """What was asked against what was reached, and why something was missed."""
+    targets = report.get("targets", [])
+    if not targets:
+        return []
+    classes = ["missed" if row["missed"] else "" for row in targets]
+    missed = [describe_missed(row) for row in targets if row["missed"]]
+    return [
+        html_table(TARGET_HEADERS, target_rows(report), classes),
+        *(f'<p class="missed">{html.escape(text)}</p>' for text in missed),
+    ]
+
+
+def _latency(report: Report) -> list[str]:
+    names, rows = latency_table(report)
+    if not rows:
+        return []
+    return ["<h2>Milliseconds</h2>", html_table(names, rows), f'<p class="legend">{html.escape(LATENCY_LEGEND)}</p>']
+
+
+def _legend(words: Sequence[tuple[str, str]]) -> str:
+    return "".join(f'<p class="legend"><b>{html.escape(a)}</b>: {html.escape(b)}</p>' for a, b in words)
 
 
 def _of(report: Report) -> str:
@@ -153,17 +173,14 @@ def _facts(report: Report) -> str:
             facts.append((f"{download / first['bytes_zstd']:.1f}x", "smaller download (zstd)"))
         if packed and size:
             facts.append((f"{size / packed['bytes']:.1f}x", "smaller packed checkpoint"))
-        for batch in ("1", "64"):
-            if batch in first["latency_ms"]:
-                ratio = first["latency_ms_float"][batch] / first["latency_ms"][batch]
-                facts.append(_speed(ratio, f"than in float at batch {batch} in {first['runtime']}"))
+        for batch in first["latency_ms"]:
+            number, _, words = speed(first, batch).partition(" ")
+            where = f"in float at batch {batch} in {first['runtime']}"
+            if words in ("faster", "slower"):
+                facts.append((number, f"{words} than {where}"))
         if first["agreement"] is not None:
             facts.append((f"{first['agreement']:.2%}", "same answers as the PyTorch model"))
     return '<ul class="facts">' + "".join(f"<li><b>{a}</b>{html.escape(b)}</li>" for a, b in facts) + "</ul>"
-
-
-def _speed(ratio: float, where: str) -> tuple[str, str]:
-    return (f"{ratio:.2f}x", f"faster {where}") if ratio >= 1 else (f"{1 / ratio:.2f}x", f"slower {where}")
 
 
 def _judged(judged: Mapping[str, Judgement]) -> str:

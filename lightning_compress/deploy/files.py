@@ -11,7 +11,8 @@ from torch import nn
 from lightning_compress.deploy.formats import Format
 from lightning_compress.deploy.in_float import said_of_some
 from lightning_compress.deploy.runner import Kernels
-from lightning_compress.deploy.verify import Artifact, time_together
+from lightning_compress.deploy.timing import Timed, are_apart, time_together
+from lightning_compress.deploy.verify import Artifact
 from lightning_compress.forward import Inputs, check_batch_axis, run_model, with_batch
 from lightning_compress.quantization.convert import float_twin, overflowing
 from lightning_compress.quantization.model import check_whole, quantization_of
@@ -123,16 +124,16 @@ class Pair:
         """The runner of the file that ships, of the first batch size where it has one."""
         return next(iter(self.runners.values()))[0]
 
-    def latency(self, seconds: float = 1.0) -> tuple[dict[str, float], dict[str, float]]:
-        """Median milliseconds by batch size of the file and of its twin, interleaved, one thread.
+    def latency(self, seconds: float = 1.0) -> tuple[dict[str, Timed], dict[str, Timed]]:
+        """Milliseconds by batch size of the file and of its twin, interleaved, one thread.
 
         Without any where they say nothing of the device that the file is for.
         """
-        taken: tuple[dict[str, float], dict[str, float]] = ({}, {})
+        taken: tuple[dict[str, Timed], dict[str, Timed]] = ({}, {})
         for size, pair in self.runners.items() if not self.kind.board else ():
             calls = [runner.prepare(with_batch(self.inputs, size)) for runner in pair]
-            for times, ms in zip(taken, time_together(calls, seconds), strict=True):
-                times[str(size)] = round(ms, 4)
+            for times, timed in zip(taken, time_together(calls, seconds), strict=True):
+                times[str(size)] = timed
         return taken
 
     def integer_kernels(self) -> Kernels:
@@ -181,7 +182,7 @@ def words_of_doubt(artifact: Artifact, min_agreement: float, max_difference: flo
 
 
 def words_of_caution(artifact: Artifact) -> list[str]:
-    """Where a quantized file is no smaller or no faster than its float twin, in words."""
+    """Where a quantized file is no smaller, or is slower by more than the times vary, than its float twin, in words."""
     file = f"{Path(artifact.path).name} in {artifact.runtime}"
     said = []
     if artifact.bytes_zstd >= (artifact.bytes_zstd_float or artifact.bytes_zstd + 1):
@@ -191,9 +192,10 @@ def words_of_caution(artifact: Artifact) -> list[str]:
         )
     for size, ms in artifact.latency_ms.items():
         before = artifact.latency_ms_float[size]
-        if ms >= before:
+        spreads = artifact.latency_ms_quartiles.get(size), artifact.latency_ms_float_quartiles.get(size)
+        if ms > before and are_apart(*spreads):
             said.append(
-                f"{file} is not faster than its float twin at batch {size}: {ms:.3g} ms against {before:.3g} "
+                f"{file} is slower than its float twin at batch {size}: {ms:.3g} ms against {before:.3g} "
                 f"({artifact.cpu})."
             )
     integer = artifact.integer_kernels or 0

@@ -1,24 +1,22 @@
-"""Proof of a file: compare it in its runtime with the model it was made from, and time it against its float twin."""
+"""Proof of a file: compare it in its runtime with the model that it was made from."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_compress.checks import check_callable, check_instance, check_list, check_number
+from lightning_compress.checks import check_callable, check_instance
 from lightning_compress.deploy.closeness import Agreement, LargestDifference
 from lightning_compress.deploy.interface import Taken, filled
 from lightning_compress.forward import Inputs, are_alike, map_tensors, run_model, tensors_in
 
-__all__ = ["Artifact", "Comparison", "difference", "time_together"]
+__all__ = ["Artifact", "Comparison", "difference"]
 
 
 @dataclass
@@ -52,6 +50,9 @@ class Artifact:
         inputs: Names of the arguments that the file takes.
         left_out: Labels that it does not take, and losses that it does not give.
         float_kernels: Modules of a quantized file that compute in float, with the reason where it is known.
+        latency_ms_quartiles: By batch size, the milliseconds that a quarter of the repetitions stayed below, and a
+            quarter above.
+        latency_ms_float_quartiles: The same of the float file.
     """
 
     format: str
@@ -79,6 +80,8 @@ class Artifact:
     inputs: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     float_kernels: list[str] = field(default_factory=list)
+    latency_ms_quartiles: dict[str, list[float]] = field(default_factory=dict)
+    latency_ms_float_quartiles: dict[str, list[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -178,27 +181,3 @@ class Comparison:
 def _worst(values: Sequence[float]) -> float:
     """The largest value, NaN before all others; 0 of none."""
     return math.nan if any(map(math.isnan, values)) else max(values, default=0.0)
-
-
-def time_together(calls: Sequence[Callable[[], Any]], seconds: float = 1.0) -> list[float]:
-    """Median milliseconds of each call, interleaved so that a noisy machine disturbs all alike.
-
-    Args:
-        calls: What to time.
-        seconds: Time to spend in all; each call runs 5 times at least.
-    """
-    check_list("time_together.calls", calls, object, "a function without arguments", fewest=1)
-    for i, call in enumerate(calls):
-        check_callable(f"time_together.calls[{i}]", call, "a function without arguments")
-    check_number("time_together.seconds", seconds, "a number of seconds from 0", low=0)
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    end = time.perf_counter() + seconds
-    with torch.no_grad():
-        while time.perf_counter() < end or len(times[0]) < 5:
-            for call, taken in zip(calls, times, strict=True):
-                start = time.perf_counter()
-                call()
-                taken.append((time.perf_counter() - start) * 1e3)
-    return [median(taken) for taken in times]

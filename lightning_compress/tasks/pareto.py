@@ -25,21 +25,24 @@ def pareto(cfg: DictConfig) -> None:
 
 
 def show(folder: Path, options: Any) -> None:
-    """Print and write the frontier of the runs below a folder."""
+    """Print and write the frontier of the runs below a folder; the jobs there that left no report are named."""
     from rich.console import Console
 
-    from lightning_compress.analysis.pareto import frontier, read_runs
+    from lightning_compress.analysis.pareto import frontier
+    from lightning_compress.analysis.runs import jobs_without_report, read_runs
     from lightning_compress.callbacks.judgement import settle_mode
     from lightning_compress.callbacks.outputs import written
 
-    left_out: dict[str, str] = {}
+    left_out = jobs_without_report(folder)
     metric, runs = read_runs(folder, options.monitor, left_out)
     mode = settle_mode("pareto", metric, options.mode)
     found = frontier(metric, runs, options.cost, options.max_drop, mode == "max")
+    found.left_out = left_out | found.left_out
     console = Console()
     console.print(found.table())
-    for name, reason in left_out.items():
-        console.print(f"left out {name}: {reason}", soft_wrap=True, markup=False)
+    for text in found.words_of_left_out():
+        console.print(f"left out {text}", soft_wrap=True, markup=False, highlight=False)
+    console.print(found.noise_from, markup=False, highlight=False)
     if found.runs[found.chosen].command:
         console.print(f"again: {found.runs[found.chosen].command}", soft_wrap=True, markup=False)
     if written(folder / "pareto.html", lambda: found.write(folder)):

@@ -46,9 +46,10 @@ def train(cfg: DictConfig) -> Any:
     for callback in callbacks:  # the folder of the run, and not that of the logger in it
         if isinstance(callback, CompressionReport | Export) and callback.dirpath is None:
             callback.dirpath = Path(cfg.dir, "deploy" if isinstance(callback, Export) else "")
-    control = _train_control(cfg) if cfg.control else None
-    for callback in reports:
-        callback.control = control
+    if cfg.control:
+        control = _train_control(cfg)
+        for callback in reports:
+            callback.control = control
     if cfg.hopeless is not None:
         callbacks.append(StopUnderperforming(cfg.dir, cfg.hopeless, cfg.monitor, cfg.mode))
     loggers = build_all(cfg.logger)

@@ -22,8 +22,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_compress import Phase, files, load_from_checkpoint
-from lightning_compress.analysis.pareto import Run, frontier
+from lightning_compress.analysis.pareto import frontier
 from lightning_compress.analysis.report import write_json
+from lightning_compress.analysis.runs import Run
 from lightning_compress.analysis.sensitivity import Sensitivity
 from lightning_compress.analysis.show import write_html
 from lightning_compress.callbacks import (
@@ -36,6 +37,7 @@ from lightning_compress.callbacks import (
 from lightning_compress.callbacks.sweep import StopUnderperforming
 from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.deploy.packed import save_packed
+from lightning_compress.deploy.timing import Timed
 from lightning_compress.files import write_whole
 from lightning_compress.forward import Inputs
 from lightning_compress.tasks import pareto
@@ -55,7 +57,8 @@ PHASE = Phase(0.25, 0.5)
 def _untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor drawn: both are seconds of tests."""
     for module in ("deploy.files", "callbacks.measure"):
-        monkeypatch.setattr(f"lightning_compress.{module}.time_together", lambda calls, seconds=1: [1.0 for _ in calls])
+        known = f"lightning_compress.{module}.time_together"
+        monkeypatch.setattr(known, lambda calls, seconds=1: [Timed(1.0, 1.0, 1.0) for _ in calls])
     monkeypatch.setattr("lightning_compress.callbacks.report.figures", lambda *_: {})
 
 

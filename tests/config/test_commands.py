@@ -69,12 +69,16 @@ REPORT_KEYS = {
     "control",
     "dense",
     "latency_ms_pytorch",
+    "latency_ms_pytorch_quartiles",
     "layers",
     "origin",
     "metric",
     "packed",
+    "phases",
     "seconds",
+    "steps",
     "targets",
+    "validation_samples",
     "warnings",
 }
 ARTIFACT_KEYS = {
@@ -94,6 +98,8 @@ ARTIFACT_KEYS = {
     "judged",
     "latency_ms",
     "latency_ms_float",
+    "latency_ms_float_quartiles",
+    "latency_ms_quartiles",
     "left_out",
     "max_abs_diff",
     "max_rel_diff",
@@ -144,6 +150,11 @@ def test_report_has_the_contract_keys_and_true_values(demo: tuple[Path, str]) ->
     (artifact,) = report["artifacts"]
     assert set(artifact) == ARTIFACT_KEYS
     assert set(artifact["latency_ms"]) == set(artifact["latency_ms_float"]) == {"1", "64"}
+    for key in ("latency_ms", "latency_ms_float"):
+        for size, (low, high) in artifact[f"{key}_quartiles"].items():
+            assert low <= artifact[key][size] <= high
+    assert report["phases"] == ["dense", "prune", "fine-tune", "calibrate", "quantize"]
+    assert 0 < report["steps"]["dense"] < report["steps"]["control"] == report["steps"]["compressed"]
     assert artifact["bytes"] == (folder / "deploy" / "model.onnx").stat().st_size
     assert artifact["agreement"] >= 0.99
     assert report["compressed"]["sparsity"] >= 0.9
@@ -215,7 +226,7 @@ def test_a_sweep_is_one_run_per_job_in_one_group_and_one_table(tmp_path: Path) -
     assert len({r.group for r in runs}) == 1
     assert runs[0].group
     assert [r.summary["compress/final_sparsity"] for r in runs] == pytest.approx([0.5, 0.8, 0.9], abs=1e-4)
-    assert "3 runs of" in text
+    assert text.count("3 runs, val_acc against bytes as zstd") == 1
 
 
 def test_sweep_returns_the_objective(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import lightning_compress
 from experiments.wrong_arguments import CASES, REFUSALS, REQUIRED, fault, field_of, parameters_of, refused
 from lightning_compress import Phase, callbacks, pruning, quantization
 from lightning_compress.analysis.allocation import allocate
-from lightning_compress.analysis.pareto import read_runs
+from lightning_compress.analysis.runs import read_runs
 from lightning_compress.analysis.sensitivity import hessian_traces
 from lightning_compress.pruning import Magnitude
 

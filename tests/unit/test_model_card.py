@@ -93,6 +93,10 @@ def test_the_card_says_what_it_is_of_what_it_is_worth_and_what_to_know(tmp_path:
     assert "- model.onnx is slow" in text
     row = next(line for line in text.splitlines() if line.startswith("| model.onnx |"))
     assert "0.9740" in row
+    assert text.index("# Sequential") < text.index("| sparsity | 0.95 | 0.9 | missed | GradualPruning |")
+    assert text.index("missed | Grad") < text.index("- model: ")
+    assert "| batch 1 | 0.25 (0.24-0.27) | 1.5 (1.4-1.6) |" in text
+    assert "- zstd: that file after zstd" in text
 
 
 def test_origin_names_a_commit_only_inside_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

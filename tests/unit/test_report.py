@@ -13,8 +13,10 @@ import pytest
 from rich.console import Console
 
 from lightning_compress.analysis.history import History, figures
+from lightning_compress.analysis.latency import latency_table, latency_values, speed
 from lightning_compress.analysis.report import headers, summary_rows, write_json
-from lightning_compress.analysis.show import terminal_table, write_html
+from lightning_compress.analysis.show import write_html
+from lightning_compress.analysis.terminal import terminal_report
 
 
 def make_report(**changes: Any) -> dict[str, Any]:
@@ -39,22 +41,20 @@ def make_report(**changes: Any) -> dict[str, Any]:
         "judged": {"difference": {"asked": 0.0005, "reached": 0.001, "ok": False}},
     }
     artifact |= {"latency_ms": {"1": 0.25, "64": 2.0}, "latency_ms_float": {"1": 0.5, "64": 3.0}}
+    artifact |= {"latency_ms_quartiles": {"1": [0.24, 0.27], "64": [1.9, 2.9]}}
+    artifact |= {"latency_ms_float_quartiles": {"1": [0.49, 0.6], "64": [2.8, 3.5]}}
     layer = {"name": "net.<0>", "type": "Linear", "num_params": 235_200, "sparsity": 0.9, "weight_bits": 8}
     layer |= {"input_bits": 8, "macs": 235_200, "bytes": 52_920}
     report = {"metric": "val_acc", "dense": dense, "control": None, "compressed": compressed, "layers": [layer]}
     report |= {"packed": {"path": "packed.safetensors", "bytes": 30_000}}
-    report |= {"artifacts": [artifact], "seconds": {"fit": 12.3, "overhead": 1.2}, "warnings": []}
+    report |= {"artifacts": [artifact], "seconds": {"fit": 12.3, "overhead": 1.2}, "warnings": [], "targets": []}
+    report |= {"latency_ms_pytorch": {"1": 1.5}, "latency_ms_pytorch_quartiles": {"1": [1.4, 1.6]}}
+    report |= {"steps": {"dense": 120, "control": None, "compressed": 600}, "phases": ["dense", "prune"]}
     return report | changes
 
 
-def test_a_dense_model_of_another_shape_is_not_given_the_time_of_the_float_twin() -> None:
-    report = make_report()
-    at = headers(report).index("ms @1")
-    dense, _, file = summary_rows(report)
-    assert (dense[at], file[at]) == ("0.50", "0.25")
-    narrow = make_report(compressed=make_report()["compressed"] | {"num_params": 100_000})
-    dense, _, file = summary_rows(narrow)
-    assert (dense[at], file[at]) == ("-", "0.25")
+TARGET = {"callback": "GradualPruning", "target": "sparsity", "asked": 0.95, "reached": 0.9, "missed": True}
+TARGET |= {"because": "the run ended"}
 
 
 def make_history() -> History:
@@ -105,19 +105,57 @@ def page_of(report: dict[str, Any], history: History, folder: Path) -> tuple[str
     return text, Page(text)
 
 
-def test_a_row_a_model_and_a_row_a_file_with_the_float_files_latency_for_the_dense_model() -> None:
-    assert summary_rows(make_report(control=make_report()["dense"] | {"metric": 0.9})) == [
-        ["dense", "0.9876", "0.0%", "267k", "266k", "1.07M", "987k", "0.50", "3.00", "-"],
-        ["dense control", "0.9000", "0.0%", "267k", "266k", "1.07M", "987k", "0.50", "3.00", "-"],
-        ["compressed", "0.9750", "90.0%", "27k", "266k", "270k", "52k", "-", "-", "-"],
-        ["model.onnx", "0.9740", "90.0%", "27k", "266k", "270k", "52k", "0.25", "2.00", "-0.0010"],
+def test_a_row_a_model_with_its_step_and_a_row_a_file() -> None:
+    steps = {"dense": 120, "control": 600, "compressed": 600}
+    assert summary_rows(make_report(control=make_report()["dense"] | {"metric": 0.9}, steps=steps)) == [
+        ["dense (step 120)", "0.9876", "0.0%", "267k", "266k", "1.07M", "987k", "-"],
+        ["dense trained on", "0.9000", "0.0%", "267k", "266k", "1.07M", "987k", "-"],
+        ["compressed", "0.9750", "90.0%", "27k", "266k", "270k", "52k", "-"],
+        ["model.onnx", "0.9740", "90.0%", "27k", "266k", "270k", "52k", "-0.0010"],
     ]
+    steps["control"] = 300  # of another length
+    report = make_report(control=make_report()["dense"], steps=steps)
+    assert summary_rows(report)[1][0] == "dense trained on (step 300)"
 
 
 def test_what_was_not_measured_is_a_dash() -> None:
     report = make_report(artifacts=[], dense=None)
     report["compressed"] |= {"metric": None, "macs": None, "bytes": None}
-    assert summary_rows(report) == [["compressed", "-", "90.0%", "27k", "-", "-", "52k", "-", "-", "-"]]
+    assert summary_rows(report) == [["compressed", "-", "90.0%", "27k", "-", "-", "52k", "-"]]
+
+
+def test_each_runtime_has_a_column_of_milliseconds_with_their_quartiles() -> None:
+    assert latency_table(make_report()) == (
+        ["ms", "model.onnx in onnxruntime", "compressed in PyTorch"],
+        [
+            ["batch 1", "0.25 (0.24-0.27)", "1.5 (1.4-1.6)"],
+            ["batch 1, float twin", "0.5 (0.49-0.6)", "-"],
+            ["batch 1, compared", "2.00x faster", "-"],
+            ["batch 64", "2 (1.9-2.9)", "-"],
+            ["batch 64, float twin", "3 (2.8-3.5)", "-"],
+            ["batch 64, compared", "no difference beyond noise", "-"],
+        ],
+    )
+    columns, rows = latency_values(make_report())
+    assert dict(zip(columns, rows[0], strict=True)) == {
+        "runtime": "onnxruntime",
+        "file": "model.onnx",
+        "batch": 1,
+        "ms": 0.25,
+        "low": 0.24,
+        "high": 0.27,
+        "float ms": 0.5,
+        "float low": 0.49,
+        "float high": 0.6,
+    }
+    assert rows[-1] == ["PyTorch", "compressed", 1, 1.5, 1.4, 1.6, None, None, None]
+
+
+def test_a_slower_file_is_called_slower_and_one_without_a_spread_neither() -> None:
+    (artifact,) = make_report()["artifacts"]
+    slow = artifact | {"latency_ms": {"1": 1.0}, "latency_ms_quartiles": {"1": [0.9, 1.1]}}
+    assert speed(slow, "1") == "2.00x slower"
+    assert speed(slow | {"latency_ms_quartiles": {}}, "1") == "no difference beyond noise"
 
 
 @pytest.mark.parametrize(
@@ -139,16 +177,32 @@ def test_the_metrics_name_heads_its_column() -> None:
     assert headers(make_report(metric=None))[1] == "metric"
 
 
-def test_the_terminal_table_shows_every_cell() -> None:
-    console = Console(width=160, record=True, file=io.StringIO())
-    console.print(terminal_table(make_report()))
-    text = console.export_text()
-    assert all(
-        cell in text
-        for row in (headers(make_report()), *summary_rows(make_report()))
-        for cell in row
-        for cell in cell.split()
-    )
+def printed(report: dict[str, Any], width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    for part in terminal_report(report):  # type: ignore[arg-type]
+        console.print(part)
+    return console.export_text()
+
+
+def test_the_terminal_shows_every_cell() -> None:
+    report = make_report(targets=[TARGET])
+    text = printed(report, 160)
+    names, rows = latency_table(report)  # type: ignore[arg-type]
+    shown = [headers(report), *summary_rows(report), names, *rows, ["sparsity", "0.95", "missed"]]  # type: ignore[arg-type]
+    assert all(word in text for row in shown for cell in row for word in cell.split())
+    assert "target not reached: asked sparsity 0.95, reached 0.9, because the run ended." in text
+    assert text.index("asked and reached") < text.index("what compression bought") < text.index("milliseconds")
+    assert "packed (30k): " in text
+
+
+def test_eighty_columns_hold_the_report_of_six_runtimes_whole() -> None:
+    (artifact,) = make_report()["artifacts"]
+    runtimes = ["onnxruntime", "OpenVINO", "ExecuTorch", "LiteRT", "PyTorch Inductor", "TensorFlow Lite Micro"]
+    many = [artifact | {"runtime": name, "path": f"out/a_longer_name_than_most.{name[:4]}"} for name in runtimes]
+    text = printed(make_report(artifacts=many, targets=[TARGET], metric="val_balanced_accuracy"), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert text.count("0.24-0.27") == len(runtimes)
 
 
 def test_the_json_is_the_report(tmp_path: Path) -> None:
@@ -179,8 +233,22 @@ def test_the_page_shows_tables_pictures_and_facts_and_loads_nothing(tmp_path: Pa
     assert len(page.images) == 4
     for image in page.images:
         assert base64.b64decode(image.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    for fact in ("90.0%", "3.9x", "35.5x", "2.00x", "1.50x", "99.75%", "12 s", "1 s"):
+    for fact in ("90.0%", "3.9x", "35.5x", "2.00x", "99.75%", "12 s", "1 s"):
         assert fact in text
+    assert "1.50x" not in text  # of batch 64 the quartiles overlap
+    assert "no difference beyond noise" in text
+    names, rows = latency_table(report)  # type: ignore[arg-type]
+    assert [names, *rows] == page.rows[len(summary_rows(report)) + 1 :][: len(rows) + 1]  # type: ignore[arg-type]
+    assert "<b>compress/phase</b>: 0 dense, 1 prune" in text
+
+
+def test_the_page_begins_with_what_was_asked_against_what_was_reached(tmp_path: Path) -> None:
+    text, page = page_of(make_report(targets=[TARGET]), History(), tmp_path)
+    assert page.rows[:2] == [
+        ["target", "asked", "reached", "verdict", "of"],
+        ["sparsity", "0.95", "0.9", "missed", "GradualPruning"],
+    ]
+    assert text.index("</h1>") < text.index("<table>") < text.index("because the run ended") < text.index("<ul")
 
 
 def test_the_download_is_compared_compressed_with_compressed(tmp_path: Path) -> None:

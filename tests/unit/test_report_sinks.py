@@ -21,6 +21,7 @@ REPORT: dict[str, Any] = {
     "layers": [],
     "packed": None,
     "latency_ms_pytorch": {},
+    "phases": ["dense", "prune"],
 }
 
 
@@ -58,7 +59,8 @@ def test_pictures_that_are_refused_cost_neither_tables_nor_files(
 def test_no_key_is_both_a_curve_and_a_picture_and_the_file_stands_in_the_summary(tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(np.arange(9).tobytes())
-    artifact = {"format": "onnx", "path": str(file), "bytes": 72} | ARTIFACT | {"latency_ms": {"1": 0.25}}
+    artifact = {"format": "onnx", "path": str(file), "bytes": 72} | ARTIFACT
+    artifact |= {"latency_ms": {"1": 0.25}, "latency_ms_float": {"1": 0.5}, "latency_ms_quartiles": {"1": [0.2, 0.3]}}
     logger: Any = wandb_logger(tmp_path, project="p")
     for step in range(3):
         logger.log_metrics({"compress/sparsity": step / 4, "compress/bytes": 100.0}, step=step)
@@ -80,7 +82,12 @@ def test_no_key_is_both_a_curve_and_a_picture_and_the_file_stands_in_the_summary
     (table,) = tmp_path.rglob("files/media/table/compress/report*.json")
     rows = json.loads(table.read_text())["data"]
     assert rows[-1][:3] == ["model.onnx", 0.5, 0.5]
-    assert rows[-1][5:8] == [72, 9, 0.25]  # numbers, and not their pictures as text
+    assert rows[-1][5:7] == [72, 9]  # numbers, and not their pictures as text
+    (table,) = tmp_path.rglob("files/media/table/compress/latency*.json")
+    assert json.loads(table.read_text())["data"] == [
+        ["onnxruntime", "model.onnx", 1, 0.25, 0.2, 0.3, 0.5, None, None],
+    ]
+    assert found.summary["compress/phases"] == "0 dense, 1 prune"
     expected = {"file_metric": 0.5, "file_bytes": 72, "file_bytes_zstd": 9, "file_ms_batch1": 0.25}
     assert {key: found.summary[f"compress/{key}"] for key in expected} == expected
 
@@ -96,6 +103,12 @@ def test_tensorboard_gets_the_table_as_text_and_a_metric_for_its_hyper_parameter
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     assert [event.value for event in events.Scalars("hp_metric")][-1] == 0.5
-    (text,) = (events.Tensors(tag) for tag in events.Tags()["tensors"] if tag.startswith("compress/report"))
-    assert b"| dense |" in text[0].tensor_proto.string_val[0]
+    texts = {
+        tag.partition("/text_summary")[0]: events.Tensors(tag)[0].tensor_proto.string_val[0]
+        for tag in events.Tags()["tensors"]
+        if tag.startswith("compress/")
+    }
+    assert b"| dense |" in texts["compress/report"]
+    assert b"- zstd: that file after zstd" in texts["compress/report"]
+    assert texts["compress/phases"] == b"0 dense, 1 prune"
     assert events.Tags()["images"] == ["compress/sparsity"]

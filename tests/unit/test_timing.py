@@ -1,0 +1,36 @@
+"""Milliseconds: their middle and their spread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from lightning_compress.deploy.timing import are_apart, time_together
+
+
+def test_medians_are_milliseconds_in_the_order_of_the_calls() -> None:
+    slow, fast = time_together([lambda: time.sleep(0.01), lambda: None], seconds=0.05)
+    assert 10 <= slow.ms < 100
+    assert fast.ms < 1
+    assert are_apart(slow[1:], fast[1:])
+
+
+def test_the_quartiles_hold_the_middle_half_of_what_was_measured() -> None:
+    pauses = iter([0, 0.001, 0.002, 0.03, 0.04, 0.05])  # the first call warms up
+    (timed,) = time_together([lambda: time.sleep(next(pauses))], seconds=0.0)
+    assert 2 <= timed.low < 30 <= timed.ms < timed.high
+    assert timed.high >= 40
+
+
+def test_each_call_runs_at_least_five_times_interleaved_and_without_gradients() -> None:
+    calls: list[str] = []
+    modes: list[bool] = []
+
+    def record(name: str) -> Callable[[], None]:
+        return lambda: (calls.append(name), modes.append(torch.is_grad_enabled()))
+
+    time_together([record("a"), record("b")], seconds=0.0)
+    assert calls == ["a", "b"] * 6
+    assert not any(modes[2:])
