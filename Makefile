@@ -8,7 +8,7 @@ FOREIGN := $(OTHERS)/.installed
 SITE   := $(VENV)/.installed-site
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-full test-crash test-ranks test-foreign docs-test site check check-style check-types check-examples format matrix sweep clean
+.PHONY: help install demo test test-all test-full test-crash test-ranks test-foreign nox docs-test site check check-style check-types check-examples format matrix sweep clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -53,12 +53,19 @@ $(FOREIGN): experiments/foreign/requirements.txt constraints-cpu.txt
 	$(OTHERS)/bin/pip install --quiet --no-compile --no-deps -e .
 	@touch $@
 
-test-foreign: $(FOREIGN) ## try every callback on models of other packages; writes docs/foreign.md; what is unchanged is not run again
+test-foreign: $(FOREIGN) ## try every callback on models of other packages; writes docs/foreign.md and support.md; what is unchanged is not run again
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(OTHERS)/bin/python -m experiments.bench coverage \
 		--folder outputs/foreign --json experiments/results/foreign.json --write docs/foreign.md
+	$(OTHERS)/bin/python -m experiments.foreign.support
 
-docs-test: install $(FOREIGN) ## run the code of README, guides and method cards, and the scripts of docs/your-model; prints their seconds
+nox: ## run unit tests and the demo in Python 3.10 to 3.13, with the lowest and the newest dependencies; nightly
+	$(PYTHON) -m venv .nox/tool
+	.nox/tool/bin/pip install --quiet 'nox>=2025.2' uv
+	PATH=$(CURDIR)/.nox/tool/bin:$$PATH OMP_NUM_THREADS=1 .nox/tool/bin/nox --envdir .nox
+
+docs-test: $(SITE) $(FOREIGN) ## run the code of README, guides, cards and tutorials, and the scripts of docs/your-model; prints their seconds
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup tests/test_documents.py tests/test_your_model.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.tutorials
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(OTHERS)/bin/python -m experiments.foreign.your_model
 
 $(SITE): $(STAMP)
@@ -74,7 +81,7 @@ check-style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	# what is written by a command holds names of other people's modules
-	$(BIN)/codespell --skip '.git,.venv,.venv-foreign,outputs,multirun,site,*.svg,LICENSE,./experiments/results,./docs/foreign.md'
+	$(BIN)/codespell --skip '.git,.venv,.venv-foreign,.nox,outputs,multirun,site,*.svg,LICENSE,./experiments/results,./docs/foreign.md'
 
 check-types: install
 	.ci/joined $(BIN)/mypy
@@ -96,4 +103,4 @@ sweep: install ## three sparsities, one table, read back from the offline W&B fi
 	$(BIN)/lightning-compress -m experiment=mnist_prune_int8 sweep=sparsity hydra/launcher=joblib
 
 clean: ## remove what was made
-	rm -rf $(VENV) $(OTHERS) outputs multirun build site *.egg-info
+	rm -rf $(VENV) $(OTHERS) .nox outputs multirun build site *.egg-info

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import count
 from types import TracebackType
 from typing import Any
 
@@ -48,7 +47,7 @@ class Watch:
         self._num_skipped = skip_root_calls
         self._calls: list[tuple[str, Began | None]] = []
         self._numbers: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
-        self._count = count()
+        self._next = 0  # the number of the tensor that is seen next
         self._open = ExitStack()
         self.looks = True  # else what runs is not noted
 
@@ -96,7 +95,13 @@ class Watch:
         self.trace.events.append(Ran("use", (), {}, read, ()))
 
     def _number(self, x: Tensor) -> int:
-        return self._numbers.setdefault(x, next(self._count))
+        number = self._numbers.get(x)
+        return self._number_anew(x) if number is None else number
+
+    def _number_anew(self, x: Tensor) -> int:
+        self._numbers[x] = self._next
+        self._next += 1
+        return self._numbers[x]
 
     def _value(self, x: Tensor) -> Value:
         number = self._number(x)
@@ -147,7 +152,7 @@ class Watch:
             given = _tensors((args, kwargs))
             for x in results:
                 if any(x is y for y in given):
-                    self._numbers[x] = next(self._count)
+                    self._number_anew(x)
         reads = tuple(x for x in tree_leaves((known_args, known_kwargs)) if isinstance(x, Value))
         asked = getattr(getattr(func, "__self__", None), "__name__", "") if name == "get" else ""
         self.trace.events.append(Ran(name, known_args, known_kwargs, reads, tuple(map(self._value, results)), asked))

@@ -1,4 +1,4 @@
-"""docs/foreign.md is what the benchmark printed: of all the models, and with the versions that are pinned."""
+"""docs/foreign.md and docs/support.md are of what the benchmark printed: all models, in versions that are pinned."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from experiments.foreign.models import MODELS
 from experiments.foreign.page import page_of
+from experiments.foreign.support import support_of
 
 ROOT = Path(__file__).parents[1]
 RESULT = json.loads((ROOT / "experiments/results/foreign.json").read_text())
@@ -19,6 +20,10 @@ def plain(name: str) -> str:
 
 def test_document_is_that_of_the_result() -> None:
     assert (ROOT / "docs/foreign.md").read_text() == page_of(RESULT)
+
+
+def test_support_matrix_is_that_of_the_result_and_of_the_formats() -> None:
+    assert (ROOT / "docs/support.md").read_text() == support_of(RESULT)
 
 
 def test_models_are_those_of_the_code() -> None:

@@ -23,13 +23,14 @@ from lightning_compress.structure.record import Record, apply_record
 
 FIT: dict[str, Any] = {
     "Adam": torch.optim.Adam,
-    "Muon": lambda ps: torch.optim.Muon([p for p in ps if p.dim() == 2]),
     "AdamWScheduleFree": schedulefree.AdamWScheduleFree,
     "Lion": lion_pytorch.Lion,
     "AdEMAMix": pytorch_optimizer.AdEMAMix,
     "Lookahead": lambda ps: pytorch_optimizer.Lookahead(torch.optim.Adam(ps), k=2),
     "SAM": lambda ps: pytorch_optimizer.SAM(ps, torch.optim.SGD, lr=0.1, momentum=0.9),
 }
+if hasattr(torch.optim, "Muon"):  # of torch 2.9
+    FIT["Muon"] = lambda ps: torch.optim.Muon([p for p in ps if p.dim() == 2])
 ANEW: dict[str, Any] = {
     "SOAP": pytorch_optimizer.SOAP,
     "Shampoo": pytorch_optimizer.Shampoo,

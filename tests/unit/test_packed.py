@@ -176,7 +176,7 @@ def test_what_is_not_a_plain_tensor_is_refused_by_name(value: object, tmp_path: 
 
 @pytest.mark.parametrize("mask", [*(1 << bit for bit in range(8)), 0xFF])
 def test_a_damaged_byte_never_gives_other_weights(mask: int, tmp_path: Path) -> None:
-    """Two bits of a frame of zstd mean nothing for its content; all others are noticed."""
+    """Two bits of a frame of zstd, three in older versions, mean nothing for its content; all others are noticed."""
     state = {"a.weight": sparse(9, 9), "b": torch.tensor(4)}
     save_packed(state, tmp_path / "x")
     whole, unnoticed = (tmp_path / "x").read_bytes(), 0
@@ -188,7 +188,7 @@ def test_a_damaged_byte_never_gives_other_weights(mask: int, tmp_path: Path) -> 
             continue
         assert_same(got, state)
         unnoticed += 1
-    assert unnoticed <= 2
+    assert unnoticed <= 3
 
 
 def test_a_truncated_file_is_noticed(tmp_path: Path) -> None:
