@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lightning_compress.deploy.files import Pair
 from lightning_compress.deploy.formats import FORMATS, pip_command
 
 from .behaviour.methods import METHODS
@@ -25,7 +26,8 @@ _LEFT = pytest.StashKey[dict[str, int]]()
 
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """W&B offline and all its folders in a temporary one."""
+    """W&B offline and all its folders in a temporary one; what is timed takes a moment, since no test asks how long."""
+    monkeypatch.setattr(Pair.latency, "__defaults__", (0.05,))
     folder = tmp_path_factory.getbasetemp() / "wandb"
     for key in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(key, str(folder))
