@@ -25,7 +25,7 @@ from lightning_compress.refusals import clear, is_worded, misspelt, own, refuse
 from lightning_compress.tasks.compose import check_fields, check_targets
 from lightning_compress.usage import TASKS, expand, usage
 
-__all__ = ["TASKS", "CheckCall", "CompareRuns", "main"]
+__all__ = ["TASKS", "CheckCall", "main"]
 
 # The fields that check_fields looks at, and what chooses them.
 _CHECKED = {"ckpt_path", "compression", "data", "experiment", "init_from", "init_strict", "model", "task"}
@@ -52,24 +52,6 @@ class CheckCall(Callback):
                 check_fields(config)
         except Exception as error:
             refuse(error)
-
-
-class CompareRuns(Callback):
-    """At the end of a sweep prints one table of its runs, read back from their offline W&B files, and the frontier."""
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
-        """Print the table, if any run was logged offline, and the frontier, if any left a report."""
-        from rich.console import Console
-
-        from lightning_compress.analysis.compare import comparison_table, offline_runs
-        from lightning_compress.tasks.pareto import show
-
-        folder = Path(config.hydra.sweep.dir)
-        runs = offline_runs(folder)
-        if runs:
-            Console().print(comparison_table(runs))
-        if next(folder.rglob("report.json"), None) is not None:
-            show(folder, config.pareto)
 
 
 def _swept(config: DictConfig) -> set[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lightning_compress.analysis.compare import offline_runs
+from lightning_compress.offline_runs import offline_runs
 
 KINDS = ("offline", "refuses", "no route", "hangs")
 

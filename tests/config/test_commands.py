@@ -18,10 +18,10 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress import cli
-from lightning_compress.analysis.compare import offline_runs
 from lightning_compress.callbacks.verdict import TargetMissed
 from lightning_compress.deploy.size import weigh
 from lightning_compress.deploy.tflm import Runner
+from lightning_compress.offline_runs import offline_runs
 from lightning_compress.recipes import recipes as names_of_recipes
 
 from ..nightly import nightly, some

@@ -17,6 +17,7 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
+from lightning_compress.offline_runs import offline_runs
 from lightning_compress.tracking import (
     OfflineRun,
     _why_offline,
@@ -337,3 +338,12 @@ def test_files_and_the_best_value_come_back(home: Path) -> None:
     assert not any("weights_after" in key for row in found.history for key in row)
     assert [3, 4] in histogram.values() or histogram["compress/weights_before"]["values"] == [3, 4]
     assert found.summary["val_acc"] == {"max": 0.9, "last": 0.7}
+
+
+def test_runs_below_a_folder_come_back_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_DIR", "")
+    settings = wandb.Settings(silent=True, console="off")
+    for name in ("1 sparsity=0.9", "0 sparsity=0.5"):
+        wandb.init(mode="offline", dir=tmp_path / name[0], project="p", name=name, settings=settings).finish()
+    assert [run.name for run in offline_runs(tmp_path)] == ["0 sparsity=0.5", "1 sparsity=0.9"]
+    assert offline_runs(tmp_path / "none") == []
