@@ -36,7 +36,12 @@ def executed(name: str) -> Any:
     from nbclient import NotebookClient
 
     notebook: Any = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    options = {"timeout": 1800, "kernel_name": "python3", "coalesce_streams": True, "record_timing": False}
+    options: dict[str, Any] = {
+        "timeout": 1800,
+        "kernel_name": "python3",
+        "coalesce_streams": True,
+        "record_timing": False,
+    }
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, resources={"metadata": {"path": folder}}, **options).execute()
     return notebook

@@ -95,7 +95,8 @@ def here(path: Path, images: np.ndarray, rounds: int) -> tuple[np.ndarray, float
 
     logits = np.concatenate([session.run(None, {name: image[None]})[0] for image in images])
     ones = [image[None] for image in images[:50]]
-    return logits, *(median(milliseconds(batches) for _ in range(rounds)) for batches in (ones, [images[:64]]))
+    one = median(milliseconds(ones) for _ in range(rounds))
+    return logits, one, median(milliseconds([images[:64]]) for _ in range(rounds))
 
 
 def run(folder: Path, web: Path, chromium: str, images: int, rounds: int) -> dict[str, Any]:
