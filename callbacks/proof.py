@@ -15,7 +15,7 @@ from lightning_compress.deploy.formats import FORMATS
 from lightning_compress.deploy.in_float import in_float
 from lightning_compress.deploy.interface import Taken, taken_by_file
 from lightning_compress.deploy.size import weigh
-from lightning_compress.deploy.timing import plain_times
+from lightning_compress.deploy.timing import plain_times, times_faster
 from lightning_compress.deploy.verify import Artifact, Comparison
 from lightning_compress.forward import Inputs, input_names, replaced_forward
 from lightning_compress.quantization.activation_codes import code_types
@@ -66,6 +66,7 @@ def prove(
     timed, timed_float = pair.latency()
     artifact.latency_ms, artifact.latency_ms_quartiles = plain_times(timed)
     artifact.latency_ms_float, artifact.latency_ms_float_quartiles = plain_times(timed_float)
+    artifact.times_faster = {size: times_faster(timed[size], timed_float[size]) for size in timed}
     artifact.bytes_zstd_float = weigh(files.twin[kind.batch_sizes[0]])[1]
     artifact.integer_kernels, artifact.num_kernels = pair.integer_kernels()
     artifact.arena_bytes = pair.arena_bytes

@@ -37,6 +37,7 @@ _TIMED = (
     "latency_ms_quartiles",
     "latency_ms_pytorch",
     "latency_ms_pytorch_quartiles",
+    "times_faster",
     "cpu",
     "versions",
     "date",

@@ -1,4 +1,4 @@
-"""Milliseconds as people see them: a column for each runtime, and no claim where two spreads overlap."""
+"""Milliseconds as people see them: a column for each runtime, and no claim within noise."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_compress.analysis.report import Report
-from lightning_compress.deploy.timing import are_apart
 
 __all__ = ["LATENCY_LEGEND", "latency_table", "latency_values", "show_ms", "speed"]
 
 LATENCY_LEGEND = (
     "Milliseconds of one thread: the median (quartiles). The float twin is the same graph in float, timed in turn with "
-    "its file; where quartiles overlap, no difference is claimed. Columns of two runtimes do not compare."
+    "its file; a difference is one that three of four turns show. Columns of two runtimes do not compare."
 )
 _SAME = "no difference beyond noise"
 
@@ -38,18 +37,15 @@ def speed(artifact: Mapping[str, Any], size: str) -> str:
     """How a file compares with its float twin at a batch size, in words.
 
     Example:
-        >>> file = {"latency_ms": {"1": 0.25}, "latency_ms_quartiles": {"1": [0.2, 0.3]}}
-        >>> file["latency_ms_float"] = {"1": 0.5}
-        >>> speed(file | {"latency_ms_float_quartiles": {"1": [0.4, 0.6]}}, "1")
-        '2.00x faster'
-        >>> speed(file | {"latency_ms_float_quartiles": {"1": [0.3, 0.6]}}, "1")
-        'no difference beyond noise'
+        >>> file = {"times_faster": {"1": [2.0, 1.9, 2.2], "8": [1.1, 0.9, 1.2], "64": [0.5, 0.4, 0.8]}}
+        >>> speed(file, "1"), speed(file, "8"), speed(file, "64")
+        ('2.00x faster', 'no difference beyond noise', '2.00x slower')
     """
-    spreads = (artifact.get(key, {}).get(size) for key in ("latency_ms_quartiles", "latency_ms_float_quartiles"))
-    if not are_apart(*spreads):
+    # a report of an earlier version lacks it
+    ratio, low, high = artifact.get("times_faster", {}).get(size, (1.0, 1.0, 1.0))
+    if low <= 1 <= high:
         return _SAME
-    ratio = artifact["latency_ms_float"][size] / artifact["latency_ms"][size]
-    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+    return f"{ratio:.2f}x faster" if ratio > 1 else f"{1 / ratio:.2f}x slower"
 
 
 def latency_table(report: Report) -> tuple[list[str], list[list[str]]]:

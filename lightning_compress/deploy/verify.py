@@ -53,6 +53,8 @@ class Artifact:
         latency_ms_quartiles: By batch size, the milliseconds that a quarter of the repetitions stayed below, and a
             quarter above.
         latency_ms_float_quartiles: The same of the float file.
+        times_faster: By batch size, how often this file's time fits into that of the float file, turn by turn: the
+            median and the quartiles.
     """
 
     format: str
@@ -82,6 +84,7 @@ class Artifact:
     float_kernels: list[str] = field(default_factory=list)
     latency_ms_quartiles: dict[str, list[float]] = field(default_factory=dict)
     latency_ms_float_quartiles: dict[str, list[float]] = field(default_factory=dict)
+    times_faster: dict[str, list[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

@@ -108,6 +108,7 @@ ARTIFACT_KEYS = {
     "overflowing",
     "path",
     "runtime",
+    "times_faster",
     "warnings",
 }
 
