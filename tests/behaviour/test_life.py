@@ -229,7 +229,8 @@ def test_loggers_get_the_same_numbers_and_what_pictures_they_take(
     pictures = {"metric", "sparsity", "bits", "weights"}
     assert set(events.Tags()["images"]) == {f"compress/{name}" for name in pictures}
     kept = {Path(file.path).name for file in mlflow.experiment.list_artifacts(mlflow.run_id, "compress")}
-    assert kept == {f"{name}.png" for name in pictures} | {"report.json", "layers.json", "over_time.json"}
+    tables = {"report.json", "latency.json", "layers.json", "over_time.json"}
+    assert kept == {f"{name}.png" for name in pictures} | tables | {"phases.txt"}
 
 
 def lines_of_phases(text: str) -> list[str]:
