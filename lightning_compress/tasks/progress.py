@@ -29,10 +29,13 @@ def counted(
         what: Is done, in a few words.
         total: How many calls there will be, if that is known.
     """
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
+    console = Console()
+    # in a notebook Rich needs a package of widgets
+    with Progress(*columns, console=console, disable=console.is_jupyter) as progress:
         task = progress.add_task(what, total=total)
 
         def call(model: Model) -> float:
