@@ -28,7 +28,7 @@ th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e2e2e2}
 th{white-space:normal;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
 img{max-width:100%;height:auto;display:block}figure{margin:0 0 1rem}figcaption{color:#555;font-size:.86rem}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.4rem,1fr));gap:.6rem}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(7.4rem,1fr));gap:.6rem}
 .facts{margin:1rem 0;padding:0;list-style:none}
 .facts li{background:#f3f6fa;border-radius:.4rem;padding:.5rem .8rem}
 dt{font-weight:600}dd{margin:0 0 .4rem;overflow-wrap:anywhere}summary{cursor:pointer}
