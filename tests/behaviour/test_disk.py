@@ -58,7 +58,7 @@ def _untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor drawn: both are seconds of tests."""
     for module in ("deploy.files", "callbacks.measure"):
         known = f"lightning_compress.{module}.time_together"
-        monkeypatch.setattr(known, lambda calls, seconds=1: [Timed(1.0, 1.0, 1.0) for _ in calls])
+        monkeypatch.setattr(known, lambda calls, seconds=1: [Timed(1.0, 1.0, 1.0, (1.0, 1.0)) for _ in calls])
     monkeypatch.setattr("lightning_compress.callbacks.report.figures", lambda *_: {})
 
 
