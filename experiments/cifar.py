@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from experiments.tasks import Data, Task, read
+from lightning_compress.files import replacing
 
-__all__ = ["CifarResNet", "cifar10", "pretrained", "task"]
+__all__ = ["TASKS", "CifarResNet", "cifar10", "pretrained", "task"]
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -43,17 +45,19 @@ class CifarResNet(nn.Module):
 
     Args:
         depth: Number of layers, 6 n + 2.
+        width: All numbers of channels are multiplied by this.
     """
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, width: float = 1.0) -> None:
         super().__init__()
         num = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(num)))
-        self.layer2 = nn.Sequential(*(Block(16 if i == 0 else 32, 32, 2 if i == 0 else 1) for i in range(num)))
-        self.layer3 = nn.Sequential(*(Block(32 if i == 0 else 64, 64, 2 if i == 0 else 1) for i in range(num)))
-        self.linear = nn.Linear(64, 10)
+        a, b, c = (max(2, round(channels * width / 2) * 2) for channels in (16, 32, 64))  # even: half is padded
+        self.conv1 = nn.Conv2d(3, a, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(a)
+        self.layer1 = nn.Sequential(*(Block(a, a, 1) for _ in range(num)))
+        self.layer2 = nn.Sequential(*(Block(a if i == 0 else b, b, 2 if i == 0 else 1) for i in range(num)))
+        self.layer3 = nn.Sequential(*(Block(b if i == 0 else c, c, 2 if i == 0 else 1) for i in range(num)))
+        self.linear = nn.Linear(c, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, batch by classes."""
@@ -61,28 +65,43 @@ class CifarResNet(nn.Module):
         return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
-def pretrained(depth: int, folder: Path) -> nn.Module:
-    """A network with the weights that its author trained on the original images."""
+def build(depth: int, width: float = 1.0) -> nn.Module:
+    """A network with new weights."""
+    model: nn.Module = CifarResNet(depth, width)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster
+
+
+def weights(depth: int, folder: Path) -> dict[str, Tensor]:
+    """What its author trained on the original images."""
     path = folder / f"resnet{depth}_cifar10.safetensors"
     if not path.is_file():
         what = "the state dict of github.com/akamaster/pytorch_resnet_cifar10 as safetensors"
         raise FileNotFoundError(f"{path} is missing: {what}. Put it there, or name its folder with --data.")
-    model = CifarResNet(depth)
-    model.load_state_dict(load_file(path))
-    made: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster
-    return made
+    return load_file(path)
+
+
+def pretrained(depth: int, folder: Path) -> nn.Module:
+    """A network with those weights."""
+    model = build(depth)
+    model.load_state_dict(weights(depth, folder))
+    return model
 
 
 def cifar10(folder: Path) -> Data:
-    """CIFAR-10 in its original split, decoded from JPEG, which takes half a minute."""
+    """CIFAR-10 in its original split, decoded from JPEG once, which takes half a minute."""
     import numpy as np
     from PIL import Image
 
+    path = Path("outputs/data/cifar10.npy")
     what = "CIFAR-10 as an npz of jpeg (bytes of all images), offsets (60001), labels, is_train"
     file = read(folder, "cifar10_jpeg.npz", what)
-    data, offsets = file["jpeg"].tobytes(), file["offsets"].tolist()
-    images = (Image.open(io.BytesIO(data[a:b])).convert("RGB") for a, b in pairwise(offsets))
-    pixels = np.stack([np.asarray(image) for image in images])
+    if not path.is_file():
+        data, offsets = file["jpeg"].tobytes(), file["offsets"].tolist()
+        images = (Image.open(io.BytesIO(data[a:b])).convert("RGB") for a, b in pairwise(offsets))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as kept:
+            np.save(kept, np.stack([np.asarray(image) for image in images]))
+    pixels = np.load(path)
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
     x = x.sub_(torch.tensor(_MEAN).view(3, 1, 1)).div_(torch.tensor(_STD).view(3, 1, 1))
     y, train = torch.from_numpy(file["labels"]).long(), torch.from_numpy(file["is_train"])
@@ -102,5 +121,19 @@ def crop_flip(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def task(depth: int, folder: Path, rate: float = 0.01) -> Task:
     """A pretrained network that is adapted to the JPEG images in one epoch, and compressed in one."""
-    name, build = f"resnet{depth}", partial(pretrained, depth, folder)
-    return Task(name, build, cifar10, crop_flip, 128, 1e-4, 1, 0.01, 1, rate, (0.9, 0.95))
+    name, make = f"resnet{depth}", partial(pretrained, depth, folder)
+    return Task(name, make, cifar10, crop_flip, 128, 1e-4, 1, 0.01, 1, rate, (0.9, 0.95))
+
+
+def _short(depth: int) -> Task:
+    """The same in the benchmark: 400 steps adapt the network, and 200 compress it."""
+    return replace(
+        task(depth, Path()),
+        build=partial(build, depth),
+        epochs=2,
+        weights=partial(weights, depth),
+        most_batches=200,
+    )
+
+
+TASKS = {task.name: task for task in (_short(20), _short(56))}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import multiprocessing
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -21,20 +19,13 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from experiments.baselines import (
-    PEERS,
-    QUANTIZED_PEERS,
-    STRUCTURED_PEERS,
-    Budget,
-    accuracy,
-    dense,
-    num_macs,
-    train,
-    weights_of,
-)
+from experiments.peers.lightning_pruning import model_pruning
+from experiments.peers.plain import global_magnitude, naive_ternary, random_pruning, uniform_magnitude
+from experiments.peers.torch_prune import one_shot
+from experiments.peers.torch_pruning import global_group_magnitude, group_magnitude
 from experiments.recipes import DISTILLED, OURS, QUANTIZED, STRUCTURED_OURS
 from experiments.tasks import TASKS, Data, Task
-from lightning_compress.files import replacing
+from experiments.training import Budget, accuracy, dense, kept, num_macs, quiet, train, weights_of
 from lightning_compress.quantization.fake_quant import activations, weights
 
 __all__ = [
@@ -42,16 +33,17 @@ __all__ = [
     "FACTORS",
     "METHODS",
     "MORE",
+    "PEERS",
+    "QUANTIZED_PEERS",
     "SMALL",
+    "STRUCTURED_PEERS",
     "Job",
     "Run",
     "best_factors",
     "do",
-    "kept",
     "load",
     "plain",
     "pool",
-    "quiet",
     "task_arguments",
     "trained",
 ]
@@ -59,6 +51,19 @@ __all__ = [
 FACTORS = (1.0, 2.0, 4.0)
 DENSE, MORE, SMALL = "dense", "dense + C", "small dense"
 FAILED = 20.0  # per cent: a network that has collapsed
+
+PEERS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {
+    "global magnitude": global_magnitude,
+    "uniform magnitude": uniform_magnitude,
+    "one-shot (torch.nn.utils.prune)": one_shot,
+    "Lightning ModelPruning": model_pruning,
+    "random": random_pruning,
+}
+STRUCTURED_PEERS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {
+    "torch-pruning GroupMagnitude": group_magnitude,
+    "torch-pruning GroupMagnitude, global": global_group_magnitude,
+}
+QUANTIZED_PEERS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {"naive_ternary": naive_ternary}
 
 METHODS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {
     **OURS,
@@ -114,18 +119,6 @@ class Run:
 def load(task: str, folder: Path) -> Data:
     """A task's data, read once."""
     return TASKS[task].load(folder)
-
-
-def kept(path: Path, build: Callable[[], nn.Module], make: Callable[[nn.Module], Any]) -> nn.Module:
-    """A model as ``make`` trains it, from its file where there is one."""
-    model = build()
-    if path.is_file():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model
-    make(model)
-    with replacing(path) as temporary:
-        torch.save(model.state_dict(), temporary)
-    return model
 
 
 def trained(task: Task, seed: int, data: Data, folder: Path, cut: bool = False) -> nn.Module:
@@ -190,15 +183,6 @@ def _reached(model: nn.Module, task: Task, target: float, example: torch.Tensor)
         return num_macs(whole, example) / num_macs(model, example)
     left = sum(int(torch.count_nonzero(w)) for w in weights_of(model))
     return 1 - left / sum(w.numel() for w in weights_of(whole))
-
-
-def quiet() -> None:
-    """One thread, no denormals, no chatter."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def task_arguments(parser: argparse.ArgumentParser) -> None:

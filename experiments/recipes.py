@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from experiments.baselines import Budget, fit
+from experiments.training import Budget, fit
 from lightning_compress.callbacks import (
     ChannelPruning,
     GradualPruning,

@@ -16,7 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LENET5", "TASKS", "Batches", "Classifier", "Data", "Task", "TaskData", "data_folder", "mel", "mfcc", "read"]
+__all__ = [
+    "ACCURACY",
+    "LENET5",
+    "TASKS",
+    "Batches",
+    "Classifier",
+    "Data",
+    "Metric",
+    "Task",
+    "TaskData",
+    "data_folder",
+    "mel",
+    "mfcc",
+    "read",
+]
 
 
 def _wide(num: int, width: float, least: int = 1) -> int:
@@ -101,12 +115,23 @@ def read(folder: Path, name: str, source: str) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs and classes in memory."""
+    """Inputs and targets in memory.
+
+    Args:
+        x_train: Inputs to train on.
+        y_train: Their targets.
+        x_test: Inputs of the same kind to test on.
+        y_test: Their targets.
+        x_strange: Inputs of another kind to test on: a shift that the training part does not show.
+        y_strange: Their targets.
+    """
 
     x_train: Tensor
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
+    x_strange: Tensor | None = None
+    y_strange: Tensor | None = None
 
     def cut(self, seed: int) -> Data:
         """The training part alone: five sixths to train on, and a sixth in the place of the test part."""
@@ -187,6 +212,31 @@ def roll6_mask6(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """What a task is measured by.
+
+    Args:
+        name: With its unit, as tables have it.
+        sum_of: Of outputs and targets: the metric, summed over the examples.
+        higher: Whether more is better.
+        least: The smallest difference that is worth a word.
+    """
+
+    name: str
+    sum_of: Callable[[Tensor, Tensor], Tensor]
+    higher: bool = True
+    least: float = 0.3
+
+
+def right(outputs: Tensor, y: Tensor) -> Tensor:
+    """A hundred for each example whose class is found, so that their mean is per cent."""
+    return 100.0 * (outputs.argmax(1) == y).sum()
+
+
+ACCURACY = Metric("accuracy, %", right)
+
+
+@dataclass(frozen=True)
 class Task:
     """A model, its data, and how it is trained.
 
@@ -202,6 +252,10 @@ class Task:
         compress_epochs: Epochs in which the trained model is compressed.
         compress_rate: The learning rate of these.
         sparsities: Two operating points where methods differ.
+        metric: What is measured.
+        loss: Mean over a batch, of outputs and targets.
+        weights: Reads trained weights from the folder of the data, which ``epochs`` only adapt.
+        most_batches: Of an epoch, where it is not the whole training part.
     """
 
     name: str
@@ -215,6 +269,10 @@ class Task:
     compress_epochs: int
     compress_rate: float
     sparsities: tuple[float, float]
+    metric: Metric = ACCURACY
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    weights: Callable[[Path], dict[str, Tensor]] | None = None
+    most_batches: int | None = None
 
 
 TASKS = {
@@ -238,22 +296,25 @@ class Batches:
         batch_size: Examples a batch; a smaller last one is left out.
         seed: Seed of the run.
         augment: Changes the inputs of a batch.
+        most: Batches of an epoch at most.
     """
 
-    def __init__(
+    def __init__(  # what a batch depends on
         self,
         x: Tensor,
         y: Tensor,
         batch_size: int,
         seed: int,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        most: int | None = None,
     ) -> None:
-        self.x, self.y, self.batch_size, self.seed, self.augment = x, y, batch_size, seed, augment
+        self.x, self.y, self.batch_size, self.seed, self.augment, self.most = x, y, batch_size, seed, augment, most
         self.epoch = 0
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        return len(self.y) // self.batch_size
+        num = len(self.y) // self.batch_size
+        return num if self.most is None else min(num, self.most)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The next epoch."""
@@ -281,7 +342,8 @@ class TaskData(pl.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """Shuffled, augmented batches."""
-        return Batches(self.data.x_train, self.data.y_train, self.task.batch_size, self.seed, self.task.augment)
+        task, data = self.task, self.data
+        return Batches(data.x_train, data.y_train, task.batch_size, self.seed, task.augment, task.most_batches)
 
     def val_dataloader(self) -> Any:
         """A few training examples, for callbacks that watch a validation step; nothing is chosen by them."""
@@ -289,29 +351,36 @@ class TaskData(pl.LightningDataModule):
 
 
 class Classifier(pl.LightningModule):
-    """Cross-entropy by SGD with Nesterov momentum and a cosine to zero over the steps of the run.
+    """A loss by SGD with Nesterov momentum and a cosine to zero over the steps of the run.
 
     Args:
-        model: Gives the logits.
+        model: Gives the outputs.
         learning_rate: Rate at the start.
         weight_decay: L2 penalty.
+        loss: Mean over a batch, of outputs and targets.
     """
 
-    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        weight_decay: float,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    ) -> None:
         super().__init__()
-        self.model, self.learning_rate, self.weight_decay = model, learning_rate, weight_decay
+        self.model, self.learning_rate, self.weight_decay, self.loss = model, learning_rate, weight_decay, loss
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
+        """Outputs."""
         return self.model(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch of (inputs, classes)."""
-        return F.cross_entropy(self(batch[0]), batch[1])
+        """Loss of a batch of (inputs, targets)."""
+        return self.loss(self(batch[0]), batch[1])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """The same, unlogged."""
-        F.cross_entropy(self(batch[0]), batch[1])
+        self.loss(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
         """SGD with a cosine a step."""

@@ -32,7 +32,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.jobs import quiet
+from experiments.training import quiet
 from lightning_compress.callbacks import (
     SET,
     AccuracyGuard,

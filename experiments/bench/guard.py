@@ -21,9 +21,9 @@ import torch
 from rich.progress import track
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.baselines import accuracy
-from experiments.jobs import load, quiet, task_arguments, trained
+from experiments.jobs import load, task_arguments, trained
 from experiments.tasks import TASKS, Batches, Classifier, Data, Task, data_folder
+from experiments.training import accuracy, quiet
 from lightning_compress.analysis.inspect import sparsity, weight_layers
 from lightning_compress.callbacks import AccuracyGuard, KnowledgeDistillation
 

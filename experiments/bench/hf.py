@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from experiments.jobs import quiet
+from experiments.training import quiet
 from lightning_compress.callbacks import Export, PostTrainingQuantization
 from lightning_compress.checks import first_line
 from lightning_compress.deploy.interface import taken_by_file

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.jobs import kept, quiet
 from experiments.tasks import data_folder
+from experiments.training import kept, quiet
 from lightning_compress import Phase, Scheme, w4_groups, w8
 from lightning_compress.callbacks import GradualPruning, PostTrainingQuantization, QuantizationAwareTraining
 from lightning_compress.deploy.files import Pair, write_files

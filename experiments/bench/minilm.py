@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
-from experiments.jobs import quiet
 from experiments.tasks import data_folder
+from experiments.training import quiet
 from lightning_compress import Phase, Scheme, int8, w4_groups, w8
 from lightning_compress.callbacks import (
     ChannelPruning,

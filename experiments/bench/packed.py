@@ -33,11 +33,11 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from experiments.baselines import Budget, accuracy, fit, train
 from experiments.bench.step_overhead import resnet50
-from experiments.jobs import kept, quiet, trained
+from experiments.jobs import trained
 from experiments.layouts import is_same, ways
 from experiments.tasks import LENET5, TASKS, Data, Task, data_folder
+from experiments.training import Budget, accuracy, fit, kept, quiet, train
 from lightning_compress.callbacks import GradualPruning, KnowledgeDistillation, QuantizationAwareTraining
 from lightning_compress.deploy.packed import load_packed, save_packed
 from lightning_compress.layers import find_layers

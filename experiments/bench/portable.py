@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from experiments.avx2 import environment
 from experiments.bench import quant_accuracy
 from experiments.bench.deploy import train
-from experiments.jobs import quiet
 from experiments.nets import Bright, ResNet20, Rows, vit
 from experiments.saturating import saturating
 from experiments.tasks import data_folder, mnist
+from experiments.training import quiet
 from lightning_compress.demo.models import ResNet
 from lightning_compress.deploy.cpu import cpu_features
 from lightning_compress.deploy.files import write_files

@@ -17,8 +17,21 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experiments.baselines import PEERS, STRUCTURED_PEERS
-from experiments.jobs import DENSE, FACTORS, MORE, SMALL, Job, Run, best_factors, load, plain, pool, task_arguments
+from experiments.jobs import (
+    DENSE,
+    FACTORS,
+    MORE,
+    PEERS,
+    SMALL,
+    STRUCTURED_PEERS,
+    Job,
+    Run,
+    best_factors,
+    load,
+    plain,
+    pool,
+    task_arguments,
+)
 from experiments.recipes import OURS, STRUCTURED_OURS
 from experiments.tasks import TASKS, data_folder
 

@@ -19,9 +19,9 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from experiments.baselines import Budget, accuracy, dense, fit, weights_of
-from experiments.jobs import quiet, trained
+from experiments.jobs import trained
 from experiments.tasks import TASKS, data_folder
+from experiments.training import Budget, accuracy, dense, fit, quiet, weights_of
 from lightning_compress.callbacks import SET, GradualPruning, KnowledgeDistillation, RigL
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import (

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.baselines import accuracy
-from experiments.jobs import load, quiet, trained
+from experiments.jobs import load, trained
 from experiments.tasks import TASKS, Classifier, Data, Task, data_folder
+from experiments.training import accuracy, quiet
 from lightning_compress.callbacks import PostTrainingQuantization
 from lightning_compress.quantization import Affine, Scheme
 

@@ -16,8 +16,19 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experiments.baselines import QUANTIZED_PEERS
-from experiments.jobs import DENSE, FACTORS, MORE, Job, Run, best_factors, load, plain, pool, task_arguments
+from experiments.jobs import (
+    DENSE,
+    FACTORS,
+    MORE,
+    QUANTIZED_PEERS,
+    Job,
+    Run,
+    best_factors,
+    load,
+    plain,
+    pool,
+    task_arguments,
+)
 from experiments.recipes import QUANTIZED
 from experiments.tasks import TASKS, data_folder
 

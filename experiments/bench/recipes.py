@@ -25,9 +25,9 @@ import experiments.foreign  # noqa: F401  # before anything that imports torchvi
 import lightning.pytorch as pl
 from torch import nn
 
-from experiments.jobs import kept, quiet
 from experiments.kinds import KINDS, Batches, Kind, Model, Split
 from experiments.tasks import data_folder
+from experiments.training import kept, quiet
 from lightning_compress import recipe
 from lightning_compress.deploy.files import Pair, write_files
 from lightning_compress.deploy.formats import FORMATS

@@ -24,10 +24,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from experiments.baselines import Budget, accuracy, fit, fitted, num_macs
 from experiments.cifar import cifar10, task
-from experiments.jobs import kept, quiet
 from experiments.tasks import Classifier, Data, Task, data_folder
+from experiments.training import Budget, accuracy, fit, fitted, kept, num_macs, quiet
 from lightning_compress import Phase, int8
 from lightning_compress.callbacks import ChannelPruning, KnowledgeDistillation, QuantizationAwareTraining
 from lightning_compress.deploy.files import write_files

@@ -24,8 +24,8 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from experiments.jobs import quiet
 from experiments.tasks import data_folder, mnist
+from experiments.training import quiet
 from lightning_compress.analysis.allocation import Allocation
 from lightning_compress.demo.data import MNIST5k
 from lightning_compress.demo.models import ResNet

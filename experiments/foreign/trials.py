@@ -21,7 +21,7 @@ from torch import nn
 import lightning_compress
 from experiments.foreign.models import MODELS, Made
 from experiments.foreign.multiplied import multiplied
-from experiments.jobs import quiet
+from experiments.training import quiet
 from lightning_compress import load_from_checkpoint
 from lightning_compress.callbacks import (
     ChannelPruning,

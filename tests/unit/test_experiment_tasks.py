@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from experiments import tasks
-from experiments.baselines import PEERS, QUANTIZED_PEERS, Budget, accuracy, dense, fit, num_macs, train, weights_of
 from experiments.bench.prune_accuracy import _row
-from experiments.jobs import Job, Run, best_factors, smallest_scale
+from experiments.jobs import PEERS, QUANTIZED_PEERS, Job, Run, best_factors, smallest_scale
 from experiments.recipes import OURS, QUANTIZED
 from experiments.tasks import TASKS, Batches, Data, data_folder, mfcc, roll3, roll6_mask6
+from experiments.training import Budget, accuracy, dense, fit, num_macs, train, weights_of
 from lightning_compress.layers import find_layers
 from lightning_compress.pruning import Element, Masks, SparedMagnitude
 from lightning_compress.testing import check_criterion

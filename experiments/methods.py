@@ -1,0 +1,64 @@
+"""Every method of the benchmark: ours, the peers' and the controls, at which points, and where its code is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["ABSENT", "METHODS", "Method"]
+
+Kind = Literal["zeros", "macs", "bits", "sparse8", "dense"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to reach a point.
+
+    Args:
+        kind: What it reaches: a share of zeros, times fewer multiplications, bits of a weight, or a share of zeros in 8
+            bits.
+        train: ``module:function`` of the trained model, the budget and the amount; gives the model that ships.
+        role: Ours, a peer's, or a control's.
+        amounts: The amounts that it takes; any where there are none.
+        package: Distribution whose version is told beside the result.
+        environment: Name of the requirements in ``experiments/peers``, for one that cannot live with the others.
+        tuned: Whether it has a learning rate.
+        write: ``module:function`` of the model, an example batch and a folder; gives the path of the file that ships.
+    """
+
+    kind: Kind
+    train: str
+    role: Literal["ours", "peer", "control"] = "peer"
+    amounts: tuple[float, ...] = ()
+    package: str = "torch"
+    environment: str = ""
+    tuned: bool = True
+    write: str = "experiments.shipping:write_onnx"
+
+
+_PLAIN, _OURS = "experiments.peers.plain", "experiments.recipes"
+
+METHODS: dict[tuple[str, str], Method] = {
+    # ours: one recipe a kind, for all tasks and amounts
+    ("ours", "zeros"): Method("zeros", f"{_OURS}:pruned", "ours", package="lightning-compress"),
+    ("ours", "macs"): Method("macs", f"{_OURS}:narrowed", "ours", package="lightning-compress"),
+    # controls
+    ("random", "zeros"): Method("zeros", f"{_PLAIN}:random_pruning", "control"),
+    ("small dense", "zeros"): Method("zeros", "experiments.peers.small:as_many_weights", "control"),
+    ("small dense", "macs"): Method("macs", "experiments.peers.small:as_many_macs", "control"),
+    ("small dense", "bits"): Method("bits", "experiments.peers.small:as_many_bytes", "control", amounts=(4, 3, 2)),
+    ("dense trained on", "dense"): Method("dense", "experiments.training:dense", "control"),
+    # peers
+    ("global magnitude by hand", "zeros"): Method("zeros", f"{_PLAIN}:global_magnitude"),
+    ("torch.nn.utils.prune", "zeros"): Method("zeros", "experiments.peers.torch_prune:one_shot"),
+    ("Lightning ModelPruning", "zeros"): Method(
+        "zeros", "experiments.peers.lightning_pruning:model_pruning", package="lightning"
+    ),
+    ("Torch-Pruning GroupNorm", "macs"): Method(
+        "macs", "experiments.peers.torch_pruning:group_norm", package="torch-pruning"
+    ),
+    ("TWN by hand", "bits"): Method("bits", f"{_PLAIN}:naive_ternary", amounts=(2,)),
+}
+
+# what does not install or does not run, with the reason
+ABSENT: dict[str, str] = {}

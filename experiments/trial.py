@@ -1,0 +1,128 @@
+"""Carries out one trial: train, write the file, run it, weigh it, time it.
+
+``python -m experiments.trial`` does so for each line of JSON on its standard input, and answers with a line, so that a
+method whose package cannot live with the others runs in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.arena import TASKS
+from experiments.methods import METHODS
+from experiments.protocol import Trial
+from experiments.shipping import open_file, weigh, write_onnx
+from experiments.tasks import Data, Task
+from experiments.training import Budget, kept, measured, num_macs, quiet, train, weights_of
+from lightning_compress.deploy.timing import time_together
+
+__all__ = ["carry_out", "dense_model"]
+
+
+@cache
+def _data(task: str, folder: Path, cut: int | None) -> Data:
+    if cut is not None:
+        return _data(task, folder, None).cut(cut)
+    return TASKS[task].load(folder)
+
+
+def dense_model(task: Task, seed: int, data: Data, sources: Path, folder: Path, cut: bool) -> nn.Module:
+    """The model that every method of a seed starts from, from its file where there is one."""
+    budget = Budget(task, data, seed, task.epochs, task.learning_rate)
+
+    def make(model: nn.Module) -> nn.Module:
+        if task.weights is not None:
+            model.load_state_dict(task.weights(sources))
+        return train(model, budget)
+
+    torch.manual_seed(seed)
+    return kept(folder / f"{task.name}-{seed}{'-cut' if cut else ''}.pt", task.build, make)
+
+
+def _named(address: str) -> Callable[..., Any]:
+    module, _, name = address.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found
+
+
+def _ship(model: nn.Module, start: nn.Module, trial: Trial, data: Data) -> dict[str, Any]:
+    """What the file is worth, its milliseconds at batch 1 in turn with those of the dense model's."""
+    task, example = TASKS[trial.task], data.x_test[:2].contiguous()
+    write = _named(METHODS[trial.method, trial.kind].write)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(write(model, example, Path(folder)))
+        (beside := Path(folder) / "dense").mkdir()
+        shipped, dense = open_file(path), open_file(write_onnx(start, example, beside))
+        one = example[:1]
+        ms, ms_dense = (timed.ms for timed in time_together([lambda: shipped(one), lambda: dense(one)], 0.5))
+        size, packed = weigh(path)
+        metric = measured(shipped, task.metric, data, 500)
+    return {"deployed": metric, "bytes": size, "zstd": packed, "ms": round(ms, 4), "ms_dense": round(ms_dense, 4)} | {
+        "file": path.suffix[1:]
+    }
+
+
+def carry_out(trial: Trial, data_folder: Path, folder: Path) -> dict[str, Any]:
+    """Metrics of the trained model and of its file, and what was reached. What breaks is told, not raised."""
+    task, method = TASKS[trial.task], METHODS[trial.method, trial.kind]
+    outcome: dict[str, Any] = dict.fromkeys(("trained", "deployed", "zeros", "macs"))
+    outcome["failure"] = ""
+    begin, cpu = time.perf_counter(), time.process_time()
+    try:
+        data = _data(trial.task, data_folder, trial.seed if trial.cut else None)
+        start = dense_model(task, trial.seed, data, data_folder, folder, trial.cut)
+        model = dense_model(task, trial.seed, data, data_folder, folder, trial.cut)
+        # other batches than the dense training's
+        budget = Budget(task, data, trial.seed + 1000, task.compress_epochs, task.compress_rate * trial.factor)
+        begin, cpu = time.perf_counter(), time.process_time()
+        model = _named(method.train)(model, budget, trial.amount).eval()
+        outcome["trained"] = measured(model, task.metric, data)
+        outcome |= _reached(model, start, data)
+        if not trial.cut:
+            outcome |= _ship(model, start, trial, data)
+    except Exception as error:  # a method that breaks is a row of the table, not its end
+        outcome["failure"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    if outcome["trained"] is not None and not math.isfinite(outcome["trained"]):
+        outcome |= {"failure": "the metric is not finite", "trained": None, "deployed": None}
+    outcome["seconds"] = round(time.perf_counter() - begin, 1)
+    outcome["cpu_seconds"] = round(time.process_time() - cpu, 1)
+    outcome["version"] = metadata.version(method.package)
+    return outcome
+
+
+def _reached(model: nn.Module, start: nn.Module, data: Data) -> dict[str, Any]:
+    """Share of the weights that is zero or gone, and times fewer multiplications; none where a tool hides them."""
+    example, whole = data.x_test[:1].contiguous(), sum(w.numel() for w in weights_of(start))
+    try:
+        left = sum(int(torch.count_nonzero(w)) for w in weights_of(model))
+        fewer = num_macs(start, example) / num_macs(model, example)
+    except Exception:  # modules of other tools count in ways of their own
+        return {}
+    return {"zeros": round(1 - left / whole, 5), "macs": round(fewer, 4)}
+
+
+def main() -> None:
+    """Answers until its input ends."""
+    quiet()
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # what tools print is no answer
+    for line in sys.stdin:
+        asked = json.loads(line)
+        outcome = carry_out(Trial(**asked["trial"]), Path(asked["data"]), Path(asked["folder"]))
+        print(json.dumps(outcome), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
