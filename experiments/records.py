@@ -1,0 +1,85 @@
+"""Outcomes of trials as they are kept and committed: a file of JSON with a line a trial, and what it was made with."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from experiments.protocol import Outcome, Trial
+from lightning_compress.files import write_whole
+
+__all__ = ["FEATURES", "Records", "machine"]
+
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
+
+
+def machine() -> dict[str, str]:
+    """The CPU, by its name and by what its kernels depend on."""
+    info = Path("/proc/cpuinfo")
+    lines = [line.split(":") for line in (info.read_text() if info.is_file() else "").splitlines() if ":" in line]
+    told = {key.strip(): value.strip() for key, value in lines}
+    flags = told.get("flags", "").split()
+    return {
+        "cpu": told.get("model name", platform.processor() or platform.machine()),
+        "features": " ".join(feature for feature in FEATURES if feature in flags),
+    }
+
+
+def _commit() -> str:
+    asked = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or "unknown"
+
+
+class Records:
+    """The trials of a file, which is written anew after each one that is added, so that a stopped run goes on.
+
+    Args:
+        path: The file; it need not exist.
+        command: What is called, as it stands in the file.
+    """
+
+    def __init__(self, path: Path, command: str = "") -> None:
+        self.path = path
+        kept = json.loads(path.read_text()) if path.is_file() else {"made": [], "trials": []}
+        self.made: list[dict[str, str]] = kept["made"]
+        self.outcomes: dict[Trial, Outcome] = {}
+        for row in kept["trials"]:
+            trial = Trial(**{key: row.pop(key) for key in Trial.__dataclass_fields__})
+            self.outcomes[trial] = row
+        import torch
+
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        now = {"command": command, "commit": _commit(), "date": date.today().isoformat(), **versions, **machine()}
+        if command and now not in self.made:
+            self.made.append(now)
+        self._by = self.made.index(now) if command else -1
+
+    def add(self, trial: Trial, outcome: Mapping[str, Any]) -> None:
+        """Keep an outcome, in the place of an older one of the same trial."""
+        self.outcomes[trial] = {**outcome, "by": self._by}
+        self.write()
+
+    def write(self) -> None:
+        """One line a trial, in an order that does not depend on when it ran."""
+        rows = sorted((list(trial.plain.values()), {**trial.plain, **kept}) for trial, kept in self.outcomes.items())
+        used = {outcome["by"] for outcome in self.outcomes.values()}
+        made = ",\n".join(f"  {json.dumps(one)}" for one in self.made)
+        lines = ",\n".join(f"  {json.dumps(row)}" for _, row in rows)
+        if used:
+            write_whole(self.path, f'{{"made": [\n{made}\n],\n"trials": [\n{lines}\n]}}\n')
+
+    def drop(self, trials: Mapping[Trial, Any] | list[Trial]) -> None:
+        """Forget trials, so that they are run again."""
+        for trial in trials:
+            self.outcomes.pop(trial, None)
+
+
+def said(line: str) -> None:
+    """A line of progress."""
+    print(line, file=sys.stderr, flush=True)
