@@ -68,9 +68,8 @@ class _Worker:
             found: dict[str, Any] = json.loads(answer)
             return found
         seconds = time.perf_counter() - begin
-        reason = (
-            f"took longer than {_LONGEST} s" if seconds >= _LONGEST else f"the process ended: {self.process.wait()}"
-        )
+        ended = f"the process ended: {self.process.wait()}"
+        reason = f"took longer than {_LONGEST} s" if seconds >= _LONGEST else ended
         return {"trained": None, "deployed": None, "failure": reason, "seconds": round(seconds, 1)}
 
     @property
