@@ -11,33 +11,27 @@ import math
 import shlex
 import sys
 import time
-from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from experiments.arena import MAIN_TASKS, TASKS
 from experiments.protocol import (
     DENSE,
     MAIN,
-    MORE_SEEDS,
     POINTS,
     SEEDS,
     Point,
     Trial,
     are_close,
-    best_factor,
-    compare,
-    deployed,
     final_trials,
     methods_of,
     tuning_trials,
 )
 from experiments.records import Records, said
+from experiments.standings import CONTROL, OURS, Cell, Standings
 from experiments.tasks import data_folder
 from experiments.workers import missing_environments, run_trials
 
-OURS = "ours"
 RESULTS = Path("experiments/results/proof.json")
 
 
@@ -66,79 +60,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
 
 
-class _Bench:
-    """What is to be run, in stages: each follows from the outcomes of the one before."""
+class _Stages:
+    """What is to be run: each stage follows from the outcomes of the one before."""
 
-    def __init__(self, records: Records, names: list[str], points: list[Point], methods: list[str], seeds: int) -> None:
-        self.records, self.names, self.seeds = records, names, seeds
-        self.cells = [
-            (name, point, method) for name, point in product(names, points) for method in methods_of(point, methods)
-        ]
-
-    def factor(self, task: str, point: Point, method: str) -> float:
-        """The learning rate that was best on the cut."""
-        tuned = {t: self.records.outcomes[t] for t in tuning_trials(task, point, method) if t in self.records.outcomes}
-        return best_factor(tuned, TASKS[task].metric.higher)
-
-    def finals(self, task: str, point: Point, method: str, seeds: int) -> list[Trial]:
-        """On the whole training part, at that rate."""
-        return final_trials(task, point, method, self.factor(task, point, method), seeds)
-
-    def by_seed(self, task: str, point: Point, method: str) -> dict[int, float]:
-        """The metric of the files."""
-        trials = self.finals(task, point, method, MORE_SEEDS)
-        return deployed((trial, self.records.outcomes[trial]) for trial in trials if trial in self.records.outcomes)
+    def __init__(self, standings: Standings, names: list[str], cells: list[tuple[str, Point, str]], seeds: int) -> None:
+        self.standings, self.names, self.cells, self.seeds = standings, names, cells, seeds
 
     def dense(self) -> list[Trial]:
         """The control that only trains on."""
-        control = "dense trained on"
-        return [trial for name in self.names for trial in final_trials(name, DENSE, control, 1.0, self.seeds)]
+        return [trial for name in self.names for trial in final_trials(name, DENSE, CONTROL, 1.0, self.seeds)]
 
     def tuning(self) -> list[Trial]:
         """On the cut."""
         return [trial for cell in self.cells for trial in tuning_trials(*cell)]
 
-    def all_finals(self) -> list[Trial]:
+    def finals(self) -> list[Trial]:
         """Of every cell."""
-        return [trial for cell in self.cells for trial in self.finals(*cell, self.seeds)]
+        return [trial for cell in self.cells for trial in self.standings.finals(*cell, self.seeds)]
 
     def closer(self) -> list[Trial]:
         """More seeds of ours and of those that are close to it."""
         trials: list[Trial] = []
         for task, point, method in self.cells:
-            ours, other = self.by_seed(task, point, OURS), self.by_seed(task, point, method)
-            if method != OURS and len(ours.keys() & other.keys()) > 1 and are_close(ours, other):
-                trials += [*self.finals(task, point, OURS, MORE_SEEDS), *self.finals(task, point, method, MORE_SEEDS)]
+            ours, other = self.standings.cell(task, point, OURS), self.standings.cell(task, point, method)
+            if ours and other and other.compared and are_close(ours.values, other.values):
+                trials += [*self.standings.finals(task, point, OURS), *self.standings.finals(task, point, method)]
         return list(dict.fromkeys(trials))
 
-    def rows(self) -> list[dict[str, Any]]:
-        """A row a method that has outcomes."""
-        return [row for cell in self.cells if (row := self._row(*cell))]
 
-    def _row(self, task: str, point: Point, method: str) -> dict[str, Any]:
-        values, ours = self.by_seed(task, point, method), self.by_seed(task, point, OURS)
-        found = [self.records.outcomes.get(trial) for trial in self.finals(task, point, method, MORE_SEEDS)]
-        ran = [outcome for outcome in found if outcome]
-        if not ran:
-            return {}
-        metric = TASKS[task].metric
-        beside = len(ours.keys() & values.keys()) > 1 and method != OURS
-        compared = compare(ours, values, metric.higher, metric.least) if beside else None
-        last = {key: [o[key] for o in ran if o.get(key) is not None] for key in ("zstd", "trained", "deployed")}
-        gap = [a - b for a, b in zip(last["deployed"], last["trained"], strict=False)]
-        return {
-            "task": task,
-            "point": str(point),
-            "method": method,
-            metric.name: mean(values.values()) if values else math.nan,
-            "sd": stdev(values.values()) if len(values) > 1 else math.nan,
-            "seeds": len(values),
-            "file - model": mean(gap) if gap else math.nan,
-            "KB": mean(last["zstd"]) / 1e3 if last["zstd"] else math.nan,
-            "rate": f"{self.factor(task, point, method):g}x",
-            "ours is": f"{compared.difference:+.2f} +- {compared.error:.2f}, {compared.verdict}" if compared else "",
-            "failed": "; ".join(sorted({o["failure"] for o in ran if o["failure"]})),
-        }
+def _row(cell: Cell) -> dict[str, Any]:
+    """A line of the table."""
+    metric, compared = TASKS[cell.task].metric, cell.compared
+    size, faster = cell.average("zstd"), cell.times_faster
+    return {
+        "task": cell.task,
+        "point": str(cell.point),
+        "method": cell.method,
+        "metric": metric.name,
+        "file": "-" if cell.mean is None else cell.mean,
+        "sd": "-" if cell.sd is None else cell.sd,
+        "seeds": len(cell.values),
+        "file - model": "-" if cell.gap is None else round(cell.gap, 3),
+        "KB": "-" if size is None else size / 1e3,
+        "faster": "-" if faster is None else faster,
+        "rate": f"{cell.factor:g}x",
+        "ours is": f"{compared.difference:+.2f} +- {compared.error:.2f}, {compared.verdict}" if compared else "",
+        "failed": "; ".join(cell.failures),
+    }
 
 
 def run(  # noqa: PLR0913  # the options of the command
@@ -157,10 +125,13 @@ def run(  # noqa: PLR0913  # the options of the command
     """Headline: how often ours wins, ties and loses against a peer or control."""
     until = time.time() + 3600 * hours
     records = Records(results, shlex.join(["python", "-m", "experiments.bench", *sys.argv[1:]]))
-    bench = _Bench(records, tasks or list(MAIN_TASKS), points or list(MAIN), methods or [], seeds)
+    standings = Standings(records)
+    names, asked = tasks or list(MAIN_TASKS), points or list(MAIN)
+    cells = [(name, point, method) for name in names for point in asked for method in methods_of(point, methods or [])]
+    stages = _Stages(standings, names, cells, seeds)
     folder.mkdir(parents=True, exist_ok=True)
     ran: set[Trial] = set()
-    for stage in (bench.dense, bench.tuning, bench.all_finals, *([bench.closer] if more_seeds else [])):
+    for stage in (stages.dense, stages.tuning, stages.finals, *([stages.closer] if more_seeds else [])):
         todo = [trial for trial in stage() if (again and trial not in ran) or trial not in records.outcomes]
         if absent := missing_environments(todo):
             raise SystemExit(f"Environments of peers are missing: {', '.join(absent)}. Run: make peers")
@@ -176,10 +147,9 @@ def run(  # noqa: PLR0913  # the options of the command
             said(f"{which}{', cut' if trial.cut else ''}: {value} ({left} left)")
 
         run_trials(todo, data_folder(data), folder, workers, until, done)
-    rows = bench.rows()
+    rows = [_row(cell) for cell in standings.cells(names, [DENSE, *asked], methods or [])]
     verdicts = [row["ours is"].rpartition(" ")[2] for row in rows if row["ours is"]]
     spent = sum(outcome.get("cpu_seconds") or 0.0 for outcome in records.outcomes.values()) / 3600
     words = {"wins": "win", "ties": "tie", "losses": "loss"}
     counts = {name: float(verdicts.count(word)) for name, word in words.items()}
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return {"headline": {**counts, "cpu_hours": spent}, "rows": rows, "columns": columns}
+    return {"headline": {**counts, "cpu_hours": spent}, "rows": rows}
