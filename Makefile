@@ -8,7 +8,7 @@ FOREIGN := $(OTHERS)/.installed
 SITE   := $(VENV)/.installed-site
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-full test-crash test-ranks test-foreign nox docs-test site check check-style check-types check-examples format matrix sweep clean
+.PHONY: help install demo test test-all test-full test-crash test-ranks test-foreign bench bench-quick peers nox docs-test site check check-style check-types check-examples format matrix sweep clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -57,6 +57,19 @@ test-foreign: $(FOREIGN) ## try every callback on models of other packages; writ
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(OTHERS)/bin/python -m experiments.bench coverage \
 		--folder outputs/foreign --json experiments/results/foreign.json --write docs/foreign.md
 	$(OTHERS)/bin/python -m experiments.foreign.support
+
+PICTURES := outputs/data/node_modules/.package-lock.json
+EMOJI    := $(foreach vendor,google apple facebook twitter,emoji-datasource-$(vendor)@16.0.0)
+
+$(PICTURES):
+	npm install --silent --prefix outputs/data $(EMOJI)
+
+bench: install peers $(PICTURES) ## run what is missing of the benchmark (hours; it can be stopped), and write its tables
+	$(BIN)/python -m experiments.bench proof --more-seeds
+	$(BIN)/python -m experiments.bench report
+
+bench-quick: install ## run the benchmark's whole way on one small task, in less than two minutes
+	$(BIN)/python -m experiments.bench quick
 
 nox: ## run unit tests and the demo in Python 3.10 to 3.13, with the lowest and the newest dependencies; nightly
 	$(PYTHON) -m venv .nox/tool

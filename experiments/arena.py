@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from experiments import cifar, emoji
+from experiments import cifar, emoji, quick
 from experiments.tasks import TASKS as QUICK
 from experiments.tasks import Task
 
 __all__ = ["MAIN_TASKS", "TASKS"]
 
-TASKS: dict[str, Task] = {**QUICK, **emoji.TASKS, **cifar.TASKS}
+TASKS: dict[str, Task] = {**QUICK, **emoji.TASKS, **cifar.TASKS, **quick.TASKS}
 MAIN_TASKS = ("fsdd", "mnist1d", "emoji", "resnet20")
