@@ -42,6 +42,12 @@ METHODS: dict[tuple[str, str], Method] = {
     # ours: one recipe a kind, for all tasks and amounts
     ("ours", "zeros"): Method("zeros", f"{_OURS}:pruned", "ours", package="lightning-compress"),
     ("ours", "macs"): Method("macs", f"{_OURS}:narrowed", "ours", package="lightning-compress"),
+    ("ours", "bits"): Method(
+        "bits", f"{_OURS}:with_bits", "ours", package="lightning-compress", write=f"{_OURS}:write_quantized"
+    ),
+    ("ours", "sparse8"): Method(
+        "sparse8", f"{_OURS}:sparse_with_8_bits", "ours", package="lightning-compress", write=f"{_OURS}:write_quantized"
+    ),
     # controls
     ("random", "zeros"): Method("zeros", f"{_PLAIN}:random_pruning", "control"),
     ("small dense", "zeros"): Method("zeros", "experiments.peers.small:as_many_weights", "control"),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from experiments.training import Budget, fit
+from experiments.training import Budget, fit, fitted
 from lightning_compress.callbacks import (
     ChannelPruning,
     GradualPruning,
     KnowledgeDistillation,
     QuantizationAwareTraining,
 )
+from lightning_compress.deploy.files import write_files
+from lightning_compress.deploy.formats import FORMATS
+from lightning_compress.forward import Inputs
 from lightning_compress.phase import Phase
 from lightning_compress.pruning import LAMP
 from lightning_compress.quantization import (
@@ -36,7 +40,7 @@ from lightning_compress.quantization import (
     w4a8,
 )
 
-__all__ = ["DISTILLED", "OURS", "QUANTIZED", "SCHEMES", "STRUCTURED_OURS"]
+__all__ = ["DISTILLED", "OURS", "QUANTIZED", "SCHEMES", "STRUCTURED_OURS", "sparse_with_8_bits", "with_bits"]
 
 Method = Callable[[nn.Module, Budget, float], nn.Module]
 
@@ -84,6 +88,26 @@ def sparse_int8(teacher: bool) -> Method:
         return fit(model, budget, [prune, quantize, *([KnowledgeDistillation(temperature=4.0)] if teacher else [])])
 
     return method
+
+
+def with_bits(model: nn.Module, budget: Budget, bits: float) -> nn.Module:
+    """Weights of so many bits, whose steps are learned, and activations of 8; taught by the model as it was."""
+    scheme = Scheme(LearnedStep(int(bits), symmetric=True))
+    return fitted(model, budget, [_quantize(scheme), KnowledgeDistillation(alpha=0.5, temperature=4.0)])
+
+
+def sparse_with_8_bits(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
+    """Pruned in the first half, then trained in int8, taught by the model as it was."""
+    prune = GradualPruning(sparsity, LAMP(power=0.5), phase=Phase(0.0, 0.5), every=10)
+    scheme = replace(int8(), observer=MovingAverage(0.1))
+    quantize = QuantizationAwareTraining(scheme, Phase(0.5, 0.52), Phase(0.52, 1.0), 0.9)
+    return fitted(model, budget, [prune, quantize, KnowledgeDistillation(temperature=4.0)])
+
+
+def write_quantized(model: nn.Module, example: Tensor, folder: Path) -> Path:
+    """The .onnx file of integers; codes of at most 4 bits stand two to a byte."""
+    kind = FORMATS["onnx"]
+    return write_files(kind, model.eval(), Inputs((example,), {}), folder / "model.onnx", (1,)).shipped[1]
 
 
 def taught(scheme: Scheme) -> Method:
