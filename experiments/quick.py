@@ -1,4 +1,4 @@
-"""The task of ``make bench-quick``: it needs no files and trains in seconds, so that the whole protocol can be tried."""
+"""The task of ``make bench-quick``: it needs no files and trains in seconds, so that the whole protocol is tried."""
 
 from __future__ import annotations
 

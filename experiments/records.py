@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from experiments.protocol import Outcome, Trial
 from lightning_compress.files import write_whole
 
-__all__ = ["FEATURES", "Records", "machine"]
+__all__ = ["FEATURES", "Records", "machine", "made_now", "said"]
 
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 
@@ -36,6 +37,12 @@ def _commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
+def made_now(command: str) -> dict[str, str]:
+    """What results are made with: the command, the commit, the day, versions and the CPU."""
+    versions = {"python": platform.python_version(), "torch": metadata.version("torch")}
+    return {"command": command, "commit": _commit(), "date": date.today().isoformat(), **versions, **machine()}
+
+
 class Records:
     """The trials of a file, which is written anew after each one that is added, so that a stopped run goes on.
 
@@ -52,10 +59,7 @@ class Records:
         for row in kept["trials"]:
             trial = Trial(**{key: row.pop(key) for key in Trial.__dataclass_fields__})
             self.outcomes[trial] = row
-        import torch
-
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        now = {"command": command, "commit": _commit(), "date": date.today().isoformat(), **versions, **machine()}
+        now = made_now(command)
         if command and now not in self.made:
             self.made.append(now)
         self._by = self.made.index(now) if command else -1

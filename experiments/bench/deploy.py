@@ -3,7 +3,7 @@
 Both are trained briefly on MNIST with quantization-aware training, and exported. For each runtime: milliseconds at
 batch 1 and 64, interleaved with the float file, one thread; how many operations with stored weights run in integer
 kernels; the share of 1,000 test images with the same answer as the fake-quantized model; bytes after zstd against the
-float file.
+float file; CPU seconds of the conversion, of both files and all batch sizes.
 Then a ResNet-20 that was pruned to 80 % and quantized in one fit runs as .tflite and .pte over the same images, and
 LSTM and GRU that read an image row by row run in onnxruntime.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -121,7 +122,9 @@ def measure(name: str, model: Net, x: Tensor, y: Tensor, formats: Sequence[str],
     examples = Inputs((x[:64],), {})
     for key in formats:
         kind = FORMATS[key]
+        begin = time.process_time()
         files = write_files(kind, model, examples, folder / f"{name}{kind.suffix}")
+        seconds = time.process_time() - begin
         pair = Pair(kind, files, model, examples)
         outputs = pair.shipped(inputs)
         found = outputs.argmax(-1)
@@ -144,6 +147,7 @@ def measure(name: str, model: Net, x: Tensor, y: Tensor, formats: Sequence[str],
                     "PyTorch": share(answers, y),
                     "deployed minus trained": share(found, y) - share(answers, y),
                     "cpu": cpu_features(),
+                    "conversion s": seconds,
                     "KB": sizes[0][0] / 1e3,
                     "KB zstd": sizes[0][1] / 1e3,
                     "of float zstd": sizes[0][1] / sizes[1][1],

@@ -18,7 +18,14 @@ from experiments.tables import page
 from lightning_compress.files import write_whole
 
 _POINTS = [Point("zeros", 0.9), Point("macs", 4), Point("bits", 8)]
-_METHODS = ["ours", "global magnitude by hand", "Torch-Pruning GroupNorm", "onnxruntime static", "small dense", "random"]
+_METHODS = [
+    "ours",
+    "global magnitude by hand",
+    "Torch-Pruning GroupNorm",
+    "onnxruntime static",
+    "small dense",
+    "random",
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
