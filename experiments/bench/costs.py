@@ -2,7 +2,7 @@
 
 Runs the benchmarks that measure these, each in a process of its own, one after another, and keeps what they printed in
 experiments/results/costs.json with the command, the commit, the versions and the CPU. Where the CPU has VNNI, files are
-timed once more on the same CPU made to hide it. Machines are added, not replaced. For a machine with nothing else to do.
+timed once more on the same CPU made to hide it. Machines are added, not replaced. For an idle machine.
 """
 
 from __future__ import annotations
