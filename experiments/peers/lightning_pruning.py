@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 
@@ -18,6 +19,7 @@ def model_pruning(model: nn.Module, budget: Budget, sparsity: float) -> nn.Modul
     def amount(epoch: int) -> float:  # of what is left, as ModelPruning compounds
         return 1 - (1 - shares[epoch + 1]) / (1 - shares[epoch]) if epoch < num_prunes else 0.0
 
+    model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # it takes no other
     layers = [(module, "weight") for module in model.modules() if isinstance(module, WEIGHTED)]
     callback = ModelPruning(
         "l1_unstructured", layers, amount=amount, use_global_unstructured=True, use_lottery_ticket_hypothesis=False

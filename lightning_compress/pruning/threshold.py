@@ -17,8 +17,8 @@ from torch import Tensor
 
 __all__ = ["CHUNK", "Processes", "Threshold", "find_threshold", "keep_highest", "num_dropped", "spread_sample"]
 
-# Scores that are looked at together: a megabyte of them stays in the cache.
-CHUNK = 2**18
+# Scores that are looked at together: half a megabyte of them stays in the cache.
+CHUNK = 2**17
 # Standard deviations of a sample's quantile on either side of the bracket: it misses the threshold 7 times in a
 # thousand, and is then widened. A wider one would collect more candidates at each of the other times.
 _SIGMAS = 2.7
