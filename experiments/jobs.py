@@ -22,7 +22,7 @@ from torch import nn
 from experiments.peers.lightning_pruning import model_pruning
 from experiments.peers.plain import global_magnitude, naive_ternary, random_pruning, uniform_magnitude
 from experiments.peers.torch_prune import one_shot
-from experiments.peers.torch_pruning import global_group_magnitude, group_magnitude
+from experiments.peers.torch_pruning import global_group_norm, group_norm
 from experiments.recipes import DISTILLED, OURS, QUANTIZED, STRUCTURED_OURS
 from experiments.tasks import TASKS, Data, Task
 from experiments.training import Budget, accuracy, dense, kept, num_macs, quiet, train, weights_of
@@ -60,8 +60,8 @@ PEERS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {
     "random": random_pruning,
 }
 STRUCTURED_PEERS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {
-    "torch-pruning GroupMagnitude": group_magnitude,
-    "torch-pruning GroupMagnitude, global": global_group_magnitude,
+    "torch-pruning GroupMagnitude": group_norm,
+    "torch-pruning GroupMagnitude, global": global_group_norm,
 }
 QUANTIZED_PEERS: dict[str, Callable[[nn.Module, Budget, float], nn.Module]] = {"naive_ternary": naive_ternary}
 

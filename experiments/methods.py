@@ -50,6 +50,9 @@ METHODS: dict[tuple[str, str], Method] = {
     ),
     # controls
     ("random", "zeros"): Method("zeros", f"{_PLAIN}:random_pruning", "control"),
+    ("random", "macs"): Method(
+        "macs", "experiments.peers.torch_pruning:random_channels", "control", package="torch-pruning"
+    ),
     ("small dense", "zeros"): Method("zeros", "experiments.peers.small:as_many_weights", "control"),
     ("small dense", "macs"): Method("macs", "experiments.peers.small:as_many_macs", "control"),
     ("small dense", "bits"): Method("bits", "experiments.peers.small:as_many_bytes", "control", amounts=(4, 3, 2)),
@@ -62,6 +65,9 @@ METHODS: dict[tuple[str, str], Method] = {
     ),
     ("Torch-Pruning GroupNorm", "macs"): Method(
         "macs", "experiments.peers.torch_pruning:group_magnitude", package="torch-pruning"
+    ),
+    ("Torch-Pruning GroupTaylor", "macs"): Method(
+        "macs", "experiments.peers.torch_pruning:group_taylor", package="torch-pruning"
     ),
     ("TWN by hand", "bits"): Method("bits", f"{_PLAIN}:naive_ternary", amounts=(2,)),
 }

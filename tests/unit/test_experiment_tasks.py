@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from experiments import tasks
 from experiments.bench.prune_accuracy import _row
 from experiments.jobs import PEERS, QUANTIZED_PEERS, Job, Run, best_factors, smallest_scale
+from experiments.peers.torch_pruning import group_norm, random_channels
 from experiments.recipes import OURS, QUANTIZED
 from experiments.tasks import TASKS, Batches, Data, data_folder, mfcc, roll3, roll6_mask6
 from experiments.training import Budget, accuracy, dense, fit, num_macs, train, weights_of
@@ -124,6 +125,16 @@ def test_methods_reach_their_sparsity(name: str) -> None:
     model = {**PEERS, **OURS}[name](model, Budget(TASKS["mnist1d"], toy(), 1, 2, 0.02), 0.9)
     left = sum(int(torch.count_nonzero(w)) for w in weights_of(model))
     assert left / sum(w.numel() for w in weights_of(model)) == pytest.approx(0.1, abs=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", [group_norm, random_channels])
+def test_channels_are_taken_until_multiplications_are_few(method: Any) -> None:
+    task, data = TASKS["mnist1d"], toy()
+    macs = num_macs(task.build(), data.x_train[:1])
+    model = method(task.build(), Budget(task, data, 1, 1, 0.02), 4)
+    assert 0.23 * macs < num_macs(model, data.x_train[:1]) <= 0.25 * macs
+    assert model(data.x_test).shape == (100, 10)
 
 
 @pytest.mark.filterwarnings("ignore")
