@@ -37,6 +37,7 @@ class Method:
 
 
 _PLAIN, _OURS = "experiments.peers.plain", "experiments.recipes"
+_ORT = "experiments.peers.ort_static"
 
 METHODS: dict[tuple[str, str], Method] = {
     # ours: one recipe a kind, for all tasks and amounts
@@ -70,6 +71,12 @@ METHODS: dict[tuple[str, str], Method] = {
         "macs", "experiments.peers.torch_pruning:group_taylor", package="torch-pruning"
     ),
     ("TWN by hand", "bits"): Method("bits", f"{_PLAIN}:naive_ternary", amounts=(2,)),
+    ("onnxruntime static", "bits"): Method(
+        "bits", f"{_ORT}:as_it_is", amounts=(8,), package="onnxruntime", tuned=False, write=f"{_ORT}:write"
+    ),
+    ("magnitude + onnxruntime static", "sparse8"): Method(
+        "sparse8", f"{_ORT}:pruned", package="onnxruntime", write=f"{_ORT}:write"
+    ),
 }
 
 # what does not install or does not run, with the reason

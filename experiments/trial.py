@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import experiments.foreign  # noqa: F401  # before anything that imports torchvision
 from experiments.arena import TASKS
 from experiments.methods import METHODS
 from experiments.protocol import Trial
