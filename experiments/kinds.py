@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.forecast import generated
 from experiments.tasks import ds_cnn, fsdd, mnist, roll6_mask6
 
 __all__ = ["KINDS", "Batches", "Kind", "Model"]
@@ -233,15 +234,7 @@ def words(folder: Path) -> Split:
 
 def series(folder: Path) -> Split:
     """Generated: two waves, a slope and autoregressive noise."""
-    generator = torch.Generator().manual_seed(0)
-    num, t = 12_000, torch.arange(120)
-    periods = 8 + 40 * torch.rand(num, 2, 1, generator=generator)
-    phases = 6.3 * torch.rand(num, 2, 1, generator=generator)
-    waves = (torch.sin(6.2832 * t / periods + phases) * torch.rand(num, 2, 1, generator=generator)).sum(1)
-    noise = 0.1 * torch.randn(num, 120, generator=generator)
-    for i in range(1, 120):
-        noise[:, i] += 0.7 * noise[:, i - 1]
-    x = (waves + noise + torch.randn(num, 1, generator=generator) * t / 120)[..., None]
+    x = generated(12_000)[..., None]
     return x[:10_000, :96], x[:10_000, 96:], x[10_000:, :96], x[10_000:, 96:]
 
 

@@ -65,7 +65,7 @@ METHODS: dict[tuple[str, str], Method] = {
         "zeros", "experiments.peers.lightning_pruning:model_pruning", package="lightning"
     ),
     ("Torch-Pruning GroupNorm", "macs"): Method(
-        "macs", "experiments.peers.torch_pruning:group_magnitude", package="torch-pruning"
+        "macs", "experiments.peers.torch_pruning:group_norm", package="torch-pruning"
     ),
     ("Torch-Pruning GroupTaylor", "macs"): Method(
         "macs", "experiments.peers.torch_pruning:group_taylor", package="torch-pruning"

@@ -5,10 +5,10 @@ A run's batches depend on the task, the seed and the step alone, so that every m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -29,8 +29,12 @@ __all__ = [
     "data_folder",
     "mel",
     "mfcc",
+    "optimizer_of",
     "read",
 ]
+
+
+Optimizer = Literal["sgd", "adamw"]
 
 
 def _wide(num: int, width: float, least: int = 1) -> int:
@@ -256,6 +260,7 @@ class Task:
         loss: Mean over a batch, of outputs and targets.
         weights: Reads trained weights from the folder of the data, which ``epochs`` only adapt.
         most_batches: Of an epoch, where it is not the whole training part.
+        optimizer: SGD with Nesterov momentum, or AdamW where that one fails.
     """
 
     name: str
@@ -273,6 +278,7 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     weights: Callable[[Path], dict[str, Tensor]] | None = None
     most_batches: int | None = None
+    optimizer: Optimizer = "sgd"
 
 
 TASKS = {
@@ -350,14 +356,24 @@ class TaskData(pl.LightningDataModule):
         return Batches(self.data.x_train[:8], self.data.y_train[:8], 8, self.seed)
 
 
+def optimizer_of(
+    parameters: Iterable[nn.Parameter], rate: float, weight_decay: float, name: Optimizer = "sgd"
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW."""
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, rate, weight_decay=weight_decay, foreach=True)
+    return torch.optim.SGD(parameters, rate, momentum=0.9, nesterov=True, weight_decay=weight_decay, foreach=True)
+
+
 class Classifier(pl.LightningModule):
-    """A loss by SGD with Nesterov momentum and a cosine to zero over the steps of the run.
+    """A loss by the task's optimizer and a cosine to zero over the steps of the run.
 
     Args:
         model: Gives the outputs.
         learning_rate: Rate at the start.
         weight_decay: L2 penalty.
         loss: Mean over a batch, of outputs and targets.
+        optimizer: Its name.
     """
 
     def __init__(
@@ -366,9 +382,11 @@ class Classifier(pl.LightningModule):
         learning_rate: float,
         weight_decay: float,
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        optimizer: Optimizer = "sgd",
     ) -> None:
         super().__init__()
         self.model, self.learning_rate, self.weight_decay, self.loss = model, learning_rate, weight_decay, loss
+        self.optimizer = optimizer
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs."""
@@ -383,9 +401,7 @@ class Classifier(pl.LightningModule):
         self.loss(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
-        """SGD with a cosine a step."""
-        optimizer = torch.optim.SGD(
-            self.parameters(), self.learning_rate, momentum=0.9, nesterov=True, weight_decay=self.weight_decay
-        )
+        """With a cosine a step."""
+        optimizer = optimizer_of(self.parameters(), self.learning_rate, self.weight_decay, self.optimizer)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

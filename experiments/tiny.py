@@ -50,11 +50,10 @@ def separable(num_in: int, num_out: int, stride: int = 1) -> nn.Module:
     return nn.Sequential(convolution(num_in, num_in, 3, stride, groups=num_in), convolution(num_in, num_out, 1))
 
 
-def ds_cnn() -> nn.Module:
+def ds_cnn(width: float = 1.0) -> nn.Module:
     """The keyword spotter (Zhang 2017, arXiv:1711.07128), for ten words instead of twelve."""
-    return nn.Sequential(
-        convolution(1, 64, (10, 4), 2), *(separable(64, 64) for _ in range(4)), Mean(), nn.Linear(64, 10)
-    )
+    a = max(1, round(64 * width))
+    return nn.Sequential(convolution(1, a, (10, 4), 2), *(separable(a, a) for _ in range(4)), Mean(), nn.Linear(a, 10))
 
 
 def resnet8() -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.tasks import ACCURACY, Batches, Classifier, Data, Metric, Task, TaskData
+from experiments.tasks import ACCURACY, Batches, Classifier, Data, Metric, Task, TaskData, optimizer_of
 from lightning_compress.files import replacing
 
 __all__ = [
@@ -87,7 +87,7 @@ def train(
     before: Callable[[int, int], None] = lambda step, num_steps: None,
     after: Callable[[], None] = lambda: None,
 ) -> nn.Module:
-    """SGD with Nesterov momentum, cosine to zero per step.
+    """The task's optimizer, cosine to zero per step.
 
     Args:
         model: Changed in place and given back.
@@ -99,17 +99,15 @@ def train(
     torch.manual_seed(budget.seed)
     batches = Batches(data.x_train, data.y_train, task.batch_size, budget.seed, task.augment, task.most_batches)
     num_steps, step = budget.epochs * len(batches), 0
-    sgd = torch.optim.SGD(
-        model.parameters(), budget.rate, momentum=0.9, nesterov=True, weight_decay=task.weight_decay, foreach=True
-    )
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, num_steps)
+    optimizer = optimizer_of(model.parameters(), budget.rate, task.weight_decay, task.optimizer)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     model.train()
     for _ in range(budget.epochs):
         for x, y in batches:
             before(step, num_steps)
-            sgd.zero_grad()
+            optimizer.zero_grad()
             task.loss(model(x), y).backward()
-            sgd.step()
+            optimizer.step()
             cosine.step()
             after()
             step += 1
@@ -131,8 +129,9 @@ def fitted(model: nn.Module, budget: Budget, callbacks: list[pl.Callback]) -> Cl
         "enable_model_summary": False,
     }
     trainer = pl.Trainer(max_epochs=budget.epochs, accelerator="cpu", callbacks=callbacks, **quiet)
-    module = Classifier(model.train(), budget.rate, budget.task.weight_decay, budget.task.loss)
-    trainer.fit(module, TaskData(budget.task, budget.data, budget.seed))
+    task = budget.task
+    module = Classifier(model.train(), budget.rate, task.weight_decay, task.loss, task.optimizer)
+    trainer.fit(module, TaskData(task, budget.data, budget.seed))
     return module
 
 
