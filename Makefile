@@ -5,10 +5,15 @@ STAMP  := $(VENV)/.installed
 ALL    := $(VENV)/.installed-all
 OTHERS := .venv-foreign
 FOREIGN := $(OTHERS)/.installed
+PEERS  := $(patsubst experiments/peers/%.txt,.venv-peers/%/.installed,$(wildcard experiments/peers/*.txt))
 SITE   := $(VENV)/.installed-site
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help install demo test test-all test-full test-crash test-ranks test-foreign bench bench-quick peers nox docs-test site check check-style check-types check-examples format matrix sweep clean
+=======
+.PHONY: help install demo test test-all test-full test-crash test-ranks test-foreign peers nox docs-test site check check-style check-types check-examples format matrix sweep clean
+>>>>>>> h-quant
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -58,6 +63,7 @@ test-foreign: $(FOREIGN) ## try every callback on models of other packages; writ
 		--folder outputs/foreign --json experiments/results/foreign.json --write docs/foreign.md
 	$(OTHERS)/bin/python -m experiments.foreign.support
 
+<<<<<<< HEAD
 PICTURES := outputs/data/node_modules/.package-lock.json
 EMOJI    := $(foreach vendor,google apple facebook twitter,emoji-datasource-$(vendor)@16.0.0)
 
@@ -70,6 +76,16 @@ bench: install peers $(PICTURES) ## run what is missing of the benchmark (hours;
 
 bench-quick: install ## run the benchmark's whole way on one small task, in less than two minutes
 	$(BIN)/python -m experiments.bench quick
+=======
+peers: $(PEERS) ## make the environments of the tools that ours is compared with
+
+.venv-peers/%/.installed: experiments/peers/%.txt constraints-cpu.txt
+	$(PYTHON) -m venv .venv-peers/$*
+	.venv-peers/$*/bin/pip install --quiet --no-compile -c constraints-cpu.txt torch
+	.venv-peers/$*/bin/pip install --quiet --no-compile -c constraints-cpu.txt -r $<
+	.venv-peers/$*/bin/pip install --quiet --no-deps -e .
+	@touch $@
+>>>>>>> h-quant
 
 nox: ## run unit tests and the demo in Python 3.10 to 3.13, with the lowest and the newest dependencies; nightly
 	$(PYTHON) -m venv .nox/tool
@@ -94,7 +110,7 @@ check-style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	# what is written by a command holds names of other people's modules
-	$(BIN)/codespell --skip '.git,.venv,.venv-foreign,.nox,outputs,multirun,site,*.svg,LICENSE,./experiments/results,./docs/foreign.md'
+	$(BIN)/codespell --skip '.git,.venv,.venv-foreign,.venv-peers,.nox,outputs,multirun,site,*.svg,LICENSE,./experiments/results,./docs/foreign.md'
 
 check-types: install
 	.ci/joined $(BIN)/mypy
@@ -116,4 +132,4 @@ sweep: install ## three sparsities, one table, read back from the offline W&B fi
 	$(BIN)/lightning-compress -m experiment=mnist_prune_int8 sweep=sparsity hydra/launcher=joblib
 
 clean: ## remove what was made
-	rm -rf $(VENV) $(OTHERS) .nox outputs multirun build site *.egg-info
+	rm -rf $(VENV) $(OTHERS) .venv-peers .nox outputs multirun build site *.egg-info

@@ -39,6 +39,13 @@ class Method:
 _PLAIN, _OURS = "experiments.peers.plain", "experiments.recipes"
 _ORT = "experiments.peers.ort_static"
 
+
+def _trained(module: str, package: str, *bits: int) -> Method:
+    """One of the tools that train in quantized values, which live in an environment of their own."""
+    address = f"experiments.peers.{module}"
+    return Method("bits", f"{address}:train_quantized", "peer", bits, package, "peers", write=f"{address}:write")
+
+
 METHODS: dict[tuple[str, str], Method] = {
     # ours: one recipe a kind, for all tasks and amounts
     ("ours", "zeros"): Method("zeros", f"{_OURS}:pruned", "ours", package="lightning-compress"),
@@ -74,6 +81,11 @@ METHODS: dict[tuple[str, str], Method] = {
     ("onnxruntime static", "bits"): Method(
         "bits", f"{_ORT}:as_it_is", amounts=(8,), package="onnxruntime", tuned=False, write=f"{_ORT}:write"
     ),
+    ("torchao PT2E QAT", "bits"): _trained("torchao_pt2e", "torchao", 8),
+    ("Brevitas", "bits"): _trained("brevitas_qat", "brevitas", 8, 4, 3, 2),
+    ("NNCF", "bits"): _trained("nncf_qat", "nncf", 8),
+    ("ModelOpt", "bits"): _trained("modelopt_qat", "nvidia-modelopt", 8, 4),
+    ("AIMET", "bits"): _trained("aimet_qat", "aimet-torch", 8, 4),
     ("magnitude + onnxruntime static", "sparse8"): Method(
         "sparse8", f"{_ORT}:pruned", package="onnxruntime", write=f"{_ORT}:write"
     ),

@@ -79,10 +79,8 @@ class _Worker:
 
     def close(self) -> None:
         """End it."""
-        if self.process.stdin is not None:
-            self.process.stdin.close()
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
+from experiments.peers.around import Around
 from experiments.peers.plain import global_magnitude
 from experiments.shipping import open_file, write_onnx
 from experiments.training import Budget
@@ -19,17 +20,12 @@ EXAMPLES, BATCH = 1024, 64  # of the training part, as they are
 METHODS = (CalibrationMethod.MinMax, CalibrationMethod.Percentile)
 
 
-class Calibrated(nn.Module):
+class Calibrated(Around):
     """A model beside the examples that its file will be calibrated with."""
 
     def __init__(self, model: nn.Module, examples: Tensor) -> None:
-        super().__init__()
-        self.model, self.examples = model, examples
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The model's."""
-        outputs: Tensor = self.model(x)
-        return outputs
+        super().__init__(model)
+        self.examples = examples
 
 
 class _Reader(CalibrationDataReader):

@@ -1,0 +1,45 @@
+"""torchao's quantization of an exported graph, as ExecuTorch's XNNPACK and torch.compile's x86 take it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization import pt2e
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+from experiments.training import Budget, train
+
+OBSERVED, NORMALIZED = 0.5, 0.4  # after these shares of the steps observers and batch statistics stand still
+
+
+def _captured(model: nn.Module, example: Tensor) -> torch.fx.GraphModule:
+    shapes = ({0: torch.export.Dim("batch")},)
+    module: torch.fx.GraphModule = torch.export.export(model, (example,), dynamic_shapes=shapes).module()
+    return module
+
+
+def train_quantized(model: nn.Module, budget: Budget, bits: float) -> nn.Module:
+    """Observers stand still in the second half."""
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    prepared = prepare_qat_pt2e(_captured(model, budget.data.x_train[:2]), quantizer)
+    pt2e.allow_exported_model_train_eval(prepared)
+
+    def before(step: int, num_steps: int) -> None:
+        if step == int(OBSERVED * num_steps):
+            prepared.apply(pt2e.disable_observer)
+
+    return train(prepared, budget, before)
+
+
+def write(model: nn.Module, example: Tensor, folder: Path) -> Path:
+    """The converted graph."""
+    path = folder / "model.pt2"
+    converted = convert_pt2e(copy.deepcopy(model.eval()))
+    pt2e.allow_exported_model_train_eval(converted)
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(converted.eval(), (example,), dynamic_shapes=shapes), path)
+    return path
