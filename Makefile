@@ -9,11 +9,7 @@ PEERS  := $(patsubst experiments/peers/%.txt,.venv-peers/%/.installed,$(wildcard
 SITE   := $(VENV)/.installed-site
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
 .PHONY: help install demo test test-all test-full test-crash test-ranks test-foreign bench bench-quick peers nox docs-test site check check-style check-types check-examples format matrix sweep clean
-=======
-.PHONY: help install demo test test-all test-full test-crash test-ranks test-foreign peers nox docs-test site check check-style check-types check-examples format matrix sweep clean
->>>>>>> h-quant
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -63,7 +59,6 @@ test-foreign: $(FOREIGN) ## try every callback on models of other packages; writ
 		--folder outputs/foreign --json experiments/results/foreign.json --write docs/foreign.md
 	$(OTHERS)/bin/python -m experiments.foreign.support
 
-<<<<<<< HEAD
 PICTURES := outputs/data/node_modules/.package-lock.json
 EMOJI    := $(foreach vendor,google apple facebook twitter,emoji-datasource-$(vendor)@16.0.0)
 
@@ -76,7 +71,6 @@ bench: install peers $(PICTURES) ## run what is missing of the benchmark (hours;
 
 bench-quick: install ## run the benchmark's whole way on one small task, in less than two minutes
 	$(BIN)/python -m experiments.bench quick
-=======
 peers: $(PEERS) ## make the environments of the tools that ours is compared with
 
 .venv-peers/%/.installed: experiments/peers/%.txt constraints-cpu.txt
@@ -85,7 +79,6 @@ peers: $(PEERS) ## make the environments of the tools that ours is compared with
 	.venv-peers/$*/bin/pip install --quiet --no-compile -c constraints-cpu.txt -r $<
 	.venv-peers/$*/bin/pip install --quiet --no-deps -e .
 	@touch $@
->>>>>>> h-quant
 
 nox: ## run unit tests and the demo in Python 3.10 to 3.13, with the lowest and the newest dependencies; nightly
 	$(PYTHON) -m venv .nox/tool
