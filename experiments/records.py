@@ -33,8 +33,11 @@ def machine() -> dict[str, str]:
 
 
 def _commit() -> str:
-    asked = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or "unknown"
+    """The commit, with a + where the code is not the commit's."""
+    code = ["--", ".", ":!experiments/results", ":!docs", ":!README.md"]
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", *code], capture_output=True, check=False).returncode
+    return (asked.stdout.strip() or "unknown") + ("+" if changed else "")
 
 
 def made_now(command: str) -> dict[str, str]:
