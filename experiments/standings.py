@@ -117,7 +117,8 @@ class Standings:
         if not ran:
             return None
         compared = None
-        if method != OURS and (ours := self.cell(task, point, OURS)):
+        ours = self.cell(task, point, OURS) if method != OURS and (OURS, point.kind) in METHODS else None
+        if ours is not None:
             compared = self._compared(ours, ran)
         factor, values = self.factor(task, point, method), deployed(ran.items())
         return Cell(task, point, method, factor, values, list(ran.values()), compared)
