@@ -63,6 +63,9 @@ METHODS: dict[tuple[str, str], Method] = {
     ("Torch-Pruning GroupTaylor", "macs"): Method(
         "macs", "experiments.peers.torch_pruning:group_taylor", package="torch-pruning"
     ),
+    ("Core AI", "zeros"): Method(
+        "zeros", "experiments.peers.core_ai:magnitude", package="coreai-opt", environment="pruners"
+    ),
     ("TWN by hand", "bits"): Method("bits", f"{_PLAIN}:naive_ternary", amounts=(2,)),
 }
 
