@@ -70,4 +70,7 @@ METHODS: dict[tuple[str, str], Method] = {
 }
 
 # what does not install or does not run, with the reason
-ABSENT: dict[str, str] = {}
+ABSENT: dict[str, str] = {
+    "Neural Compressor, pruning": "the wheel of 3.10 holds no pruning",
+    "ModelOpt GradNAS": "0.47 prunes by FastNAS and, for Megatron's models, by Minitron alone",
+}
