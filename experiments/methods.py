@@ -77,6 +77,9 @@ METHODS: dict[tuple[str, str], Method] = {
     ("Torch-Pruning GroupTaylor", "macs"): Method(
         "macs", "experiments.peers.torch_pruning:group_taylor", package="torch-pruning"
     ),
+    ("Core AI", "zeros"): Method(
+        "zeros", "experiments.peers.core_ai:magnitude", package="coreai-opt", environment="pruners"
+    ),
     ("TWN by hand", "bits"): Method("bits", f"{_PLAIN}:naive_ternary", amounts=(2,)),
     ("onnxruntime static", "bits"): Method(
         "bits", f"{_ORT}:as_it_is", amounts=(8,), package="onnxruntime", tuned=False, write=f"{_ORT}:write"
@@ -92,4 +95,7 @@ METHODS: dict[tuple[str, str], Method] = {
 }
 
 # what does not install or does not run, with the reason
-ABSENT: dict[str, str] = {}
+ABSENT: dict[str, str] = {
+    "Neural Compressor, pruning": "the wheel of 3.10 holds no pruning",
+    "ModelOpt GradNAS": "0.47 prunes by FastNAS and, for Megatron's models, by Minitron alone",
+}
