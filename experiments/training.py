@@ -86,6 +86,7 @@ def train(
     budget: Budget,
     before: Callable[[int, int], None] = lambda step, num_steps: None,
     after: Callable[[], None] = lambda: None,
+    wrap: Callable[[torch.optim.Optimizer, int], Any] = lambda optimizer, num_steps: optimizer,
 ) -> nn.Module:
     """SGD with Nesterov momentum, cosine to zero per step.
 
@@ -94,6 +95,7 @@ def train(
         budget: What to train on, and for how long.
         before: Called before each step with its number and how many there are.
         after: Called after each step.
+        wrap: Gives what steps in the optimizer's place, of it and how many steps there are.
     """
     task, data = budget.task, budget.data
     torch.manual_seed(budget.seed)
@@ -102,6 +104,7 @@ def train(
     sgd = torch.optim.SGD(
         model.parameters(), budget.rate, momentum=0.9, nesterov=True, weight_decay=task.weight_decay, foreach=True
     )
+    optimizer = wrap(sgd, num_steps)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, num_steps)
     model.train()
     for _ in range(budget.epochs):
@@ -109,7 +112,7 @@ def train(
             before(step, num_steps)
             sgd.zero_grad()
             task.loss(model(x), y).backward()
-            sgd.step()
+            optimizer.step()
             cosine.step()
             after()
             step += 1
