@@ -89,6 +89,9 @@ METHODS: dict[tuple[str, str], Method] = {
     ("NNCF", "bits"): _trained("nncf_qat", "nncf", 8),
     ("ModelOpt", "bits"): _trained("modelopt_qat", "nvidia-modelopt", 8, 4),
     ("AIMET", "bits"): _trained("aimet_qat", "aimet-torch", 8, 4),
+    ("torchao PARQ", "bits"): Method(
+        "bits", "experiments.peers.parq:train_quantized", "peer", (4, 3, 2), "torchao", "peers"
+    ),
     ("magnitude + onnxruntime static", "sparse8"): Method(
         "sparse8", f"{_ORT}:pruned", package="onnxruntime", write=f"{_ORT}:write"
     ),
@@ -98,4 +101,8 @@ METHODS: dict[tuple[str, str], Method] = {
 ABSENT: dict[str, str] = {
     "Neural Compressor, pruning": "the wheel of 3.10 holds no pruning",
     "ModelOpt GradNAS": "0.47 prunes by FastNAS and, for Megatron's models, by Minitron alone",
+    "torchao QATConfig": "swaps nn.Linear and nn.Embedding alone (0.18): nearly all weights here are in convolutions",
+    "Neural Compressor": "its training (3.10, prepare_qat) swaps nn.Linear alone; int8 is post-training there",
+    "coreai-opt": "its quantized files (0.4) are for Apple's systems alone; what it gives torch has float weights",
+    "luxonis-train": "wants torch < 2.13 (0.6), and its callback quantizes its own LuxonisLightningModule by AIMET",
 }

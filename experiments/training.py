@@ -86,6 +86,7 @@ def train(
     budget: Budget,
     before: Callable[[int, int], None] = lambda step, num_steps: None,
     after: Callable[[], None] = lambda: None,
+    wrap: Callable[[torch.optim.Optimizer, int], Any] = lambda optimizer, num_steps: optimizer,
 ) -> nn.Module:
     """The task's optimizer, cosine to zero per step.
 
@@ -94,13 +95,15 @@ def train(
         budget: What to train on, and for how long.
         before: Called before each step with its number and how many there are.
         after: Called after each step.
+        wrap: Gives what steps in the optimizer's place, of it and how many steps there are.
     """
     task, data = budget.task, budget.data
     torch.manual_seed(budget.seed)
     batches = Batches(data.x_train, data.y_train, task.batch_size, budget.seed, task.augment, task.most_batches)
     num_steps, step = budget.epochs * len(batches), 0
-    optimizer = optimizer_of(model.parameters(), budget.rate, task.weight_decay, task.optimizer)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    base = optimizer_of(model.parameters(), budget.rate, task.weight_decay, task.optimizer)
+    optimizer = wrap(base, num_steps)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(base, num_steps)
     model.train()
     for _ in range(budget.epochs):
         for x, y in batches:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import aimet_torch
 import torch
+from aimet_torch import onnx
 from aimet_torch.batch_norm_fold import fold_all_batch_norms
 from aimet_torch.common.defs import QuantScheme
 from aimet_torch.common.quantsim_config.utils import get_path_for_per_channel_config
+from aimet_torch.model_preparer import prepare_model
 from aimet_torch.quantsim import QuantizationSimModel
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ class _Simulated(Around):
 def train_quantized(model: nn.Module, budget: Budget, bits: float) -> nn.Module:
     """Batch norms folded, ranges from calibration, then learned."""
     parts = budget.data.x_train[:512].split(64)
-    model.eval()
+    model = prepare_model(model.eval())
     fold_all_batch_norms(model, None, parts[0])
     sim = QuantizationSimModel(
         model,
@@ -51,8 +53,12 @@ def train_quantized(model: nn.Module, budget: Budget, bits: float) -> nn.Module:
 def write(model: _Simulated, example: Tensor, folder: Path) -> Path:
     """ONNX with its quantization in it."""
     path = folder / "model.onnx"
-    axes = {"x": {0: "batch"}, "y": {0: "batch"}}
-    aimet_torch.onnx.export(
-        model.sim[0], example, path, input_names=["x"], output_names=["y"], dynamic_axes=axes, dynamo=False
-    )
+    options: dict[str, Any] = {
+        "input_names": ["x"],
+        "output_names": ["y"],
+        "dynamic_axes": {"x": {0: "batch"}, "y": {0: "batch"}},
+        "opset_version": 21,
+        "dynamo": False,
+    }
+    onnx.export(model.sim[0], example, path, prequantize_constants=True, **options)
     return path

@@ -38,6 +38,12 @@ def write(model: nn.Module, example: Tensor, folder: Path) -> Path:
     path = folder / "model.onnx"
     axes = {"x": {0: "batch"}, "y": {0: "batch"}}
     export_onnx_qcdq(
-        model.eval(), args=example, export_path=str(path), input_names=["x"], output_names=["y"], dynamic_axes=axes, dynamo=False
+        model.eval(),
+        args=example,
+        export_path=str(path),
+        input_names=["x"],
+        output_names=["y"],
+        dynamic_axes=axes,
+        dynamo=False,
     )
     return path

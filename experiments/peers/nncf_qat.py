@@ -27,5 +27,7 @@ def write(model: nn.Module, example: Tensor, folder: Path) -> Path:
     path = folder / "model.xml"
     shape = openvino.PartialShape([-1, *example.shape[1:]])
     stripped = nncf.strip(model.eval())
-    openvino.save_model(openvino.convert_model(stripped, example_input=example, input=shape), path, compress_to_fp16=False)
+    openvino.save_model(
+        openvino.convert_model(stripped, example_input=example, input=shape), path, compress_to_fp16=False
+    )
     return path

@@ -73,7 +73,7 @@ class _TernaryWeight(nn.Module):
         return w.sign() * large * w.abs()[large].mean() + (weight - w)
 
 
-def _input8(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def input8(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The input rounded to 8 bits of the range of this very batch."""
     x = args[0].detach()
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
@@ -87,5 +87,5 @@ def naive_ternary(model: nn.Module, budget: Budget, target: float) -> nn.Module:
     """Ternary weights of all layers, refitted every step, one scale a tensor (TWN, Li 2016, arXiv:1605.04711)."""
     for module in [module for module in model.modules() if isinstance(module, WEIGHTED)]:
         parametrize.register_parametrization(module, "weight", _TernaryWeight())
-        module.register_forward_pre_hook(_input8)
+        module.register_forward_pre_hook(input8)
     return train(model, budget)

@@ -11,9 +11,10 @@ from torchao.quantization import pt2e
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
+from experiments.peers.around import Around
 from experiments.training import Budget, train
 
-OBSERVED, NORMALIZED = 0.5, 0.4  # after these shares of the steps observers and batch statistics stand still
+OBSERVED = 0.5  # after this share of the steps observers stand still
 
 
 def _captured(model: nn.Module, example: Tensor) -> torch.fx.GraphModule:
@@ -23,7 +24,7 @@ def _captured(model: nn.Module, example: Tensor) -> torch.fx.GraphModule:
 
 
 def train_quantized(model: nn.Module, budget: Budget, bits: float) -> nn.Module:
-    """Observers stand still in the second half."""
+    """In fake-quantized values from the first step on; in the second half observers stand still."""
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
     prepared = prepare_qat_pt2e(_captured(model, budget.data.x_train[:2]), quantizer)
     pt2e.allow_exported_model_train_eval(prepared)
@@ -32,13 +33,13 @@ def train_quantized(model: nn.Module, budget: Budget, bits: float) -> nn.Module:
         if step == int(OBSERVED * num_steps):
             prepared.apply(pt2e.disable_observer)
 
-    return train(prepared, budget, before)
+    return train(Around(prepared), budget, before)  # whose eval gives itself back
 
 
-def write(model: nn.Module, example: Tensor, folder: Path) -> Path:
+def write(model: Around, example: Tensor, folder: Path) -> Path:
     """The converted graph."""
     path = folder / "model.pt2"
-    converted = convert_pt2e(copy.deepcopy(model.eval()))
+    converted = convert_pt2e(copy.deepcopy(model.eval().model))
     pt2e.allow_exported_model_train_eval(converted)
     shapes = ({0: torch.export.Dim("batch")},)
     torch.export.save(torch.export.export(converted.eval(), (example,), dynamic_shapes=shapes), path)
