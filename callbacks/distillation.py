@@ -33,12 +33,13 @@ class KnowledgeDistillation(pl.Callback):
     """Adds to the loss how far the model's outputs are from a teacher's (Hinton 2015, arXiv:1503.02531).
 
     loss = (1 - alpha) * task_loss + alpha * T^2 * KL(teacher_T || student_T) + sum_f w_f * MSE(f), where the last term
-    compares the features (Romero 2015, arXiv:1412.6550). ``training_step`` stays as it is: while it runs, the calls of
-    the module that makes the logits are recorded, and the teacher answers the same inputs in eval mode, without
-    gradients. Lightning then runs one backward pass, through the sum. Several calls in one step are averaged; a step
-    that returns None stays skipped. If the distillation loss is NaN or infinite, that step uses the task loss only.
-    Until the phase begins, training is bitwise identical to a run without this callback. The distillation loss is
-    logged as ``compress/distillation_loss``.
+    compares the features (Romero 2015, arXiv:1412.6550). Where T^2 KL of an example is above 2, its gradient is scaled
+    down, so that a teacher pulls at the logits no harder than a label does. ``training_step`` stays as it is: while it
+    runs, the calls of the module that makes the logits are recorded, and the teacher answers the same inputs in eval
+    mode, without gradients. Lightning then runs one backward pass, through the sum. Several calls in one step are
+    averaged; a step that returns None stays skipped. If the distillation loss is NaN or infinite, that step uses the
+    task loss only. Until the phase begins, training is bitwise identical to a run without this callback. The
+    distillation loss is logged as ``compress/distillation_loss``.
 
     Args:
         teacher: ``"self"``: the model as it is when the phase begins, kept in float and saved in this callback's part

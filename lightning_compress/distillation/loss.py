@@ -25,7 +25,8 @@ def output_loss(student: Tensor, teacher: Tensor, kind: Loss, temperature: float
         student: Logits of a classification; any numbers with ``"mse"``.
         teacher: The teacher's, of the same shape.
         kind: ``"kl"``: T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over all axes but that of the
-            classes (Hinton 2015, arXiv:1503.02531); ``"mse"``: the mean squared difference.
+            classes (Hinton 2015, arXiv:1503.02531), with gradients no stronger than those of labels; ``"mse"``: the
+            mean squared difference.
         temperature: T; divides the logits of both.
         class_axis: Axis of the classes.
 
@@ -43,7 +44,19 @@ def output_loss(student: Tensor, teacher: Tensor, kind: Loss, temperature: float
     student = F.log_softmax(student / temperature, class_axis)
     teacher = F.log_softmax(teacher / temperature, class_axis)
     # T^2 keeps the size of the gradient, which softening divides by it.
-    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(class_axis).mean()
+    losses = temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(class_axis)
+    return _no_stronger_than_labels(losses).mean()
+
+
+def _no_stronger_than_labels(losses: Tensor) -> Tensor:
+    """The same numbers, whose gradients pull at the logits no harder than labels do.
+
+    The gradient of T^2 KL is T (student_T - teacher_T): up to T times what cross entropy's can be, whose magnitudes sum
+    to 2 at most. By Pinsker's inequality those of T^2 KL sum to sqrt(2 * T^2 KL) at most: up to a loss of 2 nothing
+    changes, beyond it the gradient is that of a root.
+    """
+    share = (2 / losses.detach().clamp(min=2)).sqrt()
+    return losses * share + (losses * (1 - share)).detach()
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:

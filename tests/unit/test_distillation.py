@@ -34,6 +34,35 @@ def test_kl_is_the_formula(temperature: float) -> None:
     assert output_loss(teacher, teacher, "kl", temperature, -1) == 0
 
 
+def pull(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """The gradient by the logits of each example."""
+    student = student.clone().requires_grad_()
+    output_loss(student, teacher, "kl", temperature, -1).backward()
+    return student.grad * len(student)
+
+
+def test_a_student_near_its_teacher_is_pulled_as_the_formula_says() -> None:
+    student, teacher = noise(6, 5), noise(6, 5, seed=1)
+    near = student + 0.5 * teacher
+    expected = 4 * ((near / 4).softmax(-1) - (student / 4).softmax(-1))
+    torch.testing.assert_close(pull(near, student, 4.0), expected)
+
+
+@pytest.mark.parametrize("far", [10.0, 1e3, 1e6])
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_a_student_far_from_its_teacher_is_pulled_no_harder_than_by_labels(temperature: float, far: float) -> None:
+    """The gradient of cross entropy is student - label, whose magnitudes sum to 2 at most."""
+    student, teacher = far * noise(64, 10), noise(64, 10, seed=1)
+    assert (pull(student, teacher, temperature).abs().sum(-1) <= 2 + 1e-4).all()
+
+
+def test_one_example_far_away_leaves_the_others_alone() -> None:
+    student, teacher = noise(6, 5), noise(6, 5, seed=1)
+    wild = student.clone()
+    wild[0] *= 1e4
+    assert torch.equal(pull(wild, teacher, 1.0)[1:], pull(student, teacher, 1.0)[1:])
+
+
 def test_classes_on_another_axis_are_compared_at_every_place() -> None:
     student, teacher = noise(2, 5, 3, 4), noise(2, 5, 3, 4, seed=1)
     moved = [x.movedim(1, -1).reshape(-1, 5) for x in (student, teacher)]
