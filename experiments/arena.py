@@ -5,7 +5,7 @@ MiniLM's embeddings of sentences are a benchmark of their own: ``experiments/ben
 
 from __future__ import annotations
 
-from experiments import cifar, emoji, forecast, gru, keywords, quick, shakespeare
+from experiments import cifar, emoji, forecast, gru, keywords, pitch, quick, shakespeare
 from experiments.tasks import TASKS as SMALL
 from experiments.tasks import Task
 
@@ -18,6 +18,7 @@ TASKS: dict[str, Task] = {
     **forecast.TASKS,
     **gru.TASKS,
     **keywords.TASKS,
+    **pitch.TASKS,
     **shakespeare.TASKS,
     **quick.TASKS,
 }

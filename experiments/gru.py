@@ -33,7 +33,7 @@ class GRU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Characters, batch by time; logits, batch by time by kinds."""
         given = self.input(self.symbol(x))
-        state = given.new_zeros(len(given), self.state.in_features)
+        state = torch.zeros_like(given[:, 0, : self.state.in_features])
         states = []
         for now in given.unbind(1):
             reset, update, new = now.chunk(3, 1)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments import tasks
+from experiments import forecast, keywords, pitch, shakespeare, tasks
+from experiments.arena import TASKS as ARENA
 from experiments.bench.prune_accuracy import _row
 from experiments.jobs import PEERS, QUANTIZED_PEERS, Job, Run, best_factors, smallest_scale
+from experiments.peers.plain import global_magnitude
 from experiments.peers.torch_pruning import group_norm, random_channels
 from experiments.recipes import OURS, QUANTIZED
 from experiments.tasks import TASKS, Batches, Data, data_folder, mfcc, roll3, roll6_mask6
@@ -193,3 +198,120 @@ def test_no_layer_is_left_with_fewer_weights_than_outputs() -> None:
     masks.update(SparedMagnitude(), Element(), 0.95, "global")
     assert masks.sparsity == pytest.approx(0.95, abs=1e-4)
     assert all(int(torch.count_nonzero(x.weight)) >= x.weight.shape[x.out_axis] for x in layers)
+
+
+GIVEN = {
+    "keywords": (torch.zeros(4, 1, 47, 10), torch.arange(4), (4, 10)),
+    "forecast": (torch.zeros(4, 96), torch.zeros(4, 24), (4, 24)),
+    "shakespeare": (torch.zeros(4, 64).long(), torch.ones(4, 64).long(), (4, 64, 65)),
+    "gru": (torch.zeros(4, 64).long(), torch.ones(4, 64).long(), (4, 64, 65)),
+}  # inputs, targets and the shape of the outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "num"), [("keywords", 23_050), ("forecast", 60_528), ("shakespeare", 241_985), ("gru", 107_457)]
+)
+def test_models_of_the_arena_have_the_size_that_they_tell(name: str, num: int) -> None:
+    model, (x, _, shape) = ARENA[name].build(), GIVEN[name]
+    assert sum(p.numel() for p in model.parameters()) == num
+    assert model.eval()(x).shape == shape
+    assert ARENA[name].build(0.5)(x).shape == shape
+    assert sum(w.numel() for w in weights_of(ARENA[name].build(0.5))) < 0.55 * num
+    assert num_macs(model, x[:1]) > 0
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_metrics_are_sums_over_examples(name: str) -> None:
+    task, (x, y, _) = ARENA[name], GIVEN[name]
+    outputs = task.build().eval()(x)
+    whole = float(task.metric.sum_of(outputs, y).detach())
+    parts = sum(float(task.metric.sum_of(outputs[i : i + 1], y[i : i + 1]).detach()) for i in range(4))
+    assert whole == pytest.approx(parts, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_every_task_learns_a_batch_by_heart(name: str) -> None:
+    task, (x, y, _) = replace(ARENA[name], batch_size=4, augment=None), GIVEN[name]
+    model = task.build()
+    before = float(task.loss(model(x), y).detach())
+    train(model, Budget(task, Data(x, y, x, y), 0, 5, 1e-3))
+    assert float(task.loss(model(x), y).detach()) < before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adamw_trains_alike_in_plain_torch_and_in_lightning() -> None:
+    task = replace(TASKS["mnist1d"], optimizer="adamw")
+    model, budget = task.build(), Budget(task, toy(), 1, 2, 1e-3)
+    ours, theirs = train(copy.deepcopy(model), budget), fit(copy.deepcopy(model), budget, [pl.Callback()])
+    for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_tie_outlives_pruning_by_hand_and_is_pruned_once() -> None:
+    x, y, _ = GIVEN["gru"]
+    task = replace(ARENA["gru"], batch_size=4)
+    model: Any = global_magnitude(task.build(), Budget(task, Data(x, y, x, y), 0, 2, 1e-3), 0.9)
+    assert model.head.weight is model.symbol.weight
+    left = sum(int(torch.count_nonzero(w)) for w in weights_of(model))
+    assert left / sum(w.numel() for w in weights_of(model)) == pytest.approx(0.1, abs=2e-3)
+
+
+def test_windows_of_text_are_shifted_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = bytes(range(60, 125)) * 100
+    (tmp_path / "tinyshakespeare.txt").write_bytes(text)
+    with pytest.raises(ValueError, match="is not tinyshakespeare"):
+        shakespeare.characters(tmp_path)
+    monkeypatch.setattr(shakespeare, "_SHA256", hashlib.sha256(text).hexdigest())
+    data = shakespeare.characters(tmp_path)
+    assert data.x_train.shape == data.y_train.shape == (91, 64)
+    assert torch.equal(data.x_test[:, 1:], data.y_test[:, :-1])
+    assert torch.equal(data.x_train[1:, 0], data.y_train[:-1, -1])  # they do not overlap
+
+
+def test_series_are_the_same_each_time_and_end_where_the_targets_begin() -> None:
+    assert torch.equal(forecast.generated(3), forecast.generated(3))
+    net = forecast.Forecaster()
+    for parameter in net.parameters():
+        parameter.data.zero_()
+    x = torch.randn(2, 96)
+    assert torch.equal(net(x), x[:, -1:].expand(2, 24))
+
+
+def test_a_word_keeps_its_energy_in_the_noise_it_is_asked() -> None:
+    clips = torch.zeros(4, 8000)
+    clips[:, :3000] = torch.sin(torch.arange(3000) / 5)
+    once, again = (keywords.noisy(clips, (60.0, 60.0), torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(once, again)
+    loud = once.abs() > 0.05 * once.abs().amax(1, keepdim=True)
+    assert (loud.sum(1) > 2500).all()
+    assert (loud.sum(1) < 3001).all()  # nothing comes around
+
+
+def test_a_clip_is_brought_to_8_khz() -> None:
+    tone = (10_000 * np.sin(2 * np.pi * 1000 * np.arange(30_000) / 22_050)).astype(np.int16)
+    spectrum = np.abs(np.fft.rfft(keywords._at_8_khz(tone)))
+    assert spectrum.argmax() == 1000
+    assert 2 * spectrum.max() / 8000 == pytest.approx(10_000, rel=0.01)
+
+
+def test_cents_are_those_between_pitches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reduced(outputs: Tensor, how: str) -> Tensor:
+        return outputs.argmax(1) / 3
+
+    monkeypatch.setattr(pitch, "_pesto", lambda name: SimpleNamespace(reduce_activations=reduced))
+    outputs = torch.eye(384)[[120, 200]]
+    assert float(pitch.cents(outputs, torch.tensor([120.0, 203.0]))) == pytest.approx(100.0, rel=1e-3)
+    assert float(pitch.cents(outputs, torch.tensor([120.3, 300.0]))) == pytest.approx(110.0, rel=1e-3)
+    assert float(pitch.surprise(outputs, torch.tensor([120.0, 200.0]))) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_what_is_missing_is_named_with_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(keywords.shutil, "which", lambda name: None)
+    pitch._pesto.cache_clear()
+    with pytest.raises(FileNotFoundError, match="apt-get install -y --no-install-recommends espeak-ng"):
+        keywords.keywords(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"Run: pip install --no-deps --target out.*pesto-pitch==2.0.1"):
+        pitch.build()
+    with pytest.raises(FileNotFoundError, match=r"tinyshakespeare.txt is missing.*--data"):
+        shakespeare.characters(tmp_path)
