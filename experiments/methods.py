@@ -61,6 +61,7 @@ METHODS: dict[tuple[str, str], Method] = {
     ("random", "macs"): Method(
         "macs", "experiments.peers.torch_pruning:random_channels", "control", package="torch-pruning"
     ),
+    ("global magnitude and a teacher", "zeros"): Method("zeros", f"{_PLAIN}:taught_magnitude", "control"),
     ("small dense", "zeros"): Method("zeros", "experiments.peers.small:as_many_weights", "control"),
     ("small dense", "macs"): Method("macs", "experiments.peers.small:as_many_macs", "control"),
     ("small dense", "bits"): Method("bits", "experiments.peers.small:as_many_bytes", "control", amounts=(4, 3, 2)),
