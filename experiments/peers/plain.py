@@ -96,7 +96,7 @@ def naive_ternary(model: nn.Module, budget: Budget, target: float) -> nn.Module:
 
 
 def taught_magnitude(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
-    """Global magnitude with the model as it was for a teacher (Hinton 2015, arXiv:1503.02531): what is the teacher's."""
+    """Global magnitude, taught by the model as it was (Hinton 2015, arXiv:1503.02531): what is due to the teacher."""
     teacher, task = copy.deepcopy(model).eval(), budget.task
     seen: list[Tensor] = []
 
