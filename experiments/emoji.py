@@ -83,7 +83,7 @@ def categories(folder: Path) -> Data:
         made = _read()
         _CACHE.parent.mkdir(parents=True, exist_ok=True)
         with replacing(_CACHE) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **made)
+            np.savez_compressed(file, allow_pickle=False, **made)
     y = torch.from_numpy(made["y"]).long()
     x = {v: torch.from_numpy(made[v]).permute(0, 3, 1, 2).float().div_(127.5).sub_(2.0) for v in VENDORS}
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
