@@ -40,7 +40,6 @@ def write(model: Around, example: Tensor, folder: Path) -> Path:
     """The converted graph."""
     path = folder / "model.pt2"
     converted = convert_pt2e(copy.deepcopy(model.eval().model))
-    pt2e.allow_exported_model_train_eval(converted)
     shapes = ({0: torch.export.Dim("batch")},)
-    torch.export.save(torch.export.export(converted.eval(), (example,), dynamic_shapes=shapes), path)
+    torch.export.save(torch.export.export(converted, (example,), dynamic_shapes=shapes), path)
     return path
