@@ -122,6 +122,8 @@ def _reached(model: nn.Module, start: nn.Module, data: Data) -> dict[str, Any]:
         fewer = num_macs(start, example) / num_macs(model, example)
     except Exception:  # modules of other tools count in ways of their own
         return {}
+    if not weights_of(model):  # a graph
+        return {}
     return {"zeros": round(1 - left / whole, 5), "macs": round(fewer, 4)}
 
 

@@ -34,8 +34,21 @@ def train_quantized(model: nn.Module, budget: Budget, bits: float) -> nn.Module:
     return train(mtq.quantize(model.eval(), _recipe(int(bits)), forward_loop), budget)
 
 
+@torch.no_grad()
+def _in_bytes(model: nn.Module) -> nn.Module:
+    """The same values, whose 4 bits are the lowest of a byte, as it writes no other weights of convolutions."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        if quantizer is not None and quantizer.num_bits != 8:
+            module.weight.copy_(quantizer(module.weight))
+            quantizer.amax = quantizer.amax * 127 / (2 ** (quantizer.num_bits - 1) - 1)
+            quantizer.num_bits = 8
+    return model
+
+
 def write(model: nn.Module, example: Tensor, folder: Path) -> Path:
     """Weights of bytes instead of floats that are rounded when the file is loaded."""
-    path = write_onnx(model, example, folder)
+    path = write_onnx(_in_bytes(model), example, folder)
     onnx.save(qdq_to_dq(onnx.load(path)), path)
     return path

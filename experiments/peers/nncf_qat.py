@@ -26,7 +26,7 @@ def write(model: nn.Module, example: Tensor, folder: Path) -> Path:
     """What OpenVINO converts: weights of bytes, and fake quantization of activations, which it runs in int8."""
     path = folder / "model.xml"
     shape = openvino.PartialShape([-1, *example.shape[1:]])
-    stripped = nncf.strip(model.eval())
+    stripped = nncf.strip(model.eval(), example_input=example)
     openvino.save_model(
         openvino.convert_model(stripped, example_input=example, input=shape), path, compress_to_fp16=False
     )

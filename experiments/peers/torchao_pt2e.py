@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization import pt2e
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
-from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
 
 from experiments.peers.around import Around
 from experiments.training import Budget, train
@@ -25,7 +25,9 @@ def _captured(model: nn.Module, example: Tensor) -> torch.fx.GraphModule:
 
 def train_quantized(model: nn.Module, budget: Budget, bits: float) -> nn.Module:
     """In fake-quantized values from the first step on; in the second half observers stand still."""
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    # that of x86 would leave convolutions over time in float
+    config = get_symmetric_quantization_config(is_per_channel=True, is_qat=True)
+    quantizer = XNNPACKQuantizer().set_global(config)
     prepared = prepare_qat_pt2e(_captured(model, budget.data.x_train[:2]), quantizer)
     pt2e.allow_exported_model_train_eval(prepared)
 
@@ -37,10 +39,11 @@ def train_quantized(model: nn.Module, budget: Budget, bits: float) -> nn.Module:
 
 
 def write(model: Around, example: Tensor, folder: Path) -> Path:
-    """The converted graph."""
-    path = folder / "model.pt2"
+    """The converted graph as ONNX: torch's own file of it would be ten times as large."""
+    path = folder / "model.onnx"
     converted = convert_pt2e(copy.deepcopy(model.eval().model))
-    pt2e.allow_exported_model_train_eval(converted)
     shapes = ({0: torch.export.Dim("batch")},)
-    torch.export.save(torch.export.export(converted.eval(), (example,), dynamic_shapes=shapes), path)
+    torch.onnx.export(
+        converted, (example,), path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
+    )
     return path
