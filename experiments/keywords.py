@@ -1,8 +1,8 @@
 """Ten words in noise, spoken by Debian's espeak-ng: a synthetic stand-in for Speech Commands (arXiv:1804.03209).
 
 Nothing is downloaded: ``apt-get install -y --no-install-recommends espeak-ng`` brings the voices of version 1.51, which
-speak for three minutes, once. A third of the hundred voices is heard in the test part alone; elsewhere the same voices
-speak as in Scotland and in the Caribbean. What a clip is worth on microphones in rooms, this does not tell.
+speak for three minutes, once. Thirty of the 101 voices are heard in the test part alone; elsewhere these speak as in
+Scotland and in the Caribbean. What a clip is worth on microphones in rooms, this does not tell.
 """
 
 from __future__ import annotations
