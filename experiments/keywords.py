@@ -126,4 +126,4 @@ def build(width: float = 1.0) -> nn.Module:
     return ds_cnn(width)
 
 
-TASKS = {"keywords": Task("keywords", build, keywords, roll6_mask6, 64, 5e-4, 12, 0.1, 6, 0.03, (0.9, 0.95))}
+TASKS = {"keywords": Task("keywords", build, keywords, roll6_mask6, 64, 5e-4, 12, 0.1, 4, 0.03, (0.8, 0.9))}
