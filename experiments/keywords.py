@@ -111,7 +111,7 @@ def keywords(folder: Path) -> Data:
         made = _speak()
         _CACHE.parent.mkdir(parents=True, exist_ok=True)
         with replacing(_CACHE) as temporary, temporary.open("wb") as opened:
-            np.savez_compressed(opened, **made)
+            np.savez_compressed(opened, x=made["x"], y=made["y"], part=made["part"])
     generator = torch.Generator().manual_seed(0)
     clips, y, part = (torch.from_numpy(made[key]) for key in ("x", "y", "part"))
     x = torch.cat([mfcc(noisy(some.float(), _SNR, generator)) for some in clips.split(500)])

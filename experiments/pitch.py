@@ -102,7 +102,7 @@ def pitches(folder: Path) -> Data:
             made = _made()
         _CACHE.parent.mkdir(parents=True, exist_ok=True)
         with replacing(_CACHE) as temporary, temporary.open("wb") as opened:
-            np.savez_compressed(opened, **made)
+            np.savez_compressed(opened, x=made["x"], y=made["y"])
     parts = [torch.from_numpy(made[key]).split((6_000, 1_500, 500)) for key in ("x", "y")]
     return Data(*(part.clone() for pair in zip(*parts, strict=True) for part in pair))
 

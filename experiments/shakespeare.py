@@ -32,8 +32,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape."""
-        heads = [layer(x).unflatten(2, (4, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)]
-        seen = F.scaled_dot_product_attention(*heads, is_causal=True)
+        q, k, v = (layer(x).unflatten(2, (4, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.output(seen.transpose(1, 2).flatten(2))
 
 
