@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -65,6 +66,8 @@ def misspelt(words: Sequence[str]) -> str:
     Example:
         >>> misspelt(["trainer.max_epoch=3"]), misspelt(["compresson=int8"]), misspelt(["seed=3"])
         ("Did you mean 'trainer.max_epochs'?", "Did you mean 'compression'?", '')
+        >>> misspelt(["experiment=claims/gradul"]), misspelt(["experiment=claims/gradual"])
+        ("Did you mean 'experiment=claims/gradual'?", '')
     """
     for word in words:
         if word.isidentifier() and (near := closest(word, [*SHORT, *TASKS])):
@@ -117,11 +120,19 @@ def _composed(overrides: list[str]) -> dict[str, Any]:
 
 def _chosen(group: str, option: object) -> str:
     """The question of one choice: whether it was to be another of its group."""
-    paths = files("lightning_compress.conf").joinpath(group).iterdir()
-    options = {path.name.removesuffix(".yaml") for path in paths}
+    options = set(_options(files("lightning_compress.conf").joinpath(group)))
     if not isinstance(option, str) or option in options:
         return ""
     return closest(option, options).replace("'", f"'{group}=", 1).strip()
+
+
+def _options(folder: Traversable, before: str = "") -> Iterator[str]:
+    """The names that a group offers; those in a folder of it behind the folder's."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _options(path, f"{before}{path.name}/")
+        else:
+            yield before + path.name.removesuffix(".yaml")
 
 
 def _meant(cfg: dict[str, Any], address: str, groups: set[str]) -> str:
