@@ -8,6 +8,9 @@ FOREIGN := $(OTHERS)/.installed
 PEERS  := $(patsubst experiments/peers/%.txt,.venv-peers/%/.installed,$(wildcard experiments/peers/*.txt))
 SITE   := $(VENV)/.installed-site
 
+# Tests start hundreds of processes: what they import is compiled once, also where the surroundings forbid to keep it.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-full test-crash test-ranks test-foreign bench bench-quick peers nox docs-test site check check-style check-types check-examples format matrix sweep clean
 
