@@ -58,7 +58,7 @@ $(FOREIGN): experiments/foreign/requirements.txt constraints-cpu.txt
 	@touch $@
 
 test-foreign: $(FOREIGN) ## try every callback on models of other packages; writes docs/foreign.md and support.md; what is unchanged is not run again
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(OTHERS)/bin/python -m experiments.bench coverage \
+	OMP_NUM_THREADS=1 $(OTHERS)/bin/python -m experiments.bench coverage \
 		--folder outputs/foreign --json experiments/results/foreign.json --write docs/foreign.md
 	$(OTHERS)/bin/python -m experiments.foreign.support
 
@@ -74,6 +74,7 @@ bench: install peers $(PICTURES) ## run what is missing of the benchmark (hours;
 
 bench-quick: install ## run the benchmark's whole way on one small task, in less than two minutes
 	$(BIN)/python -m experiments.bench quick
+
 peers: $(PEERS) ## make the environments of the tools that ours is compared with
 
 .venv-peers/%/.installed: experiments/peers/%.txt constraints-cpu.txt
@@ -91,7 +92,7 @@ nox: ## run unit tests and the demo in Python 3.10 to 3.13, with the lowest and 
 docs-test: $(SITE) $(FOREIGN) ## run the code of README, guides, cards and tutorials, and the scripts of docs/your-model; prints their seconds
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup tests/test_documents.py tests/test_your_model.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.tutorials
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(OTHERS)/bin/python -m experiments.foreign.your_model
+	OMP_NUM_THREADS=1 $(OTHERS)/bin/python -m experiments.foreign.your_model
 
 $(SITE): $(STAMP)
 	$(BIN)/pip install --quiet --no-compile -c constraints-cpu.txt -e '.[all,docs]'
