@@ -45,7 +45,7 @@ def _draw(task: str, points: list[dict[str, Any]], digest: str) -> str:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     metric = TASKS[task].metric
     matplotlib.rcParams.update({"svg.hashsalt": task, "svg.fonttype": "none", "font.size": 9})
@@ -60,6 +60,9 @@ def _draw(task: str, points: list[dict[str, Any]], digest: str) -> str:
                 size = 70 if kind == "dense" else 34
                 axis.scatter([p[key] for p in here], [p["metric"] for p in here], size, color, mark, alpha=0.85, lw=0)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(metric.name)

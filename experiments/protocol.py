@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 from experiments.methods import METHODS
 
 __all__ = [
+    "DENSE",
     "FACTORS",
     "MAIN",
     "POINTS",
