@@ -58,7 +58,8 @@ def _draw(task: str, points: list[dict[str, Any]], digest: str) -> str:
                 here = [p for p in points if p["kind"] == kind and p["role"] == role]
                 color = _DENSE if kind == "dense" else color
                 size = 70 if kind == "dense" else 34
-                axis.scatter([p[key] for p in here], [p["metric"] for p in here], size, color, mark, alpha=0.85, lw=0)
+                x, y = [p[key] for p in here], [p["metric"] for p in here]
+                axis.scatter(x, y, s=size, c=color, marker=mark, alpha=0.85, lw=0)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))

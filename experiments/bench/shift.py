@@ -9,6 +9,7 @@ of the mean difference from plain magnitude, speaker by speaker.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from experiments.tasks import TASKS, Data, data_folder, mfcc, read
 from experiments.training import Budget, accuracy, fit, kept, quiet, train
 from lightning_compress import Phase
 from lightning_compress.callbacks import GradualPruning, KnowledgeDistillation
-from lightning_compress.pruning import LAMP
+from lightning_compress.pruning import LAMP, Criterion, Magnitude
 
 TASK = TASKS["fsdd"]
 PLAIN = "global magnitude by hand"
@@ -33,6 +34,7 @@ PLAIN = "global magnitude by hand"
 Method = Callable[[nn.Module, Budget, float], nn.Module]
 
 
+<<<<<<< HEAD
 def _pruned(alpha: float | None = None, temperature: float = 1.0) -> Method:
     """Our pruning, with a teacher of that alpha and temperature if there is one."""
 
@@ -40,17 +42,32 @@ def _pruned(alpha: float | None = None, temperature: float = 1.0) -> Method:
         prune = GradualPruning(sparsity, LAMP(power=0.5), phase=Phase(0.0, 0.5), every=10)
         teacher = [] if alpha is None else [KnowledgeDistillation(alpha=alpha, temperature=temperature)]
         return fit(model, budget, [prune, *teacher])
+=======
+def _pruned(criterion: Criterion, *teacher: KnowledgeDistillation) -> Method:
+    """Our pruning, with a teacher if there is one."""
+
+    def method(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
+        prune = GradualPruning(sparsity, criterion, phase=Phase(0.0, 0.5), every=10)
+        return fit(model, budget, [prune, *copy.deepcopy(teacher)])
+>>>>>>> h-losers
 
     return method
 
 
 METHODS: dict[str, Method] = {
     PLAIN: global_magnitude,
-    "LAMP": _pruned(),
+    "magnitude": _pruned(Magnitude()),
+    "half LAMP": _pruned(LAMP(power=0.5)),
+    "magnitude, teacher": _pruned(Magnitude(), KnowledgeDistillation(temperature=4.0)),
+    "quarter LAMP, teacher": _pruned(LAMP(power=0.25), KnowledgeDistillation(temperature=4.0)),
+    "half LAMP, teacher": _pruned(LAMP(power=0.5), KnowledgeDistillation(temperature=4.0)),
     **{
-        f"LAMP, teacher of alpha {alpha:g}, temperature {temperature:g}": _pruned(alpha, temperature)
+        f"half LAMP, teacher of alpha {alpha:g}, temperature {temperature:g}": _pruned(
+            LAMP(power=0.5), KnowledgeDistillation(alpha=alpha, temperature=temperature)
+        )
         for alpha in (0.5, 0.9)
         for temperature in (1.0, 2.0, 4.0)
+        if (alpha, temperature) != (0.9, 4.0)
     },
 }
 
@@ -122,6 +139,7 @@ def run(
             budget = Budget(TASK, part, seed + 1000, TASK.compress_epochs, TASK.compress_rate * factor)
             for name in names:
                 found[name].append(measure(METHODS[name](dense(), budget, sparsity), part))
-            print(f"without {speaker}: " + ", ".join(f"{k} {v[-1][0]:.1f} {v[-1][1]:.1f}" for k, v in found.items()))
+            last = ", ".join(f"{k} {v[-1][0]:.1f} {v[-1][1]:.1f}" for k, v in found.items())
+            print(f"without {speaker}: {last}", flush=True)
     rows = [row(name, runs, found[PLAIN]) for name, runs in found.items()]
     return {"headline": {one["method"]: one["strange"] for one in rows}, "rows": rows}
