@@ -34,22 +34,12 @@ PLAIN = "global magnitude by hand"
 Method = Callable[[nn.Module, Budget, float], nn.Module]
 
 
-<<<<<<< HEAD
-def _pruned(alpha: float | None = None, temperature: float = 1.0) -> Method:
-    """Our pruning, with a teacher of that alpha and temperature if there is one."""
-
-    def method(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
-        prune = GradualPruning(sparsity, LAMP(power=0.5), phase=Phase(0.0, 0.5), every=10)
-        teacher = [] if alpha is None else [KnowledgeDistillation(alpha=alpha, temperature=temperature)]
-        return fit(model, budget, [prune, *teacher])
-=======
 def _pruned(criterion: Criterion, *teacher: KnowledgeDistillation) -> Method:
     """Our pruning, with a teacher if there is one."""
 
     def method(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
         prune = GradualPruning(sparsity, criterion, phase=Phase(0.0, 0.5), every=10)
         return fit(model, budget, [prune, *copy.deepcopy(teacher)])
->>>>>>> h-losers
 
     return method
 

@@ -109,7 +109,7 @@ def test_records_go_on_where_they_were_stopped(tmp_path: Path) -> None:
     assert again.outcomes[trial]["trained"] == 98.0
     made = again.made[again.outcomes[trial]["by"]]
     assert {"command", "commit", "date", "python", "torch", "cpu", "features"} <= made.keys()
-    assert len(path.read_text().splitlines()) == len(again.made) + len(again.outcomes) + 3  # a line a trial
+    assert len(path.read_text().splitlines()) == len(again.made) + len(again.outcomes) + 4  # a line a trial
 
 
 def test_a_method_that_breaks_is_an_outcome(tmp_path: Path) -> None:
