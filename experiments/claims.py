@@ -69,14 +69,15 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def main() -> None:
-    """Run the sweeps that are named, and print their tables."""
+    """Run the sweep of a claim, and print its table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="+", choices=claims())
-    for name in parser.parse_args().names:
-        folder = Path("outputs", "claims", name, f"{datetime.now(UTC):%Y-%m-%d_%H-%M-%S}")
-        sys.argv[1:] = ["-m", f"experiment=claims/{name}", f"hydra.sweep.dir={folder}"]
-        cli.main()
-        print(f"\n{name}\n\n{table(by_choice(folder))}", flush=True)
+    parser.add_argument("name", choices=claims())
+    parser.add_argument("words", nargs="*", help="of Hydra: other values, such as seed=0,1")
+    asked = parser.parse_args()
+    folder = Path("outputs", "claims", asked.name, f"{datetime.now(UTC):%Y-%m-%d_%H-%M-%S}")
+    sys.argv[1:] = ["-m", f"experiment=claims/{asked.name}", f"hydra.sweep.dir={folder}", *asked.words]
+    cli.main()
+    print(f"\n{table(by_choice(folder))}")
 
 
 if __name__ == "__main__":
