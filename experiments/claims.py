@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,21 +22,19 @@ from lightning_compress import cli
 
 __all__ = ["by_choice", "claims", "table"]
 
-Reports = dict[str, dict[str, Any]]
-"""The reports of one choice, by seed."""
+Reports = dict[str, dict[str, Any]]  # of one choice, by seed
 
 
 def claims() -> list[str]:
     """The names of all claims."""
-    folder = Path(__file__).parents[1] / "conf" / "experiment" / "claims"
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+    return sorted(path.stem for path in Path(__file__).parents[1].glob("conf/experiment/claims/*.yaml"))
 
 
 def by_choice(folder: Path) -> dict[str, Reports]:
     """The reports of a sweep by what was chosen beside the seed, in the order of the sweep."""
     found: dict[str, Reports] = defaultdict(dict)
-    for job in sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name)):
-        words = [word.split("=") for word in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
+    for job in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name)):
+        words = [word.split("=", 1) for word in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
         chosen = {name: value for name, value in words if name != "experiment"}
         seed = chosen.pop("seed")
         choice = " ".join(f"{name}={value}" for name, value in chosen.items())
@@ -54,9 +52,9 @@ def table(choices: dict[str, Reports]) -> str:
 
 def _row(choice: str, reports: Reports, first: dict[str, float]) -> list[str]:
     metrics = _metrics(reports)
-    less = [metric - first[seed] for seed, metric in metrics.items()]
     size = mean(report["packed"]["bytes"] for report in reports.values())
-    return [choice, _spread(list(metrics.values())), _spread(less), f"{size:,.0f}"]
+    less = _spread([metric - first[seed] for seed, metric in metrics.items()])
+    return [choice, _spread([*metrics.values()]), less, f"{size:,.0f}"]
 
 
 def _metrics(reports: Reports) -> dict[str, float]:
@@ -69,14 +67,15 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def main() -> None:
-    """Run the sweeps that are named, and print their tables."""
+    """Run the sweep of a claim, and print its table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="+", choices=claims())
-    for name in parser.parse_args().names:
-        folder = Path("outputs", "claims", name, f"{datetime.now(UTC):%Y-%m-%d_%H-%M-%S}")
-        sys.argv[1:] = ["-m", f"experiment=claims/{name}", f"hydra.sweep.dir={folder}"]
-        cli.main()
-        print(f"\n{name}\n\n{table(by_choice(folder))}", flush=True)
+    parser.add_argument("name", choices=claims())
+    parser.add_argument("words", nargs="*", help="of Hydra: other values, such as seed=0,1")
+    asked = parser.parse_args()
+    folder = Path("outputs", "claims", asked.name, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    sys.argv[1:] = ["-m", f"experiment=claims/{asked.name}", f"hydra.sweep.dir={folder}", *asked.words]
+    cli.main()
+    print(f"\n{table(by_choice(folder))}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -21,6 +20,9 @@ from omegaconf import OmegaConf
 
 from lightning_compress.targets import closest
 from lightning_compress.usage import SHORT, TASKS
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable  # of Python 3.11
 
 __all__ = ["clear", "is_worded", "misspelt", "own", "refuse"]
 

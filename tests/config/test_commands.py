@@ -468,14 +468,15 @@ def test_wrong_configuration_is_refused_in_words(
     assert "Epoch" not in "".join(capfd.readouterr())
 
 
-CONFIGURATIONS = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/*.yaml"))
+CONFIGURATIONS = sorted(path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("*/**/*.yaml"))
 
 
 def test_every_configuration_is_what_its_command_composes() -> None:
     """The first comment of a file is the command that takes it, or what to put in the place of what is missing."""
     assert len(CONFIGURATIONS) > 20
     for path in CONFIGURATIONS:
-        group, name = path.parent.name, path.stem
+        group = path.parts[0]
+        name = path.relative_to(group).with_suffix("").as_posix()
         assert choices(f"{group}={name}")[group] == name
         lines = (ROOT / "conf" / path).read_text().splitlines()
         first = next(line for line in lines if not line.startswith("# @package"))
