@@ -34,7 +34,8 @@ def by_choice(folder: Path) -> dict[str, Reports]:
     """The reports of a sweep by what was chosen beside the seed, in the order of the sweep."""
     found: dict[str, Reports] = defaultdict(dict)
     for job in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name)):
-        words = [word.split("=", 1) for word in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
+        overrides = OmegaConf.load(job / ".hydra" / "overrides.yaml")
+        words = [str(word).split("=", 1) for word in overrides]
         chosen = {name: value for name, value in words if name != "experiment"}
         seed = chosen.pop("seed")
         choice = " ".join(f"{name}={value}" for name, value in chosen.items())

@@ -39,7 +39,7 @@ def _in_bytes(model: nn.Module) -> nn.Module:
     """The same values, whose 4 bits are the lowest of a byte, as it writes no other weights of convolutions."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        quantizer = getattr(module, "weight_quantizer", None)
+        quantizer: Any = getattr(module, "weight_quantizer", None)
         if quantizer is not None and quantizer.num_bits != 8:
             module.weight.copy_(quantizer(module.weight))
             quantizer.amax = quantizer.amax * 127 / (2 ** (quantizer.num_bits - 1) - 1)
