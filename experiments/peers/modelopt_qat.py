@@ -41,7 +41,8 @@ def _in_bytes(model: nn.Module) -> nn.Module:
     for module in model.modules():
         quantizer: Any = getattr(module, "weight_quantizer", None)
         if quantizer is not None and quantizer.num_bits != 8:
-            module.weight.copy_(quantizer(module.weight))
+            weight: Any = module.weight
+            weight.copy_(quantizer(weight))
             quantizer.amax = quantizer.amax * 127 / (2 ** (quantizer.num_bits - 1) - 1)
             quantizer.num_bits = 8
     return model
