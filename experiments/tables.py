@@ -122,8 +122,8 @@ def _versions(standings: Standings) -> str:
 _INTRODUCTION = """# The benchmark
 
 Written by `python -m experiments.bench report` from `experiments/results/proof.json`. `make bench` makes that file, and
-goes on where it was stopped. A row is repeated by `python -m experiments.bench proof --again --task TASK --point
-KIND=AMOUNT --method METHOD --results again.json`.
+goes on where it was stopped. A row is repeated by its task, point and method, such as `python -m experiments.bench
+proof --task fsdd --point zeros=0.95 --method ours --results again.json`.
 
 A dense model is trained once a task and seed, and kept. From there every method takes the same steps on the same
 batches. Its learning rate is the best of three on a sixth of the training part. Then it is trained on the whole
