@@ -38,8 +38,10 @@ def _beside(standings: Standings, task: str, point: Point) -> str:
     cells = list(standings.cells([task], [point]))
     ours = next((cell for cell in cells if cell.method == OURS), None)
     peer = _best([cell for cell in cells if cell.role == "peer"], TASKS[task].metric.higher)
-    if ours is None or peer is None:
+    if ours is None:
         return "-"
+    if peer is None:
+        return f"{_value(ours)}, no peer was run"
     sign = _SIGNS[peer.compared.verdict] if peer.compared else "?"
     return f"{_value(ours)} {sign} {_value(peer)} ({peer.method})"
 
