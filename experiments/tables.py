@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from experiments.arena import MAIN_TASKS, TASKS
+from experiments.costs_table import costs
 from experiments.methods import ABSENT, METHODS
 from experiments.protocol import DENSE, MAIN, POINTS, Point
 from experiments.standings import CONTROL, OURS, Cell, Standings
@@ -146,4 +147,5 @@ def page(standings: Standings) -> str:
         absent = _markdown(["tool", "why it is not here"], ([name, reason] for name, reason in ABSENT.items()))
         parts.append(f"## Tools that are not here\n\n{absent}")
     parts += [_section(standings, task) for task in _tasks(standings)]
+    parts += [told for told in [costs(standings.records.path.with_name("costs.json"))] if told]
     return "\n\n".join(parts) + "\n"
