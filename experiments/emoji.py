@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.cifar import crop_flip
-from experiments.tasks import Data, Mean, Task
-from lightning_compress.files import replacing
+from experiments.tasks import Data, Mean, Task, made_once
 
 __all__ = ["TASKS", "categories", "cnn"]
 
@@ -76,14 +75,7 @@ def _read() -> dict[str, np.ndarray]:
 
 def categories(folder: Path) -> Data:
     """Pictures of 3 x 32 x 32 on white, which is 0; decoded once, then kept in ``outputs/data``."""
-    if _CACHE.is_file():
-        with np.load(_CACHE, allow_pickle=False) as file:
-            made = {key: file[key] for key in file.files}
-    else:
-        made = _read()
-        _CACHE.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(_CACHE) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **made)
+    made = made_once(_CACHE, _read)
     y = torch.from_numpy(made["y"]).long()
     x = {v: torch.from_numpy(made[v]).permute(0, 3, 1, 2).float().div_(127.5).sub_(2.0) for v in VENDORS}
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.tasks import Data, Task, mfcc, roll6_mask6
+from experiments.tasks import Data, Task, made_once, mfcc, roll6_mask6
 from experiments.tiny import ds_cnn
-from lightning_compress.files import replacing
 
 __all__ = ["TASKS", "WORDS", "keywords", "noisy"]
 
@@ -104,14 +103,7 @@ def _starts(clips: Tensor, generator: torch.Generator) -> Tensor:
 
 def keywords(folder: Path) -> Data:
     """Cepstral coefficients of 1 x 47 x 10; the clips are kept in ``outputs/data``, their noise is drawn anew."""
-    if _CACHE.is_file():
-        with np.load(_CACHE, allow_pickle=False) as file:
-            made = {key: file[key] for key in file.files}
-    else:
-        made = _speak()
-        _CACHE.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(_CACHE) as temporary, temporary.open("wb") as opened:
-            np.savez_compressed(opened, x=made["x"], y=made["y"], part=made["part"])
+    made = made_once(_CACHE, _speak)
     generator = torch.Generator().manual_seed(0)
     clips, y, part = (torch.from_numpy(made[key]) for key in ("x", "y", "part"))
     x = torch.cat([mfcc(noisy(some.float(), _SNR, generator)) for some in clips.split(500)])

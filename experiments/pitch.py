@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.tasks import Data, Metric, Task
-from lightning_compress.files import replacing
+from experiments.tasks import Data, Metric, Task, made_once
 
 __all__ = ["TASKS", "build", "pitches", "weights"]
 
@@ -80,6 +79,7 @@ def _tones(pitch: Tensor, odd: bool, generator: torch.Generator) -> Tensor:
     return (x + noise) * 10 ** (gain - 1.5)
 
 
+@torch.no_grad()
 def _made() -> dict[str, np.ndarray]:
     """Spectra in decibels and the bin of each pitch: 6,000 to train on, 1,500 to test, 500 of odd harmonics."""
     generator = torch.Generator().manual_seed(0)
@@ -94,15 +94,7 @@ def _made() -> dict[str, np.ndarray]:
 
 def pitches(folder: Path) -> Data:
     """Spectra of 1 x 219, and bins; made once, then kept in ``outputs/data``."""
-    if _CACHE.is_file():
-        with np.load(_CACHE, allow_pickle=False) as file:
-            made = {key: file[key] for key in file.files}
-    else:
-        with torch.no_grad():
-            made = _made()
-        _CACHE.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(_CACHE) as temporary, temporary.open("wb") as opened:
-            np.savez_compressed(opened, x=made["x"], y=made["y"])
+    made = made_once(_CACHE, _made)
     parts = [torch.from_numpy(made[key]).split((6_000, 1_500, 500)) for key in ("x", "y")]
     return Data(*(part.clone() for pair in zip(*parts, strict=True) for part in pair))
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_compress.files import replacing
+
 __all__ = [
     "ACCURACY",
     "LENET5",
@@ -27,6 +29,7 @@ __all__ = [
     "Task",
     "TaskData",
     "data_folder",
+    "made_once",
     "mel",
     "mfcc",
     "optimizer_of",
@@ -113,6 +116,16 @@ def read(folder: Path, name: str, source: str) -> dict[str, np.ndarray]:
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {source}. Put it there, or name its folder with --data.")
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def made_once(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays from a file, which is made where it is missing."""
+    if not path.is_file():
+        arrays = make()
+        with replacing(path) as temporary, temporary.open("wb") as opened:
+            np.savez_compressed(opened, allow_pickle=False, **arrays)
     with np.load(path, allow_pickle=False) as file:
         return {key: file[key] for key in file.files}
 
