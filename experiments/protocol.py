@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any, Literal, NamedTuple
 
@@ -193,8 +193,3 @@ def deployed(outcomes: Iterable[tuple[Trial, Outcome]]) -> dict[int, float]:
             metric = outcome["deployed"]
             found[trial.seed] = outcome["trained"] if metric is None else metric
     return found
-
-
-def at(trial: Trial, **changes: Any) -> Trial:
-    """The same with other values."""
-    return replace(trial, **changes)

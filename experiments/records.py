@@ -75,16 +75,10 @@ class Records:
     def write(self) -> None:
         """One line a trial, in an order that does not depend on when it ran."""
         rows = sorted((list(trial.plain.values()), {**trial.plain, **kept}) for trial, kept in self.outcomes.items())
-        used = {outcome["by"] for outcome in self.outcomes.values()}
         made = ",\n".join(f"  {json.dumps(one)}" for one in self.made)
         lines = ",\n".join(f"  {json.dumps(row)}" for _, row in rows)
-        if used:
+        if rows:
             write_whole(self.path, f'{{"made": [\n{made}\n],\n"trials": [\n{lines}\n]}}\n')
-
-    def drop(self, trials: Mapping[Trial, Any] | list[Trial]) -> None:
-        """Forget trials, so that they are run again."""
-        for trial in trials:
-            self.outcomes.pop(trial, None)
 
 
 def said(line: str) -> None:

@@ -1,7 +1,7 @@
 """The next character of Shakespeare, by a transformer.
 
 Needs ``tinyshakespeare.txt`` (Karpathy 2015) in the folder of the data: 1,115,394 characters of 65 kinds. The last
-tenth of them is the test part. SGD reaches 3.44 bits where AdamW reaches 3.41 after 400 steps, so AdamW trains it.
+tenth of them is the test part. AdamW trains it, as it does transformers.
 """
 
 from __future__ import annotations
