@@ -70,7 +70,7 @@ def num_macs(model: nn.Module, example: Tensor) -> int:
 
 
 @torch.no_grad()
-def measured(call: Callable[[Tensor], Tensor], metric: Metric, data: Data, batch: int = 1000) -> float:
+def measured(call: Callable[[Tensor], Tensor], metric: Metric, data: Data, batch: int = 100) -> float:
     """The metric of whatever answers, over the test part."""
     parts = zip(data.x_test.split(batch), data.y_test.split(batch), strict=True)
     return sum(float(metric.sum_of(call(x), y)) for x, y in parts) / len(data.y_test)

@@ -79,7 +79,7 @@ def _ship(model: nn.Module, start: nn.Module, trial: Trial, data: Data) -> dict[
         one = example[:1]
         ms, ms_dense = (timed.ms for timed in time_together([lambda: shipped(one), lambda: dense(one)], 0.5))
         size, packed = weigh(path)
-        metric = measured(shipped, task.metric, data, 500)
+        metric = measured(shipped, task.metric, data)
     return {"deployed": metric, "bytes": size, "zstd": packed, "ms": round(ms, 4), "ms_dense": round(ms_dense, 4)} | {
         "file": path.suffix[1:]
     }
