@@ -17,6 +17,7 @@ from lightning_compress.deploy.interface import filled
 from lightning_compress.deploy.nbits import find_tokens_at_run_time
 from lightning_compress.deploy.quiet import quiet
 from lightning_compress.deploy.runner import Kernels, in_batches
+from lightning_compress.deploy.scales import spell_out_scales
 from lightning_compress.files import write_whole
 from lightning_compress.forward import Inputs, with_batch
 
@@ -44,6 +45,7 @@ def export(model: nn.Module, inputs: Inputs, path: Path, batch_size: int = 1) ->
         inputs = with_batch(inputs, batch_size)
         graph = capture(model, inputs)
         tensors = tensors_of(inputs)
+        spell_out_scales(graph, parts_again=True)
         quantize_inputs_at_run_time(graph)
         find_tokens_at_run_time(graph)
         _recurrent_weights_in_float(graph)

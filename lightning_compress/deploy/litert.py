@@ -18,6 +18,7 @@ from lightning_compress.deploy.graph import capture, has_quantized_values, has_w
 from lightning_compress.deploy.interface import filled
 from lightning_compress.deploy.quiet import quiet
 from lightning_compress.deploy.runner import Kernels, in_batches, pieces_of
+from lightning_compress.deploy.scales import spell_out_scales, split_weights
 from lightning_compress.deploy.tflite_biases import widen_biases
 from lightning_compress.files import write_whole
 from lightning_compress.forward import Inputs, with_batch
@@ -48,6 +49,8 @@ def export(model: nn.Module, inputs: Inputs, path: Path, batch_size: int = 1) ->
         graph = capture(model, example)
         config = None
         if has_quantized_values(graph):
+            split_weights(graph)
+            spell_out_scales(graph, parts_again=False)
             quantize_outputs(graph, [tensors_of(piece) for piece in pieces_of(inputs, batch_size)])
             symmetric = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=False)
             config = QuantConfig(pt2e_quantizer=PT2EQuantizer().set_global(symmetric))

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_compress.deploy import onnx
 from lightning_compress.deploy.graph import tensors_of
 from lightning_compress.deploy.interface import filled
+from lightning_compress.deploy.openvino_graph import spell_out
 from lightning_compress.deploy.runner import Kernels
 from lightning_compress.files import replacing
 from lightning_compress.forward import Inputs
@@ -37,6 +38,7 @@ def export(model: nn.Module, inputs: Inputs, path: Path, metadata: Mapping[str, 
         onnx.export(model, inputs, Path(folder, "model.onnx"), for_onnxruntime=False)
         # not convert_model, which lets layers with equal weights share what decodes them: with two readers it is float
         converted = openvino.Core().read_model(Path(folder, "model.onnx"))
+        spell_out(converted)
         for key, value in (metadata or {}).items():
             converted.set_rt_info(value, ["lightning_compress", key])
         with replacing(path, ".bin") as temporary:
