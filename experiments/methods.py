@@ -78,6 +78,9 @@ METHODS: dict[tuple[str, str], Method] = {
     ("Torch-Pruning GroupTaylor", "macs"): Method(
         "macs", "experiments.peers.torch_pruning:group_taylor", package="torch-pruning"
     ),
+    ("torch-kirigami", "macs"): Method(
+        "macs", "experiments.peers.kirigami:group_magnitude", package="torch-kirigami", environment="pruners"
+    ),
     ("Core AI", "zeros"): Method(
         "zeros", "experiments.peers.core_ai:magnitude", package="coreai-opt", environment="pruners"
     ),
@@ -100,7 +103,6 @@ METHODS: dict[tuple[str, str], Method] = {
 
 # what does not install or does not run, with the reason
 ABSENT: dict[str, str] = {
-    "torch-kirigami": "not brought to run yet: its plan at four times fewer multiplications asked for no channels",
     "fasterai": "not brought to run yet: its Sparsifier outside of fastai's Learner",
     "ModelOpt FastNAS": "not brought to run yet: it refused the space to search that it was given",
     "NNCF, pruning": "not brought to run yet: its wrapped model had no forward",
