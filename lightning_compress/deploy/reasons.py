@@ -15,6 +15,8 @@ _EXPORTERS = ("torch", "onnxscript", "onnx_ir", "onnxruntime", "executorch", "li
 _WORDS = {
     "GuardOnDataDependentSymNode": "the forward takes its way by the values of a tensor, which a file cannot",
     "ata-dependent": "the forward takes its way by the values of a tensor, which a file cannot",
+    "Missing out variants": "ExecuTorch has no kernel for an operation of the model",
+    "Didn't find op for builtin opcode": "LiteRT has no kernel for an operation of the model",
 }
 
 

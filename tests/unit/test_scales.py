@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress import int8
+from lightning_compress.deploy.reasons import reason_of
 from lightning_compress.forward import Inputs
 
 from .helpers import run
@@ -76,3 +77,11 @@ def test_the_file_answers_as_the_model(name: str, runtime: str, tmp_path: Path) 
     runner = exported(model, x, tmp_path, int8(), runtime)
     expected = run(model, x)
     assert (runner(Inputs((x,), {})) - expected).abs().max() < 0.03 * (expected.max() - expected.min())
+
+
+@pytest.mark.runtimes
+def test_a_kernel_that_is_missing_is_said(tmp_path: Path) -> None:
+    """Conv3d has none in ExecuTorch."""
+    with pytest.raises(RuntimeError) as caught:
+        exported(nn.Conv3d(2, 4, 3), torch.randn(2, 2, 5, 5, 5), tmp_path, int8(), "executorch")
+    assert reason_of(caught.value).startswith("ExecuTorch has no kernel for an operation of the model")
