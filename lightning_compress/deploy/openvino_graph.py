@@ -109,15 +109,16 @@ def _limit(value: Any) -> tuple[str, Any, Any] | None:
 
 
 def _bias(value: Any) -> Any | None:
-    """What a value that is read once adds to a convolution, in its shape; none for other values."""
+    """What a value that is read once adds to a convolution, a number a channel; none for other values."""
     if value.node.get_type_name() != "Add" or len(value.get_target_inputs()) > 1:
         return None
     products, bias = value.node.input_value(0), value.node.input_value(1)
-    if bias.node.get_type_name() == "Reshape":
-        bias = bias.node.input_value(0)
-    if products.node.get_type_name() not in ("Convolution", "GroupConvolution") or not _is_constant(bias):
+    stored = bias.node.input_value(0) if bias.node.get_type_name() == "Reshape" else bias
+    if products.node.get_type_name() not in ("Convolution", "GroupConvolution") or not _is_constant(stored):
         return None
-    return bias.node.data.reshape(1, -1, *[1] * (len(products.partial_shape) - 2))
+    shape = [1] * (len(products.partial_shape) - len(bias.shape)) + list(bias.shape)
+    by_channel = all(size == 1 for axis, size in enumerate(shape) if axis != 1)
+    return stored.node.data.reshape(shape) if by_channel else None
 
 
 def _is_constant(value: Any) -> bool:

@@ -110,6 +110,20 @@ def wide_bias(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.runtimes
+def test_a_place_in_the_image_is_no_bias(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    place = torch.randn(1, 8, 7, 7)
+    model = Net(
+        lambda net, x: net.last((net.conv(x) + place).relu()),
+        conv=nn.Conv2d(3, 8, 3, bias=False),
+        last=nn.Conv2d(8, 4, 1),
+    )
+    x = torch.randn(IMAGES)
+    runner, expected = exported(model, x, tmp_path, int8(), "openvino"), run(model, x)
+    assert (runner(Inputs((x,), {})) - expected).abs().max() < 0.02 * (expected.max() - expected.min())
+
+
+@pytest.mark.runtimes
 @pytest.mark.parametrize("name", NETS_IT_MISTOOK)
 def test_the_file_answers_as_the_model(name: str, tmp_path: Path) -> None:
     """For whole batches and for parts of one. In 2026.4 each of these was wrong as it was read from ONNX."""
