@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,17 +111,26 @@ def wide_bias(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.runtimes
-def test_a_place_in_the_image_is_no_bias(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(1, 8, 7, 7), (1, 8, 1, 1), (8, 1, 1), ()])
+def test_what_is_added_to_a_convolution_stays_where_it_is_added(shape: tuple[int, ...]) -> None:
+    """A number for each place of the image is no bias."""
+    import openvino
+    from openvino import opset13
+
+    from lightning_compress.deploy.openvino_graph import spell_out
+
     torch.manual_seed(0)
-    place = torch.randn(1, 8, 7, 7)
-    model = Net(
-        lambda net, x: net.last((net.conv(x) + place).relu()),
-        conv=nn.Conv2d(3, 8, 3, bias=False),
-        last=nn.Conv2d(8, 4, 1),
+    image = opset13.parameter([2, 3, 9, 9])
+    products = opset13.convolution(
+        image, opset13.constant(torch.randn(8, 3, 3, 3).numpy()), [1, 1], [0, 0], [0, 0], [1, 1]
     )
-    x = torch.randn(IMAGES)
-    runner, expected = exported(model, x, tmp_path, int8(), "openvino"), run(model, x)
-    assert (runner(Inputs((x,), {})) - expected).abs().max() < 0.02 * (expected.max() - expected.min())
+    added = opset13.add(products, opset13.constant(torch.randn(shape).numpy()))
+    low, high = opset13.constant(np.float32(-9)), opset13.constant(np.float32(9))
+    graph = openvino.Model([opset13.fake_quantize(added, low, high, low, high, 256)], [image], "added")
+    x = torch.randn(2, 3, 9, 9).numpy()
+    before = openvino.compile_model(graph, "CPU")(x)[0]
+    spell_out(graph)
+    assert np.abs(openvino.compile_model(graph, "CPU")(x)[0] - before).max() <= 18 / 255 + 1e-4  # a step, for rounding
 
 
 @pytest.mark.runtimes
