@@ -39,8 +39,8 @@ def _share(model: nn.Module, example: Tensor, fewer: float) -> float:
                 break
         else:
             low = share
-        # multiplications go with the square of the channels that are left
-        guess = 1 - (1 - share) * (allowed / macs) ** 0.5
+        # multiplications go with the square of the channels that are left; aimed at the middle of what is near enough
+        guess = 1 - (1 - share) * ((1 - NEAR / 2) * allowed / macs) ** 0.5
         share = guess if low < guess < high else (low + high) / 2
     if math.isnan(best):
         raise ValueError(f"{fewer:g}x fewer multiplications are out of reach")
