@@ -61,7 +61,7 @@ def _counted(standings: Standings) -> str:
     cells = list(standings.cells(MAIN_TASKS, MAIN))
     peers = _counts(cell for cell in cells if cell.role == "peer")
     controls = _counts(cell for cell in cells if cell.role == "control")
-    told = [f"{c['win']} wins, {c['tie']} ties and {c['loss']} losses" for c in (peers, controls)]
+    told = [f"wins {c['win']}, ties {c['tie']}, losses {c['loss']}" for c in (peers, controls)]
     return f"Ours against a peer in the main table: {told[0]}; against a control: {told[1]}."
 
 
