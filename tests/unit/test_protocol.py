@@ -158,7 +158,7 @@ def test_ours_is_marked_like_the_others(tmp_path: Path) -> None:
             records.add(Trial("fsdd", *ZEROS, method, seed), outcome(value))
     text = summary(Standings(records))
     assert "95.10 +- 0.10 < 97.10 +- 0.10 (torch.nn.utils.prune)" in text
-    assert "0 wins, 0 ties and 1 losses" in text
+    assert "wins 0, ties 0, losses 1" in text
 
 
 def test_pairs_of_other_dense_models_are_not_compared(tmp_path: Path) -> None:
