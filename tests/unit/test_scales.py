@@ -79,9 +79,20 @@ def test_the_file_answers_as_the_model(name: str, runtime: str, tmp_path: Path) 
     assert (runner(Inputs((x,), {})) - expected).abs().max() < 0.03 * (expected.max() - expected.min())
 
 
+class Largest(nn.Module):
+    """The three largest of what a linear layer answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).topk(3, 1)[0]
+
+
 @pytest.mark.runtimes
 def test_a_kernel_that_is_missing_is_said(tmp_path: Path) -> None:
-    """Conv3d has none in ExecuTorch."""
-    with pytest.raises(RuntimeError) as caught:
-        exported(nn.Conv3d(2, 4, 3), torch.randn(2, 2, 5, 5, 5), tmp_path, int8(), "executorch")
-    assert reason_of(caught.value).startswith("ExecuTorch has no kernel for an operation of the model")
+    """LiteRT's runtime has none for what its converter makes of this."""
+    with pytest.raises(ValueError, match="builtin opcode") as caught:
+        exported(Largest(), torch.randn(4, 17, 8), tmp_path, int8(), "litert")
+    assert reason_of(caught.value).startswith("LiteRT has no kernel for an operation of the model")
