@@ -26,6 +26,7 @@ __all__ = [
     "has_quantized_values",
     "has_wide_values",
     "multiply_out",
+    "quantize",
     "quantize_inputs_at_run_time",
     "quantize_outputs",
     "tensors_of",
@@ -130,12 +131,12 @@ def _quantize_again(graph: GraphModule) -> None:
             source = source.args[0]
         dequantized = isinstance(source, Node) and source is not node and source.target is _DEQUANTIZE
         if dequantized and all(user.target in _HEAVY for user in node.users):
-            _quantize(graph, node, source.args[1:])
+            quantize(graph, node, source.args[1:])
 
 
-def _quantize(graph: GraphModule, node: Node, parameters: tuple[Any, ...]) -> None:
-    """Quantize and dequantize a value for all its readers."""
-    users = list(node.users)
+def quantize(graph: GraphModule, node: Node, parameters: tuple[Any, ...], readers: Iterable[Node] = ()) -> None:
+    """Quantize and dequantize a value for those readers; for all without."""
+    users = list(readers or node.users)
     with graph.graph.inserting_after(node):
         codes = graph.graph.call_function(_QUANTIZE, (node, *parameters))
     with graph.graph.inserting_after(codes):
@@ -238,10 +239,10 @@ def quantize_outputs(graph: GraphModule, samples: Iterable[tuple[Tensor, ...]]) 
     for node, (low, high) in ranges.items():
         if ends[node]:
             scale = max(-low, high, 1e-9) * _MARGIN / (2**15 - 1)
-            _quantize(graph, node, (scale, 0, -(2**15), 2**15 - 1, torch.int16))
+            quantize(graph, node, (scale, 0, -(2**15), 2**15 - 1, torch.int16))
             continue
         scale = max(high - low, 1e-9) * _MARGIN / 255
-        _quantize(graph, node, (scale, round(-128 - low * _MARGIN / scale), -128, 127, torch.int8))
+        quantize(graph, node, (scale, round(-128 - low * _MARGIN / scale), -128, 127, torch.int8))
     _dequantize_for_each_user(graph)
     graph.recompile()
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from lightning_compress.deploy.graph import quantize
+
 __all__ = ["spell_out_scales", "split_weights"]
 
 _ATEN, _QDQ = torch.ops.aten, torch.ops.quantized_decomposed
@@ -52,12 +54,7 @@ def spell_out_scales(graph: GraphModule, parts_again: bool) -> None:
         scale = _scale(source)
         readers = [user for user in node.users if parts_again or user.target is not _QUANTIZE]
         if scale is not None and readers and _scale_of_readers(node) != scale:
-            with graph.graph.inserting_after(node):
-                codes = graph.graph.call_function(_QUANTIZE, (node, *scale))
-            with graph.graph.inserting_after(codes):
-                values = graph.graph.call_function(_DEQUANTIZE, (codes, *scale))
-            for reader in readers:
-                reader.replace_input_with(node, values)
+            quantize(graph, node, scale, readers)
     graph.recompile()
 
 
