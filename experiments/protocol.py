@@ -2,11 +2,11 @@
 
 A dense model is trained once a task and seed, and kept. From there every method takes the same steps on the same
 batches, in the same order and augmentation. Its learning rate is the best of the same number of trials on a sixth of
-the training part, which the dense model of those trials never saw. Then it is trained on the whole training part and
-tested once, after the last step, by the file that ships in its runtime. Two methods are compared seed by seed; one wins
-where the mean difference is more than two of its standard errors and more than the metric's ``least``. Where it is
-within two of them after three seeds, there are two more (Blalock 2020, arXiv:2003.03033, says what such a comparison
-owes).
+the training part, which the dense model of those trials never saw; on several sixths where one is small. Then it is
+trained on the whole training part and tested once, after the last step, by the file that ships in its runtime. Two
+methods are compared seed by seed; one wins where the mean difference is more than two of its standard errors and more
+than the metric's ``least``. Where it is within two of them after three seeds, there are two more (Blalock 2020,
+arXiv:2003.03033, says what such a comparison owes).
 """
 
 from __future__ import annotations
@@ -127,17 +127,25 @@ def methods_of(point: Point, only: Sequence[str] = ()) -> list[str]:
     return [name for _, name in sorted(found, key=lambda pair: pair[0]) if not only or name in only]
 
 
-def tuning_trials(task: str, point: Point, method: str) -> list[Trial]:
-    """On the cut of the first seed, one for each learning rate; none where there is no rate."""
+def tuning_trials(task: str, point: Point, method: str, cuts: int = 1) -> list[Trial]:
+    """On the cuts of the first seeds, one for each learning rate; none where there is no rate."""
     if not METHODS[method, point.kind].tuned:
         return []
-    return [Trial(task, *point, method, 0, factor, cut=True) for factor in FACTORS[point.kind]]
+    rates = FACTORS[point.kind]
+    return [Trial(task, *point, method, cut, factor, cut=True) for cut in range(cuts) for factor in rates]
 
 
 def best_factor(tuned: Mapping[Trial, Outcome], higher: bool) -> float:
-    """The learning rate with the best metric on the cut; the lowest of those that are alike. 1 where none was tried."""
-    sign = 1 if higher else -1
-    worth = {trial.factor: sign * outcome["trained"] for trial, outcome in tuned.items() if not outcome["failure"]}
+    """The learning rate with the best mean metric on the cuts; the lowest of those that are alike.
+
+    One that failed on a cut is out. 1 where none was tried.
+    """
+    failed = {trial.factor for trial, outcome in tuned.items() if outcome["failure"]}
+    found: dict[float, list[float]] = {}
+    for trial, outcome in tuned.items():
+        if trial.factor not in failed:
+            found.setdefault(trial.factor, []).append(outcome["trained"])
+    worth = {factor: mean(values) * (1 if higher else -1) for factor, values in found.items()}
     return max(sorted(worth), key=worth.__getitem__, default=1.0)
 
 

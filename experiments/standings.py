@@ -101,9 +101,10 @@ class Standings:
         self.records = records
 
     def factor(self, task: str, point: Point, method: str) -> float:
-        """The learning rate that was best on the cut."""
+        """The learning rate that was best on the task's cuts."""
         known = self.records.outcomes
-        tuned = {trial: known[trial] for trial in tuning_trials(task, point, method) if trial in known}
+        trials = tuning_trials(task, point, method, TASKS[task].cuts)
+        tuned = {trial: known[trial] for trial in trials if trial in known}
         return best_factor(tuned, TASKS[task].metric.higher)
 
     def finals(self, task: str, point: Point, method: str, seeds: int = MORE_SEEDS) -> list[Trial]:

@@ -274,6 +274,8 @@ class Task:
         weights: Reads trained weights from the folder of the data, which ``epochs`` only adapt.
         most_batches: Of an epoch, where it is not the whole training part.
         optimizer: SGD with Nesterov momentum, or AdamW where that one fails.
+        cuts: How many cuts of the training part a learning rate is chosen by: more where one of them is too small to
+            tell rates apart.
     """
 
     name: str
@@ -292,6 +294,7 @@ class Task:
     weights: Callable[[Path], dict[str, Tensor]] | None = None
     most_batches: int | None = None
     optimizer: Optimizer = "sgd"
+    cuts: int = 1
 
 
 TASKS = {

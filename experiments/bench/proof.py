@@ -71,8 +71,8 @@ class _Stages:
         return [trial for name in self.names for trial in final_trials(name, DENSE, CONTROL, 1.0, self.seeds)]
 
     def tuning(self) -> list[Trial]:
-        """On the cut."""
-        return [trial for cell in self.cells for trial in tuning_trials(*cell)]
+        """On the cuts."""
+        return [trial for cell in self.cells for trial in tuning_trials(*cell, TASKS[cell[0]].cuts)]
 
     def finals(self) -> list[Trial]:
         """Of every cell."""

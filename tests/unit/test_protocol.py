@@ -88,6 +88,16 @@ def test_the_rate_is_the_best_on_the_cut_and_failures_do_not_count() -> None:
     assert best_factor({}, higher=True) == 1.0
 
 
+def test_a_rate_is_the_best_over_all_cuts_and_out_where_it_failed_on_one() -> None:
+    trials = tuning_trials("emoji", ZEROS, "ours", cuts=2)
+    assert [(trial.seed, trial.factor) for trial in trials] == [(cut, rate) for cut in (0, 1) for rate in (1, 2, 4)]
+    # 1x is best on the first cut, 2x on both together, 4x broke on the second
+    values = (60.0, 58.0, 99.0, 50.0, 55.0, 0.0)
+    tuned = {trial: {"trained": value, "failure": ""} for trial, value in zip(trials, values, strict=True)}
+    tuned[trials[-1]]["failure"] = "ValueError: nan"
+    assert best_factor(tuned, higher=True) == 2.0
+
+
 def test_the_file_counts_and_what_failed_does_not() -> None:
     trials = [Trial("fsdd", *ZEROS, "ours", seed) for seed in range(3)]
     found = [outcome(98.0, deployed=97.0), outcome(96.0, deployed=None), outcome(None)]
