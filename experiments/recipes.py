@@ -52,8 +52,11 @@ def pruned(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
 
 
 def narrowed(model: nn.Module, budget: Budget, fewer: float) -> nn.Module:
-    """Channels leave at once, before the first step; then the model as it was teaches what is left."""
-    shrink = ChannelPruning(1 - 1 / fewer, phase=Phase(0.0, 0.0), target="macs", scope="local")
+    """Channels leave at once, before the first step; then the model as it was teaches what is left.
+
+    In fours, which kernels of depthwise convolutions take: with 22 channels they are slower than with 64.
+    """
+    shrink = ChannelPruning(1 - 1 / fewer, phase=Phase(0.0, 0.0), target="macs", scope="local", round_to=4)
     return fit(model, budget, [shrink, KnowledgeDistillation(alpha=0.5, temperature=2.0)])
 
 

@@ -188,6 +188,7 @@ def drop_fewest(
         return drops, False
     low = 0.0
     high = 1.0
+    fewer = {name: torch.zeros_like(dropped) for name, dropped in drops.items()}
     total = sum(int(group.sizes.sum()) for group in groups)
     while (high - low) * total > 0.5:
         middle = (low + high) / 2
@@ -197,7 +198,41 @@ def drop_fewest(
             drops = tried
         else:
             low = middle
-    return drops, True
+            fewer = tried
+    return _give_back(drops, fewer, scores, reached), True
+
+
+_TRIES = 16  # each may be a measurement
+
+
+def _give_back(drops: Drops, fewer: Drops, scores: Mapping[str, Tensor], reached: Callable[[Drops], bool]) -> Drops:
+    """What the last step took beyond the target, best channels first.
+
+    One more step of the ratio takes a channel, or a block of them, of many groups at once: some of these can stay.
+
+    Args:
+        drops: A choice that reaches the target.
+        fewer: The next one that does not.
+        scores: One score per atom, by the name of the group.
+        reached: Says whether a choice reaches the target.
+    """
+    best = {
+        name: float(scores[name][taken].max())
+        for name in drops
+        if (taken := drops[name] & ~fewer[name]).any() and not (fewer[name] & ~drops[name]).any()
+    }
+    parts = [sorted(best, key=lambda name: -best[name])]
+    for _ in range(_TRIES):
+        if not parts:
+            break
+        names = parts.pop(0)
+        tried = {**drops, **{name: fewer[name] for name in names}}
+        if reached(tried):
+            drops = tried
+        elif len(names) > 1:
+            middle = len(names) // 2
+            parts[:0] = [names[:middle], names[middle:]]
+    return drops
 
 
 def num_channels(groups: Sequence[Group], drops: Drops) -> int:

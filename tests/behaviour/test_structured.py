@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def test_widths_that_kernels_are_not_made_for_are_named(
     make_trainer(tmp_path, callbacks=[pruning]).fit(make_module("mlp"))
     logger.removeHandler(caplog.handler)
     assert "channels left" in caplog.text
-    assert ("Widths such as 20 may run no faster" in caplog.text) == said
+    assert (re.search(r"Widths such as \d+(, \d+)* may run no faster", caplog.text) is not None) == said
 
 
 def test_a_share_of_a_layer_that_is_not_there_is_refused_before_training(tmp_path: Path) -> None:

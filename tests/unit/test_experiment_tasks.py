@@ -138,7 +138,7 @@ def test_channels_are_taken_until_multiplications_are_few(method: Any) -> None:
     task, data = TASKS["mnist1d"], toy()
     macs = num_macs(task.build(), data.x_train[:1])
     model = method(task.build(), Budget(task, data, 1, 1, 0.02), 4)
-    assert 0.23 * macs < num_macs(model, data.x_train[:1]) <= 0.25 * macs
+    assert 0.21 * macs < num_macs(model, data.x_train[:1]) <= 0.25 * macs
     assert model(data.x_test).shape == (100, 10)
 
 

@@ -352,6 +352,29 @@ def test_floor_rounding_and_scope() -> None:
     assert {float(drops[group.name].float().mean()) for group in coupling.groups} == {0.25}
 
 
+@pytest.mark.parametrize("round_to", [1, 4])
+@pytest.mark.parametrize("name", ["resnet", "mobilenet", "plain"])
+def test_what_the_last_step_takes_beyond_the_target_is_given_back(name: str, round_to: int) -> None:
+    """Layers of one width lose a channel each at the same ratio, though some of them could keep theirs."""
+    model, x = build(name) if name != "plain" else (nn.Sequential(*(nn.Linear(24, 24) for _ in range(5))), None)
+    x = torch.randn(2, 24) if x is None else x
+    groups = groups_of(model, x).groups
+    scores = score_groups(groups, scores_of(model))
+    limits = Limits(scope="local", round_to=round_to)
+    whole = sum(p.numel() for p in model.parameters())
+
+    def share(drops: dict[str, Tensor]) -> float:
+        return num_parameters(model, record_of(model, groups, drops)) / whole
+
+    drops, enough = drop_fewest(groups, scores, limits, lambda drops: share(drops) <= 0.52)
+    grid = [share(drop_lowest(groups, scores, i / 400, limits)) for i in range(401)]
+    at_one_ratio = max(found for found in grid if found <= 0.52)
+    assert enough
+    assert at_one_ratio <= share(drops) <= 0.52
+    if name == "plain":
+        assert at_one_ratio < share(drops)
+
+
 def test_masks_follow() -> None:
     model, x = build("resnet")
     layers, _ = find_layers(model)
