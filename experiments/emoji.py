@@ -90,4 +90,4 @@ def categories(folder: Path) -> Data:
 
 
 # a cut holds 254 pictures, on which a rate's accuracy has a standard error of 3 points
-TASKS = {"emoji": Task("emoji", cnn, categories, crop_flip, 64, 5e-4, 40, 0.1, 12, 0.03, (0.9, 0.95), cuts=4)}
+TASKS = {"emoji": Task("emoji", cnn, categories, crop_flip, 64, 5e-4, 40, 0.1, 12, 0.03, (0.9, 0.95), cuts=3)}

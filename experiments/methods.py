@@ -84,6 +84,15 @@ METHODS: dict[tuple[str, str], Method] = {
     ("Core AI", "zeros"): Method(
         "zeros", "experiments.peers.core_ai:magnitude", package="coreai-opt", environment="pruners"
     ),
+    ("fasterai", "zeros"): Method(
+        "zeros", "experiments.peers.fasterai_sparsify:magnitude", package="fasterai", environment="pruners"
+    ),
+    ("NNCF", "zeros"): Method(
+        "zeros", "experiments.peers.nncf_pruning:magnitude", package="nncf", environment="pruners"
+    ),
+    ("ModelOpt FastNAS", "macs"): Method(
+        "macs", "experiments.peers.fastnas:searched", package="nvidia-modelopt", environment="pruners"
+    ),
     ("TWN by hand", "bits"): Method("bits", f"{_PLAIN}:naive_ternary", amounts=(2,)),
     ("onnxruntime static", "bits"): Method(
         "bits", f"{_ORT}:as_it_is", amounts=(8,), package="onnxruntime", tuned=False, write=f"{_ORT}:write"
@@ -105,9 +114,6 @@ METHODS: dict[tuple[str, str], Method] = {
 ABSENT: dict[str, str] = {
     "Lightning ModelPruning, ResNet-20": "not run yet with several epochs; pruned after the only one it had 10 %",
     "torch-kirigami": "its trials are not complete (tuned on two tasks); it finds no plan for ResNet-20 at 8x",
-    "fasterai": "not brought to run yet: its Sparsifier outside of fastai's Learner",
-    "ModelOpt FastNAS": "not brought to run yet: it refused the space to search that it was given",
-    "NNCF, pruning": "not brought to run yet: its wrapped model had no forward",
     "Neural Compressor, pruning": "the wheel of 3.10 holds no pruning",
     "ModelOpt GradNAS": "0.47 prunes by FastNAS and, for Megatron's models, by Minitron alone",
     "torchao QATConfig": "swaps nn.Linear and nn.Embedding alone (0.18): nearly all weights here are in convolutions",

@@ -129,7 +129,7 @@ goes on where it was stopped. A row is repeated by its task, point and method, s
 proof --task fsdd --point zeros=0.95 --method ours --results again.json`.
 
 A dense model is trained once a task and seed, and kept. From there every method takes the same steps on the same
-batches. Its learning rate is the best of three on a sixth of the training part (emoji: on four of its sixths, as one
+batches. Its learning rate is the best of three on a sixth of the training part (emoji: on three of its sixths, as one
 has 254 pictures). Then it is trained on the whole training part and tested once, after the last step, by the file that
 ships in its runtime.
 

@@ -53,6 +53,13 @@ class Budget:
     epochs: int
     rate: float
 
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the training."""
+        task = self.task
+        num = len(self.data.y_train) // task.batch_size
+        return self.epochs * (num if task.most_batches is None else min(num, task.most_batches))
+
 
 def weights_of(model: nn.Module) -> list[Tensor]:
     """The weights that are pruned and counted: of all linear and convolution layers, first and last included."""

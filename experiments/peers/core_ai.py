@@ -17,10 +17,7 @@ RAMP, EVERY = 0.5, 5  # the mask grows over this share of the steps, every so ma
 
 def magnitude(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
     """Masks as parametrizations, folded at the end."""
-    task = budget.task
-    num = len(budget.data.y_train) // task.batch_size
-    num_steps = budget.epochs * (num if task.most_batches is None else min(num, task.most_batches))
-    schedule = PolynomialDecaySchedule(total_iters=math.ceil(RAMP * num_steps), update_frequency=EVERY)
+    schedule = PolynomialDecaySchedule(total_iters=math.ceil(RAMP * budget.num_steps), update_frequency=EVERY)
     spec = {"weight": PruningSpec(target_sparsity=sparsity)}
     config = MagnitudePrunerConfig(
         global_config=ModuleMagnitudePrunerConfig(op_state_spec=spec, sparsity_schedule=schedule)
