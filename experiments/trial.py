@@ -26,9 +26,10 @@ import experiments.foreign  # noqa: F401  # before anything that imports torchvi
 from experiments.arena import TASKS
 from experiments.methods import METHODS
 from experiments.protocol import Trial
+from experiments.reached import most_values, reached, what_is_missing
 from experiments.shipping import open_file, weigh, write_onnx
 from experiments.tasks import Data, Task
-from experiments.training import Budget, kept, measured, num_macs, quiet, train, weights_of
+from experiments.training import Budget, kept, measured, quiet, train
 from lightning_compress.deploy.timing import time_together
 
 __all__ = ["carry_out", "dense_model"]
@@ -80,9 +81,11 @@ def _ship(model: nn.Module, start: nn.Module, trial: Trial, data: Data) -> dict[
         ms, ms_dense = (timed.ms for timed in time_together([lambda: shipped(one), lambda: dense(one)], 0.5))
         size, packed = weigh(path)
         metric = measured(shipped, task.metric, data)
-    return {"deployed": metric, "bytes": size, "zstd": packed, "ms": round(ms, 4), "ms_dense": round(ms_dense, 4)} | {
-        "file": path.suffix[1:]
-    }
+        shipped_as = {"bytes": size, "zstd": packed, "ms": round(ms, 4), "ms_dense": round(ms_dense, 4)}
+        # a small dense model has the bytes of so many bits, and float weights
+        has_bits = trial.kind == "bits" and METHODS[trial.method, trial.kind].role != "control"
+        values = most_values(path, example) if has_bits else None
+    return {"deployed": metric, **shipped_as, "values": values, "file": path.suffix[1:]}
 
 
 def carry_out(trial: Trial, data_folder: Path, folder: Path) -> dict[str, Any]:
@@ -101,9 +104,10 @@ def carry_out(trial: Trial, data_folder: Path, folder: Path) -> dict[str, Any]:
         begin, cpu = time.perf_counter(), time.process_time()
         model = _named(method.train)(model, budget, trial.amount).eval()
         outcome["trained"] = measured(model, task.metric, data)
-        outcome |= _reached(model, start, data)
+        outcome |= reached(model, start, data.x_test[:1].contiguous())
         if not trial.cut:
             outcome |= _ship(model, start, trial, data)
+        outcome["failure"] = what_is_missing(trial.point, outcome)
     except Exception as error:  # a method that breaks is a row of the table, not its end
         outcome["failure"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     if outcome["trained"] is not None and not math.isfinite(outcome["trained"]):
@@ -112,19 +116,6 @@ def carry_out(trial: Trial, data_folder: Path, folder: Path) -> dict[str, Any]:
     outcome["cpu_seconds"] = round(time.process_time() - cpu, 1)
     outcome["version"] = metadata.version(method.package)
     return outcome
-
-
-def _reached(model: nn.Module, start: nn.Module, data: Data) -> dict[str, Any]:
-    """Share of the weights that is zero or gone, and times fewer multiplications; none where a tool hides them."""
-    example, whole = data.x_test[:1].contiguous(), sum(w.numel() for w in weights_of(start))
-    try:
-        left = sum(int(torch.count_nonzero(w)) for w in weights_of(model))
-        fewer = num_macs(start, example) / num_macs(model, example)
-    except Exception:  # modules of other tools count in ways of their own
-        return {}
-    if not weights_of(model):  # a graph
-        return {}
-    return {"zeros": round(1 - left / whole, 5), "macs": round(fewer, 4)}
 
 
 def main() -> None:

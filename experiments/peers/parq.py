@@ -14,7 +14,11 @@ HARD = 0.8  # from this share of the steps on weights are what they are pulled t
 
 
 def train_quantized(model: nn.Module, budget: Budget, bits: float) -> nn.Module:
-    """A scale a channel; weights of 2 bits by least squares, others uniform. Activations are rounded by hand."""
+    """A scale a channel; weights of 2 bits by least squares, others uniform. Activations are rounded by hand.
+
+    Weights that lie channels last it (torchao 0.18) leaves as they are, without a word.
+    """
+    model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for module in [module for module in model.modules() if isinstance(module, WEIGHTED)]:
         module.register_forward_pre_hook(input8)
     quantizer = LSBQuantizer(optimal=False) if bits == 2 else UnifQuantizer()
