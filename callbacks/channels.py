@@ -71,7 +71,8 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         exclude: Name patterns of layers that keep their output channels.
         num_heads: Number of heads by the name pattern of an attention, where its forward does not tell.
         round_to: Layers keep a multiple of this number of channels. CPU kernels are made for multiples of 8: with
-            others a file is smaller, and may be slower.
+            others a file is smaller, and may be slower. None is 4 where a depthwise convolution is among them, which
+            is slower than the dense one with others, and 1 elsewhere and with ``targets``.
         floor: Smallest share of its channels that a layer keeps.
         targets: Share removed of the output channels of single layers and of all layers that share them, by name
             pattern; the others lose ``sparsity`` each. Needs ``target="channels"`` and ``scope="local"``.
@@ -102,7 +103,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         num_heads: Mapping[str, int] | None = None,
-        round_to: int = 1,
+        round_to: int | None = None,
         floor: float = 0.1,
         targets: Mapping[str, float] | None = None,
         gate_checkpoints: bool = True,
@@ -126,7 +127,8 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         check_number("ChannelPruning.sparsity", self.sparsity, _SHARE, low=0, below=1)
         check_number("ChannelPruning.floor", self.floor, _SHARE, low=0, below=1)
         check_whole_number("ChannelPruning.steps", self.steps, "a whole number from 1", low=1)
-        check_whole_number("ChannelPruning.round_to", self.round_to, "a whole number from 1", low=1)
+        if self.round_to is not None:
+            check_whole_number("ChannelPruning.round_to", self.round_to, "a whole number from 1, or None", low=1)
         check_one_of("ChannelPruning.target", self.target, ("channels", "parameters", "macs", "latency"))
         meaning = "'global' ranks all channels together, 'local' those of each group, 'balanced' is in between."
         check_one_of("ChannelPruning.scope", self.scope, ("balanced", "global", "local"), meaning)

@@ -135,7 +135,7 @@ _TABLE: dict[Callable[..., Any], Mapping[str, Sequence[Any]]] = {
         "target": ("flops", "Channels", None, 3),
         "scope": ("layer", None, 1),
         "num_heads": (*_BY_NAME, {"attention": 0}, {"attention": 2.0}),
-        "round_to": (*_WHOLE, 0),
+        "round_to": (*_WHOLE[:-1], 0),  # None is what kernels take
         "floor": (*_SHARE, 1.0),
         "targets": (*_BY_NAME, {"head": 1.0}, {"head": 0.5}),
     },

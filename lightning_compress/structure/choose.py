@@ -59,14 +59,15 @@ class Limits:
 
     Args:
         floor: Smallest share of its dense channels that a group keeps.
-        round_to: Each group keeps a multiple of this number of channels.
+        round_to: Each group keeps a multiple of this number of channels; None for that of its block, unless it has a
+            share of its own to lose.
         widths: Channels of the dense groups, by name; without them, those that they have now.
         scope: ``"global"`` ranks all groups together, ``"local"`` each by itself, ``"balanced"`` in between.
         shares: Share of its channels that each group loses, by name; they take the place of a search for a target.
     """
 
     floor: float = 0.1
-    round_to: int = 1
+    round_to: int | None = 1
     widths: Mapping[str, int] | None = None
     scope: Scope = "global"
     shares: Mapping[str, float] | None = None
@@ -92,7 +93,9 @@ def drop_lowest(groups: Sequence[Group], scores: Mapping[str, Tensor], ratio: fl
             _drop_from([group], kept, scores, ratio * share, limits)
     for group in groups:
         step = group.leaf.step * int(group.sizes[0])
-        _round(kept[group.name], group.sizes, scores[group.name], math.lcm(limits.round_to, step))
+        block = 1 if limits.shares is not None else group.block
+        round_to = block if limits.round_to is None else limits.round_to
+        _round(kept[group.name], group.sizes, scores[group.name], math.lcm(round_to, step))
     return {name: ~keep for name, keep in kept.items()}
 
 

@@ -62,6 +62,7 @@ class Group:
         sizes: Output channels of the first layer per atom: one, or those of a head.
         leaf: Their axis.
         followed: The forward in which they were found.
+        block: Number of channels that kernels take at once: with other than a multiple they are slower than before.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Group:
     sizes: Tensor
     leaf: Axis = field(repr=False)
     followed: Followed = field(repr=False)
+    block: int = 1
 
 
 def find_groups(followed: Followed, outs: Mapping[str, tuple[str, int]]) -> list[Group]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -103,7 +103,7 @@ def couple(
         why_not = why_left_alone(group, frozen, include, exclude)
         why_not = why_not or next((skipped[name] for name in group.layers if name in skipped), None)
         if why_not is None:
-            groups.append(group)
+            groups.append(replace(group, block=_block(group, modules)))
         else:
             left_alone |= dict.fromkeys(group.layers, why_not)
     unseen = [name for name in unseen if not _is_read(name, followed)]
@@ -116,6 +116,18 @@ def couple(
         if isinstance(module, nn.MultiheadAttention):  # its output layer is a part of it
             left_alone.pop(f"{name}.out_proj".lstrip("."), None)
     return Coupling(groups, {**{n: why for n, why in left_alone.items() if n not in taken}, **skipped})
+
+
+_FOURS = 4  # channels that onnxruntime's kernels of depthwise convolutions take at once; else it runs one by one
+_WIDE = 16  # channels of which three more or less are few
+
+
+def _block(group: Group, modules: Mapping[str, nn.Module]) -> int:
+    """Fours where a depthwise convolution gives the channels, if they are many."""
+    of_its_layers = [modules.get(plain_name(name)) for name in group.layers]
+    num_groups = [(getattr(module, "groups", 1), getattr(module, "in_channels", 0)) for module in of_its_layers]
+    is_depthwise = any(1 < num == width for num, width in num_groups)
+    return _FOURS if is_depthwise and int(group.sizes.sum()) >= _WIDE else 1
 
 
 def _is_read(name: str, followed: Followed) -> bool:

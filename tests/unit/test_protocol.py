@@ -7,7 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from experiments.arena import MAIN_TASKS, TASKS
 from experiments.bench import proof, report
@@ -25,6 +29,7 @@ from experiments.protocol import (
     methods_of,
     tuning_trials,
 )
+from experiments.reached import most_values, what_is_missing
 from experiments.records import Records
 from experiments.standings import Standings
 from experiments.tables import page, summary
@@ -184,3 +189,48 @@ def test_pairs_of_other_dense_models_are_not_compared(tmp_path: Path) -> None:
 def test_the_main_tasks_are_tasks() -> None:
     assert set(MAIN_TASKS) <= TASKS.keys()
     assert json.dumps([trial.plain for trial in tuning_trials("fsdd", ZEROS, "ours")])
+
+
+def test_what_is_not_reached_is_a_failure() -> None:
+    assert "it has 60.00" in what_is_missing(ZEROS, {"zeros": 0.6})
+    assert "it has 3.50x" in what_is_missing(Point("macs", 4), {"macs": 3.5})
+    assert "take 144 values" in what_is_missing(Point("bits", 2), {"zeros": 0.0, "values": 144})
+    for point, found in (
+        (ZEROS, {"zeros": 0.9499}),
+        (Point("macs", 4), {"macs": 4.2}),
+        (Point("bits", 2), {"values": 4}),
+    ):
+        assert what_is_missing(point, found) == ""
+    # a tool that hides what it has is taken at its word
+    assert what_is_missing(Point("bits", 2), {"zeros": 0.0, "values": None}) == ""
+
+
+@pytest.mark.parametrize(("values", "linear"), [(2, 2), (16, 4), (4, 16)])
+def test_values_of_weights_are_those_that_the_runtime_computes_with(values: int, linear: int, tmp_path: Path) -> None:
+    """A convolution whose weights are stored as floats, and a linear layer whose weights are stored as integers."""
+    rng = np.random.default_rng(0)
+    scale = rng.random(3).astype(np.float32) + 0.5
+    codes = rng.integers(0, values, (3, 4, 3, 3)).astype(np.float32)
+    codes.reshape(3, -1)[:, :values] = np.arange(values)  # each of them is there
+    tensors = {
+        "w": codes * scale[:, None, None, None],
+        "q": rng.integers(0, linear, (4, 300)).astype(np.int8),
+        "s": np.float32(0.1),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"]),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["l"]),
+        helper.make_node("Flatten", ["a"], ["f"]),
+        helper.make_node("Gemm", ["f", "l"], ["y"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4, 12, 12])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()],
+    )
+    path = tmp_path / "net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    assert most_values(path, torch.zeros(2, 4, 12, 12)) == max(values, linear)
+    assert most_values(path.with_suffix(".xml"), torch.zeros(1)) is None

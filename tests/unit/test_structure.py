@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -373,6 +374,30 @@ def test_what_the_last_step_takes_beyond_the_target_is_given_back(name: str, rou
     assert at_one_ratio <= share(drops) <= 0.52
     if name == "plain":
         assert at_one_ratio < share(drops)
+
+
+def separable(*widths: int) -> nn.Module:
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3)]
+    for before, width in pairwise(widths):
+        layers += [nn.Conv2d(before, before, 3, padding=1, groups=before), nn.ReLU(), nn.Conv2d(before, width, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 2))
+
+
+def test_depthwise_convolutions_lose_channels_in_fours_unless_told_otherwise() -> None:
+    model, x = separable(40, 8, 24, 24), torch.randn(2, 3, 8, 8)
+    groups = groups_of(model, x).groups
+    scores = score_groups(groups, scores_of(model))
+    # of few channels three more would be many, and ordinary convolutions are as fast with any number
+    assert [(int(group.sizes.sum()), group.block) for group in groups] == [(40, 4), (8, 1), (24, 4), (24, 1)]
+
+    def left(limits: Limits) -> list[int]:
+        drops = drop_lowest(groups, scores, 0.45, limits)
+        return [num_channels([group], drops) for group in groups]
+
+    assert left(Limits(scope="local", round_to=None)) == [24, 5, 16, 14]
+    assert left(Limits(scope="local", round_to=1)) == [22, 5, 14, 14]
+    # a share of its own is taken as it is
+    assert left(Limits(round_to=None, shares=dict.fromkeys(scores, 1.0))) == [22, 5, 14, 14]
 
 
 def test_masks_follow() -> None:
