@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import nncf
+import torch
 from nncf.torch.function_hook.pruning.magnitude.schedulers import ExponentialMagnitudePruningScheduler
 from torch import nn
 
@@ -14,7 +15,11 @@ MODE = nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
 
 
 def magnitude(model: nn.Module, budget: Budget, sparsity: float) -> nn.Module:
-    """Its schedule counts epochs; here it is asked every few steps, since a budget may be one epoch."""
+    """Its schedule counts epochs; here it is asked every few steps, since a budget may be one epoch.
+
+    Weights that lie channels last it (3.4) does not take.
+    """
+    model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     # what it adds to a Sequential would be called as one more layer
     pruned = nncf.prune(Around(model), mode=MODE, ratio=0.0, examples_inputs=budget.data.x_train[:1])
     last = max(1, int(RAMP * budget.num_steps) // EVERY)
