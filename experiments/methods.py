@@ -116,7 +116,7 @@ ABSENT: dict[str, str] = {
     "torch-kirigami and ModelOpt FastNAS, ResNet-20": "no plan for 8x fewer multiplications; the search reaches 5.6x",
     "fasterai and NNCF's pruning, fsdd, MNIST-1D and ResNet-20": "not run yet: judged on emoji",
     "AIMET, fsdd and MNIST-1D in 8 bits": "not run yet with rates and a file that suit it",
-    "NNCF, ModelOpt, AIMET, PT2E, PARQ, ResNet-20 in bits": "not run yet, nor Brevitas in 8 and 4 bits",
+    "NNCF, ModelOpt, AIMET, PT2E, ResNet-20 in bits": "not run yet, nor Brevitas and PARQ in 8 and 4 bits",
     "Neural Compressor, pruning": "the wheel of 3.10 holds no pruning",
     "ModelOpt GradNAS": "0.47 prunes by FastNAS and, for Megatron's models, by Minitron alone",
     "torchao QATConfig": "swaps nn.Linear and nn.Embedding alone (0.18): nearly all weights here are in convolutions",
