@@ -72,7 +72,7 @@ class ChannelPruning(Shrinking[ChannelProgress]):
         num_heads: Number of heads by the name pattern of an attention, where its forward does not tell.
         round_to: Layers keep a multiple of this number of channels. CPU kernels are made for multiples of 8: with
             others a file is smaller, and may be slower. None is 4 where a depthwise convolution is among them, which
-            is slower than the dense one with others, and 1 elsewhere and with ``targets``.
+            onnxruntime runs slower than the dense one with others, and 1 elsewhere and with ``targets``.
         floor: Smallest share of its channels that a layer keeps.
         targets: Share removed of the output channels of single layers and of all layers that share them, by name
             pattern; the others lose ``sparsity`` each. Needs ``target="channels"`` and ``scope="local"``.

@@ -15,7 +15,7 @@ from experiments.training import num_macs, weights_of
 __all__ = ["most_values", "reached", "what_is_missing"]
 
 _NEAR = 0.005  # of what is asked, since some tools round or leave a layer
-_WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0, "MatMul": 1}  # the axis of the output channels in the weight
+_WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}  # the axis of the output channels in the weight
 
 
 def reached(model: nn.Module, start: nn.Module, example: Tensor) -> dict[str, Any]:
@@ -59,8 +59,7 @@ def most_values(path: Path, example: Tensor) -> int | None:
             constant |= set(node.output)
         elif node.op_type in _WEIGHTED and node.input[1] in constant:
             is_turned = any(a.name == "transB" and a.i for a in node.attribute)
-            axis = _WEIGHTED[node.op_type]
-            weights[node.input[1]] = (0 if is_turned else 1) if node.op_type == "Gemm" else axis
+            weights[node.input[1]] = 0 if is_turned else _WEIGHTED[node.op_type]
     known = {output.name for output in model.graph.output}
     for name in weights:
         if name not in known:

@@ -13,7 +13,7 @@ from experiments.training import Budget, num_macs, train
 
 PROBES, NEAR = 6, 0.05  # shares that are tried, each on a copy; how far below what is allowed is near enough
 
-_found: dict[tuple[str, float], float] = {}  # shares, which are those of a net whatever its weights
+_found: dict[tuple[str, int, int, float], float] = {}  # shares by dense model, whose weights they depend on
 
 
 def _narrowed(model: nn.Module, example: Tensor, share: float) -> nn.Module:
@@ -49,7 +49,8 @@ def _share(model: nn.Module, example: Tensor, fewer: float) -> float:
 
 def group_magnitude(model: nn.Module, budget: Budget, fewer: float) -> nn.Module:
     """Its quick start's strategy over all layers together, at once; then training."""
-    example, key = budget.data.x_train[:2], (budget.task.name, fewer)
+    example = budget.data.x_train[:2]
+    key = budget.task.name, budget.seed, len(budget.data.y_train), fewer
     if key not in _found:
         _found[key] = _share(model, example, fewer)
     return train(_narrowed(model, example, _found[key]), budget)
