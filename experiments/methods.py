@@ -114,7 +114,7 @@ METHODS: dict[tuple[str, str], Method] = {
 ABSENT: dict[str, str] = {
     "Lightning ModelPruning, ResNet-20": "not run yet with several epochs; pruned after the only one it had 10 %",
     "torch-kirigami and ModelOpt FastNAS, ResNet-20": "no plan for 8x fewer multiplications; the search reaches 5.6x",
-    "torch-kirigami, emoji": "to be run anew: on one of the cuts it had been given a share of channels too small for 8x",
+    "torch-kirigami, emoji": "to be run anew: on one of the cuts its share of channels was too small for 8x",
     "fasterai and NNCF's pruning, fsdd, MNIST-1D and ResNet-20": "not run yet: judged on emoji",
     "AIMET, fsdd and MNIST-1D in 8 bits": "not run yet with rates and a file that suit it",
     "NNCF, ModelOpt, AIMET, PT2E, ResNet-20 in bits": "not run yet, nor Brevitas and PARQ in 8 and 4 bits",
